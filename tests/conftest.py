@@ -1,0 +1,42 @@
+"What several test files share: real photographs where they are at hand, and a fastai home of its own for a test."
+import os,shutil,tarfile,tempfile
+from pathlib import Path
+import pytest
+from fastai.data.external import fastai_cfg
+
+def data_folder():
+    "The folder of archives with real data: `CEKD_DATA`, or `../shared/data` beside the repository; it need not exist."
+    return Path(os.environ.get('CEKD_DATA') or Path(__file__).resolve().parents[2]/'shared'/'data')
+
+def extracted(arch, cache):
+    "Folder under `cache` with the contents of `arch`, extracted at most once; a half-finished extraction is never seen."
+    dest = Path(cache)/f'{arch.stem}-{arch.stat().st_size}'
+    if not dest.exists():
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        tmp = Path(tempfile.mkdtemp(dir=dest.parent))
+        try:
+            with tarfile.open(arch) as f: f.extractall(tmp, **(dict(filter='data') if hasattr(tarfile, 'data_filter') else {}))
+            try: tmp.rename(dest)
+            except OSError:
+                if not dest.exists(): raise # else another process was faster
+        finally: shutil.rmtree(tmp, ignore_errors=True)
+    inner = [o for o in dest.iterdir()]
+    return inner[0] if len(inner)==1 and inner[0].is_dir() else dest
+
+@pytest.fixture(scope='session')
+def real_data():
+    "`real_data(name)` is the extracted folder of archive `name`.tgz; the test is skipped where there is none."
+    def get(name):
+        arch = data_folder()/f'{name}.tgz'
+        if not arch.is_file(): pytest.skip(f'no {arch}: set CEKD_DATA to a folder that holds {arch.name}')
+        return extracted(arch, Path.home()/'.cache'/'cekd_fastai_tests')
+    return get
+
+@pytest.fixture
+def fastai_home(tmp_path, monkeypatch):
+    "An empty fastai home, with the folders `archive` and `data` that fastai downloads and extracts to."
+    home = tmp_path/'fastai_home'
+    monkeypatch.setenv('FASTAI_HOME', str(home))
+    fastai_cfg.cache_clear()
+    yield home
+    fastai_cfg.cache_clear()

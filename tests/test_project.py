@@ -1,0 +1,247 @@
+"The promises that the repository makes about itself: one fact in one file, files in step, notebooks in reading order."
+import ast,importlib,inspect,json,pkgutil,re,runpy,subprocess
+from configparser import ConfigParser
+from pathlib import Path
+import pytest,setuptools,yaml
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+import cekd_fastai,readme
+try: import tomllib
+except ImportError: import tomli as tomllib
+
+root = Path(__file__).resolve().parent.parent
+nbs = root/'nbs'
+pyproject = tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))
+cfg = ConfigParser(delimiters='=', interpolation=None)
+cfg.read(root/'settings.ini', encoding='utf-8')
+cfg = cfg['DEFAULT']
+
+def notebooks(d):
+    "Paths of the notebooks under `d`, without checkpoints and private folders."
+    return sorted(p for p in d.rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(d).parts))
+
+def code_cells(path):
+    "Sources of the code cells of a notebook."
+    return [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+
+# Notebooks
+
+def number(path):
+    "What a numbered notebook sorts by: `'05b_x.ipynb'` gives `(5, 'b')`, and `index.ipynb` gives None."
+    m = re.match(r'(\d+)([a-z]?)_', path.name)
+    return m and (int(m[1]), m[2])
+
+def exported(path):
+    "The module a notebook exports, or None."
+    found = [m[1] for o in code_cells(path) for m in re.finditer(r'^#\|\s*default_exp\s+(\S+)', o, re.M)]
+    return found[0] if found else None
+
+def imported(src, pkg='cekd_fastai'):
+    "Modules of `pkg` that the source of a cell imports."
+    src = '\n'.join('' if o.lstrip()[:1] in ('%', '!', '?') else o for o in src.splitlines())
+    for n in ast.walk(ast.parse(src)):
+        if isinstance(n, ast.Import): names = [o.name for o in n.names]
+        elif isinstance(n, ast.ImportFrom) and n.module==pkg: names = [f'{pkg}.{o.name}' for o in n.names if not o.name.startswith('__')]
+        elif isinstance(n, ast.ImportFrom): names = [n.module or '']
+        else: continue
+        yield from (o[len(pkg)+1:] for o in names if o.startswith(f'{pkg}.'))
+
+def order_faults(nbs):
+    "One sentence for each import by which a numbered notebook in `nbs` runs ahead of the reader."
+    nums = {p: number(p) for p in sorted(nbs.glob('*.ipynb')) if number(p)}
+    home = {exported(p): p for p in nums if exported(p)}
+    faults = []
+    for p,num in nums.items():
+        if exported(p)=='all': continue
+        for mod in sorted({m for src in code_cells(p) for m in imported(src)}):
+            if mod not in home: faults.append(f'{p.name} imports {mod}, which no numbered notebook exports')
+            elif nums[home[mod]]>num: faults.append(f'{p.name} imports {mod} from {home[mod].name}, which comes later')
+    return faults
+
+def _write_nb(path, *srcs):
+    cells = [dict(cell_type='code', source=o, id=f'c{i}', metadata={}, outputs=[], execution_count=None) for i,o in enumerate(srcs)]
+    path.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+
+def test_notebook_order(): assert order_faults(nbs)==[]
+
+def test_notebook_order_fails(tmp_path):
+    "The check names a notebook that imports from a later one, and lets one import from an earlier one."
+    _write_nb(tmp_path/'00_data.ipynb', '#| default_exp data', 'from cekd_fastai.mix import Mix')
+    _write_nb(tmp_path/'01_mix.ipynb', '#| default_exp mix', '%matplotlib inline\nimport cekd_fastai.data', 'from cekd_fastai import cli,__version__')
+    _write_nb(tmp_path/'02_all.ipynb', '#| default_exp all', 'from cekd_fastai.mix import *')
+    _write_nb(tmp_path/'index.ipynb', 'from cekd_fastai.all import *')
+    assert order_faults(tmp_path)==[
+        '00_data.ipynb imports mix from 01_mix.ipynb, which comes later',
+        '01_mix.ipynb imports cli, which no numbered notebook exports']
+
+def test_notebook_numbers():
+    "No two notebooks share a number, and each numbered one exports a module."
+    found = [p for p in sorted(nbs.glob('*.ipynb')) if number(p)]
+    nums = [number(p) for p in found]
+    assert len(set(nums))==len(nums), f'two notebooks share a number: {[p.name for p in found]}'
+    assert [p.name for p in found if not exported(p)]==[]
+
+def test_lessons_export_nothing(): assert [p.name for p in notebooks(nbs/'course') if exported(p)]==[]
+
+def test_notebook_size():
+    "Under 150 KB each, so that a difference can be read and a clone stays small."
+    assert {p.name: p.stat().st_size for p in notebooks(nbs) if p.stat().st_size>=150_000}=={}
+
+def test_flags():
+    "A flag that nbdev does not know is not skipped but run, so each one in use must be in `tst_flags`."
+    flags = pyproject['tool']['nbdev']['tst_flags']
+    assert set(flags)>={'notest', 'slow', 'cuda', 'multicuda'}
+    known = {*flags, 'default_exp', 'export', 'exporti', 'exports', 'exportd', 'hide', 'hide_input', 'hide_output', 'hide_line', 'filter_stream'}
+    used = {(p.name, m[1]) for p in notebooks(nbs) for o in code_cells(p) for m in re.finditer(r'^#\|\s*([\w-]+)(?!\s*[\w-]*:)', o, re.M)}
+    assert {o for o in used if o[1] not in known}==set()
+
+# Library
+
+def modules():
+    "Every module of the library that nbdev wrote, imported."
+    names = [m.name for m in pkgutil.walk_packages(cekd_fastai.__path__, 'cekd_fastai.') if not m.name.endswith('._modidx')]
+    return [importlib.import_module(o) for o in names]
+
+def undocumented(mod):
+    "Public functions and classes that `mod` defines and does not describe."
+    objs = [getattr(mod, o) for o in getattr(mod, '__all__', [])]
+    objs = [o for o in objs if (inspect.isclass(o) or inspect.isfunction(o)) and o.__module__==mod.__name__]
+    # Data classes and named tuples write a docstring of their own: the bare signature.
+    return [f'{mod.__name__}.{o.__name__}' for o in objs if not (o.__doc__ or '').strip() or o.__doc__.startswith(f'{o.__name__}(')]
+
+def test_docstrings(): assert [o for m in modules() for o in undocumented(m)]==[]
+
+def test_docstrings_fails():
+    "The check names a function and a data class without a docstring."
+    mod = type(cekd_fastai)('bare')
+    exec("from dataclasses import dataclass\ndef f(): pass\ndef g(): 'Says.'\n@dataclass\nclass C: x:int\n__all__ = ['f', 'g', 'C', 'dataclass']", vars(mod))
+    assert undocumented(mod)==['bare.f', 'bare.C']
+
+# Metadata
+
+# The name under which pyproject.toml knows what setup.py passes.
+fields = dict(description='description', keywords='keywords', license_expression='license', author='authors', author_email='authors',
+    python_requires='requires-python', install_requires='dependencies', extras_require='optional-dependencies', entry_points='entry-points')
+
+@pytest.fixture
+def passed(monkeypatch):
+    "What setup.py passes to setuptools."
+    got = {}
+    monkeypatch.setattr(setuptools, 'setup', lambda **kw: got.update(kw))
+    monkeypatch.chdir(root)
+    runpy.run_path('setup.py')
+    return got
+
+def test_dynamic(passed):
+    "setuptools rejects a field that is listed as dynamic and not passed, and drops one that is passed and not listed."
+    names = {fields[o] for o in passed} | set(pyproject['tool']['setuptools']['dynamic'])
+    if 'console_scripts' in passed['entry_points']: names.add('scripts')
+    assert set(pyproject['project']['dynamic'])==names
+    assert not names & set(pyproject['project']).difference({'dynamic'})
+
+def test_settings(passed):
+    "setup.py passes on what settings.ini says, and each key there is used."
+    assert passed['install_requires']==cfg['requirements'].split() and passed['extras_require']['dev']==cfg['dev_requirements'].split()
+    assert passed['license_expression']==cfg['license']=='Apache-2.0'
+    src = (root/'setup.py').read_text(encoding='utf-8')
+    assert [o for o in cfg if f"cfg['{o}']" not in src]==[]
+
+def pins():
+    "Name to `(version, marker)` pairs of constraints.txt."
+    res = {}
+    for line in (root/'constraints.txt').read_text(encoding='utf-8').splitlines():
+        if line.startswith('#'): continue
+        m = re.fullmatch(r'([\w.-]+)==([\w.!+]+)(?: ; (.+))?', line)
+        assert m, f'{line!r} is no pin: make constraints.txt with `make constraints`'
+        res.setdefault(canonicalize_name(m[1]), []).append((Version(m[2]), m[3]))
+    return res
+
+@pytest.mark.parametrize('python', ['3.10', '3.11', '3.12', '3.13'])
+def test_constraints(python):
+    "Exactly one pin of every requirement holds for each Python on Linux, macOS and Windows, and it satisfies settings.ini."
+    found = pins()
+    for req in map(Requirement, (cfg['requirements'] + ' ' + cfg['dev_requirements']).split()):
+        for name,plat in (('posix', 'linux'), ('posix', 'darwin'), ('nt', 'win32')):
+            here = dict(python_version=python, python_full_version=f'{python}.9', os_name=name, sys_platform=plat)
+            vs = [v for v,m in found.get(canonicalize_name(req.name), []) if not m or Marker(m).evaluate(here)]
+            assert len(vs)==1 and vs[0] in req.specifier, f'{req} on Python {python}, {plat}: constraints.txt has {vs}; run `make constraints`'
+
+def test_constraints_are_releases(): assert [o for o,vs in pins().items() if any(v.local for v,_ in vs)]==[]
+
+# Papers, pages and paths
+
+def test_citation():
+    "CITATION.cff is sound and names the four papers."
+    cff = yaml.safe_load((root/'CITATION.cff').read_text(encoding='utf-8'))
+    assert cff['cff-version']=='1.2.0' and cff['title']==pyproject['project']['name'] and cff['license']==cfg['license']
+    assert cff['version']==cekd_fastai.__version__ and cff['authors'] and cff['message']
+    ids = {i['value'] for r in cff['references'] for i in r['identifiers']}
+    assert ids=={f'arXiv:{o}' for o in ('2203.06551', '1812.02425', '2010.00795', '2203.11660')}
+    assert all(a.keys()>={'family-names', 'given-names'} for r in cff['references'] for a in r['authors'])
+
+def test_changelog_names_version(): assert f'## {cekd_fastai.__version__}' in (root/'CHANGELOG.md').read_text(encoding='utf-8')
+
+def test_readme_in_step(capsys): assert readme.main(['--check'])==0, capsys.readouterr().err
+
+def test_readme_links():
+    "Every file that README.md and the other pages link to exists."
+    for page in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md'):
+        links = re.findall(r'(?:\]\(|\bsrc=["\'])([^)\s"\'#]+)', (root/page).read_text(encoding='utf-8'))
+        assert [o for o in links if not re.match(r'[a-z]+:', o) and not (root/o).exists()]==[], page
+
+def _nb(tmp_path, *cells):
+    "A notebook with the given `(type, source, outputs)` cells."
+    cells = [dict(cell_type=t, source=s, id=f'c{i}', metadata={}, **({'outputs': list(o), 'execution_count': None} if t=='code' else {}))
+        for i,(t,s,*o) in enumerate(cells)]
+    path = tmp_path/'index.ipynb'
+    path.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+    return path
+
+def _out(**data): return dict(output_type='display_data', metadata={}, data={k.replace('_', '/'): v for k,v in data.items()})
+
+def test_readme_form(tmp_path):
+    "Links are seen from the root, directives and hidden cells go, tables stay HTML, text and printed lines are fenced."
+    path = _nb(tmp_path,
+        ('raw', '---\ntitle: x\n---'),
+        ('markdown', '# T\n\n![p](images/p.png) [nb](00_data.ipynb#h) [c](../CHANGELOG.md) [w](https://a.b/c) [h](#top)\n\n```md\n[x](y.md)\n```'),
+        ('markdown', '<img src="images/q.png" width="3">'),
+        ('code', '#| hide\nsecret()'),
+        ('code', '#| eval: false\nfit()'),
+        ('code', '#|echo:false\nt', _out(text_html='<style>p {}</style><table><tr><td>1</td></tr></table>', text_plain='t')),
+        ('code', 'print(1)\n2', dict(output_type='stream', name='stdout', text=['1\n']), _out(text_plain='2')),
+        ('code', 'fit()', dict(output_type='stream', name='stderr', text='warning'), _out(text_html='<style></style><progress></progress>')))
+    assert readme.readme(path)=='\n\n'.join([readme.note, '# T',
+        '![p](nbs/images/p.png) [nb](nbs/00_data.ipynb#h) [c](CHANGELOG.md) [w](https://a.b/c) [h](#top)', '```md\n[x](y.md)\n```',
+        '<img src="nbs/images/q.png" width="3">', '```python\nfit()\n```', '<table><tr><td>1</td></tr></table>',
+        '```python\nprint(1)\n2\n```', '```text\n1\n```', '```text\n2\n```', '```python\nfit()\n```\n'])
+
+def test_readme_check(tmp_path, capsys):
+    "Out of step gives 1 and a sentence, and writes nothing; then writing puts it right."
+    path,dest = _nb(tmp_path, ('markdown', '# T')),tmp_path/'README.md'
+    dest.write_text('# Old\n')
+    assert readme.main(['--check'], path, dest)==1 and 'README.md is out of step' in capsys.readouterr().err
+    assert dest.read_text()=='# Old\n'
+    assert readme.main([], path, dest)==0==readme.main(['--check'], path, dest)
+
+def test_readme_refuses_pictures(tmp_path, capsys):
+    "A stored picture cannot be shown, and the sentence says what to do."
+    path = _nb(tmp_path, ('code', 'plot()', _out(image_png='iVBORw0KGgo=', text_plain='<Figure>')))
+    assert readme.main([], path, tmp_path/'README.md')==1 and 'save it in nbs/images' in capsys.readouterr().err
+    assert readme.main([], tmp_path/'no.ipynb', tmp_path/'README.md')==1 and 'does not exist' in capsys.readouterr().err
+
+# Folders of one machine, which mean nothing on another.
+local_path = re.compile(r'(?<![\w.:/~-])/(?:work|opt|root|home|Users)/')
+
+def test_no_local_paths():
+    "No file of the repository names a folder of the machine it was written on."
+    res = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=root, capture_output=True, text=True)
+    if res.returncode: pytest.skip('not a git checkout')
+    faults = [o for o in res.stdout.split('\0') if o and (root/o).is_file() and local_path.search((root/o).read_text(encoding='utf-8', errors='ignore'))]
+    assert faults==[]
+
+def test_no_local_paths_fails():
+    "The pattern sees a local path, and leaves web addresses and relative paths alone."
+    assert local_path.search('open("/' + 'opt/x")') and local_path.search('cd /' + 'work/main')
+    assert not local_path.search('https://a.b/home/x net/work/y ~/opt/z')

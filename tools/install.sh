@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Makes .venv and installs the package with pinned dependencies into it; the stamp says when there is nothing to do.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+py=.venv/bin/python
+stamp=.venv/.installed
+
+# Scripts in .venv/bin hold absolute paths, so another interpreter or another folder means another environment.
+identity() { echo "$("$1" -c 'import sys; print(sys.version.split()[0], sys.base_prefix)') $PWD"; }
+
+have=
+if "$py" -m pip --version >/dev/null 2>&1; then
+    have=$(identity "$py")
+    [ ! -f "$stamp" ] || [ "$(head -n 1 "$stamp")" = "$have" ] || have=
+    if [ -n "${PYTHON:-}" ]; then
+        base=$(tools/python.sh)
+        [ "$(identity "$base")" = "$have" ] || have=
+    fi
+fi
+
+if [ -z "$have" ]; then
+    base=$(tools/python.sh)
+    echo "Creating .venv with $base"
+    rm -rf .venv/bin  # first, so that a removal cut short leaves nothing that looks usable
+    rm -rf .venv
+    "$base" -m venv .venv
+    have=$(identity "$py")
+fi
+
+want=$(printf '%s\n%s\n' "$have" "$(cat settings.ini setup.py pyproject.toml constraints.txt tools/install.sh | cksum)")
+[ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && exit
+
+echo "Installing cekd_fastai and its pinned dependencies into .venv (minutes, about 6 GB)"
+quiet=-q
+[ ! -t 1 ] || quiet=
+echo unfinished > "$stamp"  # an installation cut short is started anew, as pip cannot tell which files are missing
+install() { "$py" -m pip install $quiet --disable-pip-version-check -c constraints.txt "$@" </dev/null; }
+# The build backend is installed first and used as it is, so that it is pinned like everything else.
+{ install setuptools && install --no-build-isolation -e '.[dev]'; } || {
+    echo "The installation failed for the reason above (often the network or a full disk): put it right and run the same command again." >&2
+    exit 1
+}
+printf '%s\n' "$want" > "$stamp"

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Prints the Python to make the virtual environment with: $PYTHON if it is set, else the first suitable one on PATH.
+set -u
+cd "$(dirname "$0")/.."
+min=$(sed -n 's/^min_python *= *//p' settings.ini)
+remedy="install Python $min or newer (with its venv package: apt install python3-venv on Debian and Ubuntu) or name one with make PYTHON=/path/to/python"
+
+# Prints why $1 cannot be used, or nothing. A version manager's shim may exist and still not run.
+fault() {
+    local version
+    version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null </dev/null) || { echo "does not run"; return; }
+    "$1" -c "import sys; sys.exit(sys.version_info[:2] < tuple(map(int, '$min'.split('.'))))" </dev/null || { echo "is Python $version"; return; }
+    "$1" -c 'import venv, ensurepip' 2>/dev/null </dev/null || echo "lacks the modules venv and ensurepip"
+}
+
+# The interpreter behind shims and virtual environments, so that .venv never stands on itself.
+base() { "$1" -c 'import sys; print(getattr(sys, "_base_executable", None) or sys.executable)' </dev/null; }
+
+if [ -n "${PYTHON:-}" ]; then
+    why=$(fault "$PYTHON")
+    [ -z "$why" ] && { base "$PYTHON"; exit; }
+    echo "PYTHON=$PYTHON $why: $remedy." >&2
+    exit 1
+fi
+
+seen=
+for name in python3.13 python3.12 python3.11 python3.10 python3 python; do
+    command -v "$name" >/dev/null || continue
+    why=$(fault "$name")
+    [ -z "$why" ] && { base "$name"; exit; }
+    [ "$why" = "does not run" ] || seen="$seen${seen:+, }$name $why"
+done
+echo "No suitable Python found${seen:+ ($seen)}: $remedy." >&2
+exit 1
