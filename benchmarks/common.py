@@ -1,0 +1,43 @@
+"What the benchmark scripts share: runs of `cekd-train` collected in one result file that a second start resumes."
+import inspect,json
+from pathlib import Path
+import pandas as pd
+from cekd_fastai.cli import about,cekd_train,run,write_whole
+
+here = Path(__file__).resolve().parent
+defaults = {k:p.default for k,p in inspect.signature(cekd_train.__wrapped__).parameters.items()}
+
+def collect(
+    name,    # of the result file, in benchmarks/results
+    labels,  # {label of a method: arguments of `cekd_train` that differ from `common`}
+    common,  # arguments of every run, as for `cekd_train`
+    seeds,   # seeds of each method
+    command, # how this benchmark is started
+    hide=(), # arguments that say where files lie on this machine; recorded without their folder
+):
+    "Run every method with every seed, one row a run; rows that the result file already has are not run again."
+    out = here/'results'/f'{name}.json'
+    rows = json.loads(out.read_text())['runs'] if out.exists() else []
+    for seed in seeds:
+        for label,kw in labels.items():
+            args = defaults | common | kw | dict(seed=seed, force=True)
+            said = {k:(Path(v).name if k in hide else v) for k,v in args.items() if k not in ('out','force') and v!=defaults[k]}
+            if any(r['method']==label and r['seed']==seed and r['args']==json.loads(json.dumps(said)) for r in rows): continue
+            print(f'{label}, seed {seed}', flush=True)
+            res = run(args | dict(out=str(here.parent/'runs'/name/f'{label.replace(" ", "")}-{seed}')))
+            keep = {k:res[k] for k in ('accuracy','branches','valid_loss','seconds','images_per_s','peak_memory_gb')}
+            rows = [r for r in rows if (r['method'],r['seed'])!=(label,seed)] + [dict(method=label, seed=seed, **keep, args=said)]
+            out.parent.mkdir(exist_ok=True)
+            info = about({})
+            write_whole(out, lambda p: p.write_text(json.dumps(dict(command=command, versions=info['versions'], machine=info['machine'], runs=rows), indent=1)+'\n'))
+    return [r for r in rows if r['method'] in labels and r['seed'] in seeds]
+
+def table(rows):
+    "Accuracy and seconds of each method over its seeds, as a markdown table"
+    df = pd.DataFrame(rows)
+    df['single'] = df.branches.map(lambda o: sum(o)/len(o))
+    g = df.groupby('method', sort=False)
+    pct = lambda s: f'{100*s.mean():.1f}' + (f' ± {100*s.std():.1f}' if len(s)>1 else '')
+    lines = ['| method | accuracy % | mean branch % | each seed % | seconds a run |','|---|---|---|---|---|']
+    for m,d in g: lines.append(f"| {m} | {pct(d.accuracy)} | {pct(d.single)} | {', '.join(f'{100*a:.1f}' for a in d.accuracy)} | {d.seconds.mean():.0f} |")
+    return '\n'.join(lines)
