@@ -13,6 +13,7 @@ def collect(
     common,  # arguments of every run, as for `cekd_train`
     seeds,   # seeds of each method
     command, # how this benchmark is started
+    title,   # of its table
     hide=(), # arguments that say where files lie on this machine; recorded without their folder
 ):
     "Run every method with every seed, one row a run; rows that the result file already has are not run again."
@@ -29,15 +30,24 @@ def collect(
             rows = [r for r in rows if (r['method'],r['seed'])!=(label,seed)] + [dict(method=label, seed=seed, **keep, args=said)]
             out.parent.mkdir(exist_ok=True)
             info = about({})
-            write_whole(out, lambda p: p.write_text(json.dumps(dict(command=command, versions=info['versions'], machine=info['machine'], runs=rows), indent=1)+'\n'))
+            write_whole(out, lambda p: p.write_text(json.dumps(dict(title=title, command=command, versions=info['versions'], machine=info['machine'], runs=rows), indent=1)+'\n'))
     return [r for r in rows if r['method'] in labels and r['seed'] in seeds]
 
-def table(rows):
-    "Accuracy and seconds of each method over its seeds, as a markdown table"
+def table(rows, seconds=False):
+    "Accuracy of each method over its seeds as a markdown table, with the seconds of a run where nothing else was running"
     df = pd.DataFrame(rows)
     df['single'] = df.branches.map(lambda o: sum(o)/len(o))
     g = df.groupby('method', sort=False)
     pct = lambda s: f'{100*s.mean():.1f}' + (f' ± {100*s.std():.1f}' if len(s)>1 else '')
-    lines = ['| method | accuracy % | mean branch % | each seed % | seconds a run |','|---|---|---|---|---|']
-    for m,d in g: lines.append(f"| {m} | {pct(d.accuracy)} | {pct(d.single)} | {', '.join(f'{100*a:.1f}' for a in d.accuracy)} | {d.seconds.mean():.0f} |")
-    return '\n'.join(lines)
+    cells = [['method','accuracy %','mean branch %','each run %']+['seconds']*seconds]
+    for m,d in g: cells.append([m, pct(d.accuracy), pct(d.single), ', '.join(f'{100*a:.1f}' for a in d.accuracy)] + [f'{d.seconds.mean():.0f}']*seconds)
+    cells.insert(1, ['---']*len(cells[0]))
+    return '\n'.join(f"| {' | '.join(o)} |" for o in cells)
+
+def result_table(name):
+    "The table of a committed result file, with the command and machine that it came from"
+    out = here/'results'/f'{name}.json'
+    if not out.exists(): return f'(no `benchmarks/results/{name}.json` yet)'
+    res = json.loads(out.read_text())
+    where = f"{res['machine']['cores']} CPU cores, torch {res['versions']['torch']}"
+    return f"**{res['title']}** (`{res['command']}`, {where})\n\n" + (res['table'] if 'table' in res else table(res['runs']))

@@ -114,10 +114,11 @@ def build(
     if not a.lr>0: raise ValueError(f"--lr is {a.lr}, but a learning rate is above 0.")
     set_seed(a.seed)
     classes = a.classes or None
-    dls = fine_grained_dls(a.data, size=a.size, bs=a.bs, classes=classes, seed=a.seed, verify=a.verify, num_workers=a.num_workers)
+    dls = fine_grained_dls(a.data, size=a.size, bs=a.bs, classes=classes, seed=a.seed, verify=a.verify, num_workers=a.num_workers, in_memory=a.in_memory)
+    cbs = [ChannelsLast()] + ([mix(prob=a.mix_prob)] if mix else []) + ([method()] if method else [])
     n = a.n_branches if a.n_branches is not None else 1 if method is None else 2
     return branch_learner(dls, a.arch, n, split=a.split, pretrained=not a.no_pretrained, weights=a.weights, freeze_bn=a.freeze_bn,
-        arch_args=arch_kwargs(a.arch_args), opt_func=opt, wd=a.wd, metrics=accuracy, cbs=[ChannelsLast()]+[o() for o in (mix,method) if o])
+        arch_args=arch_kwargs(a.arch_args), opt_func=opt, wd=a.wd, metrics=accuracy, cbs=cbs)
 
 def train(
     learn:Learner, # From `build`
@@ -177,6 +178,7 @@ def cekd_train(
     arch:str='resnet18',        # Backbone, a name in timm or torchvision
     method:str='cekd',          # plain or cekd
     mix:str='snapmix',          # none, mixup, cutmix or snapmix
+    mix_prob:float=1.,          # Share of batches that are mixed
     epochs:int=20,              # Number of epochs
     size:int=224,               # Size of the image in pixels
     bs:int=32,                  # Images in a batch
@@ -193,6 +195,7 @@ def cekd_train(
     freeze_trunk:bool=False, # Train branches and heads only
     seed:int=42,                # Seed of everything random
     num_workers:int=None,       # Processes that load images, one for each core by default; 0 loads in the main process, which is faster on two cores
+    in_memory:bool=False, # Read every image once and keep it, for data that fits into memory
     verify:bool=False,    # Read every image first, list and skip those that cannot be read
     force:bool=False,     # Replace the results in --out
     out:str='runs/cekd',        # Folder for result.json, history.csv, report.png and model.pkl

@@ -7,7 +7,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/data.html.md"""
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'BENCHMARKS', 'ImageTable', 'cub_folder', 'read_cub', 'read_folders', 'fetch_url', 'Benchmark',
            'benchmarks', 'read_table', 'open_image', 'ResizeShort', 'recipe_tfms', 'TableLabeller', 'TableSplitter',
-           'OpenImage', 'FineGrainedBlock', 'fine_grained_block', 'fine_grained_dls']
+           'OpenImage', 'FineGrainedBlock', 'fine_grained_block', 'PixelStore', 'MemoryDL', 'fine_grained_dls']
 
 # %% ../nbs/01_data.ipynb #imports
 import multiprocessing, random, warnings
@@ -407,6 +407,57 @@ def fine_grained_block(
     return FineGrainedBlock(blocks=(ImageBlock, CategoryBlock(vocab=table.classes, sort=False)), get_items=_table_files,
         get_y=TableLabeller(table), splitter=TableSplitter(table), item_tfms=items, batch_tfms=batch)
 
+# %% ../nbs/01_data.ipynb #store
+class PixelStore:
+    "Pictures scaled once and kept as bytes on `device`, from which whole batches are cropped; `OSError` names a file that cannot be read"
+    def __init__(self,
+        files,       # paths of the pictures
+        size:int,    # of the crops, in pixels; the shortest side is scaled to 8/7 of it
+        device='cpu' # where the bytes are kept
+    ):
+        short = round(size*8/7)
+        steps = [OpenImage(2*short), ResizeShort(short)]
+        def read(fn): return np.asarray(steps[1](steps[0](fn)))
+        with ThreadPoolExecutor(os.cpu_count()) as ex: ims = list(progress_bar(ex.map(read, files), total=len(files), leave=False, display=len(files)>1000))
+        self.size,(self.h,self.w) = size,(torch.tensor([o.shape[i] for o in ims], device=device) for i in (0,1))
+        self.start = (self.h*self.w).cumsum(0) - self.h*self.w
+        self.pixels = torch.from_numpy(np.concatenate([o.reshape(-1, 3) for o in ims])).to(device)
+
+    def crops(self,
+        idxs:Tensor,      # of the pictures, shape (B,), on the store's device
+        random:bool=False # random crops and flips, or the centre
+    ): # uint8, shape (B, 3, size, size)
+        "Crops of some pictures"
+        s,h,w,r = self.size,self.h[idxs],self.w[idxs],torch.arange(self.size, device=idxs.device)
+        if random: y,x = ((torch.rand(len(idxs), device=idxs.device)*(o-s+1)).long() for o in (h,w))
+        else: y,x = (h-s)//2,(w-s)//2
+        flip = (torch.rand(len(idxs), 1, device=idxs.device) < .5) & random
+        cols = x[:,None] + torch.where(flip, s-1-r, r)
+        rows = self.start[idxs][:,None] + (y[:,None]+r)*w[:,None]
+        return self.pixels[rows[:,:,None]+cols[:,None]].permute(0,3,1,2)
+
+# %% ../nbs/01_data.ipynb #memdl
+class MemoryDL(TfmdDL):
+    "A `TfmdDL` whose batches are cropped from a `PixelStore`, if it has been given one"
+    store,targets = None,None
+    def create_batches(self, samps):
+        if self.store is None: yield from super().create_batches(samps)
+        else:
+            for o in chunked(samps, self.bs, self.drop_last):
+                idxs = torch.tensor(o, device=self.targets.device)
+                yield TensorImage(self.store.crops(idxs, self.dataset.split_idx==0)),TensorCategory(self.targets[idxs])
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        res = super().new(dataset, cls, **kwargs)
+        if (dataset is None or dataset is self.dataset) and 'after_item' not in kwargs and isinstance(res, MemoryDL): res.store,res.targets = self.store,self.targets
+        return res
+
+def _fill(dls, size):
+    "Give both parts of `dls` their pictures and labels"
+    for dl in (dls.train,dls.valid):
+        dl.targets = torch.tensor(list(dl.dataset.tls[1]), device=dls.device)
+        dl.store = PixelStore(dl.items, size, dls.device)
+
 # %% ../nbs/01_data.ipynb #dls
 def fine_grained_dls(
     source,           # name of a benchmark, path of a folder, or `ImageTable`
@@ -419,6 +470,7 @@ def fine_grained_dls(
     num_workers=None, # processes that load images; one for each CPU if None, up to 16
     root=None,        # folder with the files of a named benchmark; fastai's data folder if None
     path=None,        # where a `Learner` saves models; the folder of the data set if None
+    in_memory=False,  # read every picture once and keep it, for sets that fit into memory; with the recipe's item transforms only
     item_tfms=None,   # to replace those of the same class in `recipe_tfms(size)`, or to add
     batch_tfms=None,  # to replace `Normalize` with ImageNet's statistics, or to add
     **kwargs          # for `DataBlock.dataloaders`, such as `val_bs`, `device`, `drop_last`
@@ -428,7 +480,10 @@ def fine_grained_dls(
     t = read_table(source, classes, valid_pct, seed, verify, root)
     if t.n_train < bs and kwargs.get('drop_last') is not False:
         raise ValueError(f'bs={bs} is more than the {t.n_train} training images of {t.root}: pass bs={t.n_train} or less, or drop_last=False')
+    if in_memory and item_tfms is not None: raise ValueError("in_memory=True keeps pictures as the recipe's item transforms leave them: pass yours as batch_tfms, or leave in_memory out")
     block = fine_grained_block(t, size, item_tfms, batch_tfms)
+    if in_memory: kwargs,num_workers = dict(dl_type=MemoryDL) | kwargs,0
     dls = block.dataloaders(t, bs=bs, num_workers=num_workers, path=t.root if path is None else path, **kwargs)
     dls.table = t
+    if in_memory: _fill(dls, size)
     return dls

@@ -207,8 +207,7 @@ def test_classes_errors(tmp_path):
 def test_sizes(tmp_path, kw, says):
     with raises(ValueError, says): mini_dls(cub_mini(tmp_path/'cub'), **kw)
 
-def test_small_data_without_drop_last(tmp_path):
-    assert len(list(mini_dls(cub_mini(tmp_path/'cub'), bs=32, drop_last=False).train)) == 1
+def test_small_data_without_drop_last(tmp_path): assert len(list(mini_dls(cub_mini(tmp_path/'cub'), bs=32, drop_last=False).train)) == 1
 
 @pytest.mark.parametrize('pct', [0, 1, -.2, 20])
 def test_valid_pct(tmp_path, pct):

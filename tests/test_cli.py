@@ -1,0 +1,103 @@
+"The command as a process: what it writes, what it says, and what it leaves behind."
+import json,os,shutil,signal,subprocess,sys,time
+import pytest
+from cekd_fastai.synthetic import make_birds
+
+small = '--arch test_resnet --no-pretrained --size 56 --bs 16 --num-workers 0'.split()
+env = os.environ | dict(PYTHONUNBUFFERED='1', PYTHONWARNINGS='ignore', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='2')
+exe = [sys.executable, '-c', 'from cekd_fastai.cli import cekd_train; cekd_train()']
+
+def command(*args, **kw):
+    "Start `cekd-train` with these arguments."
+    return subprocess.Popen([*exe, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=env, **kw)
+
+@pytest.fixture(scope='module')
+def birds(tmp_path_factory): return make_birds(tmp_path_factory.mktemp('data')/'birds', n_species=4, n_images=12, n_train=8, size=64, progress=False)
+
+@pytest.fixture(scope='module')
+def done(birds, tmp_path_factory):
+    "Folder of a finished run of CEKD, and what it printed"
+    out = tmp_path_factory.mktemp('runs')/'cekd'
+    p = command('--data', birds, *small, '--epochs', 2, '--mix', 'cutmix', '--out', out)
+    text,err = p.communicate(timeout=300)
+    assert p.returncode==0, err
+    return out,text
+
+def test_writes(done):
+    out,text = done
+    res = json.loads((out/'result.json').read_text())
+    assert sorted(p.name for p in out.iterdir()) == ['history.csv','model.pkl','report.png','result.json']
+    assert len(res['branches'])==2 and 0<=res['accuracy']<=1 and res['args']['mix']=='cutmix' and res['versions']['torch']
+    assert min(res[k] for k in ('seconds','images_per_s','peak_memory_gb','valid_loss'))>0
+    assert f"accuracy {res['accuracy']:.1%}" in text
+    head,*rows = (out/'history.csv').read_text().splitlines()
+    assert head=='epoch,train_loss,valid_loss,accuracy,ce_mix,cross,ce_clean' and len(rows)==2
+    assert (out/'report.png').read_bytes()[:4]==b'\x89PNG'
+
+def test_same_seed_same_result(done, birds, tmp_path):
+    p = command('--data', birds, *small, '--epochs', 2, '--mix', 'cutmix', '--out', tmp_path/'again')
+    assert p.communicate(timeout=300) and p.returncode==0
+    a,b = (json.loads((o/'result.json').read_text()) for o in (done[0], tmp_path/'again'))
+    assert a['accuracy']==b['accuracy'] and abs(a['valid_loss']-b['valid_loss'])<1e-4
+
+def test_model_in_a_fresh_process(done, birds):
+    code = f"""from fastai.vision.all import *
+learn = load_learner({str(done[0]/'model.pkl')!r})
+name,i,probs = learn.predict(get_image_files({str(birds)!r})[0])
+assert name==learn.dls.vocab[i] and len(probs)==4 and abs(probs.sum()-1)<1e-4
+assert learn.opt is None and learn.cekd.clean is None and learn.cut_mix.host is None"""
+    subprocess.run([sys.executable, '-c', code], check=True, env=env)
+
+def test_model_size(done):
+    "The export holds the network and little else: no optimiser, no batch, no teacher."
+    import timm
+    n = sum(p.numel() for p in timm.create_model('test_resnet').parameters())*4*2
+    assert (done[0]/'model.pkl').stat().st_size < n + 400_000
+
+def test_refuses_to_overwrite(done, birds):
+    before = (done[0]/'model.pkl').stat().st_mtime_ns
+    p = command('--data', birds, *small, '--epochs', 1, '--out', done[0])
+    text,err = p.communicate(timeout=300)
+    assert p.returncode==1 and 'already holds results' in err and '--force' in err
+    assert (done[0]/'model.pkl').stat().st_mtime_ns==before
+
+@pytest.mark.skipif(os.name=='nt', reason='Windows has no SIGINT for one process')
+def test_interrupt(birds, tmp_path):
+    p = command('--data', birds, *small, '--epochs', 500, '--out', tmp_path/'run')
+    lines = iter(p.stdout.readline, '')
+    assert any('train_loss' in o for o in lines)
+    time.sleep(2)
+    p.send_signal(signal.SIGINT)
+    err = p.communicate(timeout=60)[1]
+    assert p.returncode==130 and 'interrupted, nothing was written' in err
+    assert not (tmp_path/'run').exists()
+
+def test_one_sentence(birds, tmp_path):
+    p = command('--data', birds, '--arch', 'resnet18', '--epochs', 1, '--size', 56, '--out', tmp_path/'run')
+    err = p.communicate(timeout=300)[1]
+    said = [o for o in err.splitlines() if o.startswith('cekd-train:')]
+    assert p.returncode==1 and len(said)==1 and 'Traceback' not in err
+    assert 'could not be downloaded' in said[0] and '`weights=`' in said[0]
+    assert not (tmp_path/'run').exists()
+
+def test_corrupt_image_is_named(birds, tmp_path):
+    shutil.copytree(birds, tmp_path/'birds')
+    file = sorted((tmp_path/'birds'/'images').rglob('*.jpg'))[3]
+    file.write_bytes(file.read_bytes()[:200])
+    for workers in (0,1):
+        args = [*small[:-1], workers, '--epochs', 1, '--mix', 'cutmix', '--out', tmp_path/'run']
+        p = command('--data', tmp_path/'birds', *args)
+        err = p.communicate(timeout=300)[1]
+        assert p.returncode==1 and file.name in err.splitlines()[-1] and 'verify' in err.splitlines()[-1], err
+    p = command('--data', tmp_path/'birds', *args, '--verify')
+    text,err = p.communicate(timeout=300)
+    assert p.returncode==0 and file.name in err
+
+def test_real_birds(real_data, tmp_path):
+    "Two classes of CUB-200-2011, with weights from a local file, as on a machine without a network"
+    weights = next(real_data('weights').rglob('mobilenet_v2*'))
+    args = '--classes 3 --arch mobilenetv2_100 --arch-args pad_type=same --freeze-bn --freeze-trunk --size 64 --epochs 1 --num-workers 0'.split()
+    p = command('--data', real_data('CUB_200_2011'), '--weights', weights, *args, '--out', tmp_path/'cub')
+    text,err = p.communicate(timeout=300)
+    assert p.returncode==0, err
+    assert json.loads((tmp_path/'cub'/'result.json').read_text())['args']['classes']==3
