@@ -3,10 +3,11 @@
     python benchmarks/synthetic.py"""
 from fastcore.script import call_parse
 from common import collect,table
-from make_train import backbone,common
+from make_train import backbone,common,half
 
 methods = {'plain': dict(method='plain', mix='none'), 'CutMix': dict(method='plain', mix='cutmix'), 'SnapMix': dict(method='plain', mix='snapmix'),
-    'CEKD + SnapMix': dict(method='cekd', mix='snapmix'), 'CEKD + SnapMix, half the batches': dict(method='cekd', mix='snapmix', mix_prob=.5)}
+    'SnapMix, half the batches': dict(method='plain', **half),
+    'CEKD + SnapMix': dict(method='cekd', mix='snapmix'), 'CEKD + SnapMix, half the batches': dict(method='cekd', **half)}
 
 @call_parse
 def main(

@@ -46,7 +46,7 @@ def _head(rest, feat, want):
         for i in (0,1):
             head = nn.Sequential(*rest[:i], *glue, *rest[i:])
             try: out = head(feat)
-            except (RuntimeError,TypeError,NotImplementedError): continue
+            except (RuntimeError,TypeError,ValueError,NotImplementedError): continue
             if out.shape==want.shape and torch.allclose(out, want, atol=1e-4, rtol=1e-3): return head
 
 # %% ../nbs/03_branches.ipynb #chain-chain
