@@ -1,4 +1,8 @@
-"""What a step of CEKD costs: time over plain, beside the ratio of multiply-adds, counted on the same steps.
+"""What a step of CEKD costs: time over plain, beside the ratio of multiply-adds.
+
+Multiply-adds are counted on a forward pass F; a pass that trains costs 3 F (forward, and backward for inputs and weights), one that does not costs F.
+So plain is 3 F, SnapMix alone 4 F (its activation maps are a pass without gradient), and CEKD 2 x 3 F of the network with two branches.
+(torch's counter is not used on the backward pass, where it overcounts depthwise convolutions.)
 
     python benchmarks/step_cost.py
 
@@ -12,7 +16,8 @@ from cekd_fastai.all import *
 from cekd_fastai.cli import about,write_whole
 from common import here
 
-methods = {'plain': (1,[]), 'plain + SnapMix': (1,[SnapMix]), 'CEKD + CutMix': (2,[CutMix,CEKD]), 'CEKD + SnapMix': (2,[SnapMix,CEKD])}
+# branches, callbacks, forward passes that a step is worth
+methods = {'plain': (1,[],3), 'plain + SnapMix': (1,[SnapMix],4), 'CEKD + CutMix': (2,[CutMix,CEKD],6), 'CEKD + SnapMix': (2,[SnapMix,CEKD],6)}
 
 def ready(arch, n, cbs, x, y):
     "A learner in the middle of training, without progress bar and recorder"
@@ -25,6 +30,11 @@ def ready(arch, n, cbs, x, y):
     for e in ('before_fit','before_epoch','before_train'): learn(e)
     return learn
 
+def forward_macs(learn, x):
+    "Multiply-adds of one forward pass"
+    with torch.no_grad(), FlopCounterMode(display=False) as count: learn.model.branch_forward(x)
+    return count.get_total_flops()/2
+
 @call_parse
 def main(
     archs:str='resnet18,mobilenetv2_100', # Backbones, separated by commas
@@ -36,10 +46,9 @@ def main(
     rows = []
     for arch in archs.split(','):
         x,y = torch.randn(bs,3,size,size),torch.randint(0,50,(bs,))
-        learns,macs = {k:ready(arch, n, cbs, x, y) for k,(n,cbs) in methods.items()},{}
-        for k,l in learns.items():
-            with FlopCounterMode(display=False) as count: l.one_batch(0, (x,y))
-            macs[k] = count.get_total_flops()/2
+        learns = {k:ready(arch, n, cbs, x, y) for k,(n,cbs,_) in methods.items()}
+        macs = {k:passes*forward_macs(learns[k], x) for k,(_,_,passes) in methods.items()}
+        for l in learns.values(): l.one_batch(0, (x,y))
         times = {k:[] for k in learns}
         for _ in range(rounds):
             for k,l in learns.items():
