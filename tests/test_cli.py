@@ -1,15 +1,16 @@
 "The command as a process: what it writes, what it says, and what it leaves behind."
 import json,os,shutil,signal,subprocess,sys,time
+from pathlib import Path
 import pytest
 from cekd_fastai.synthetic import make_birds
 
 small = '--arch test_resnet --no-pretrained --size 56 --bs 16 --num-workers 0'.split()
-env = os.environ | dict(PYTHONUNBUFFERED='1', PYTHONWARNINGS='ignore', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='2')
-exe = [sys.executable, '-c', 'from cekd_fastai.cli import cekd_train; cekd_train()']
+env = os.environ | dict(PYTHONUNBUFFERED='1', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='2')
+exe = Path(sys.executable).parent/'cekd-train'
 
 def command(*args, **kw):
     "Start `cekd-train` with these arguments."
-    return subprocess.Popen([*exe, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=env, **kw)
+    return subprocess.Popen([exe, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=env, **kw)
 
 @pytest.fixture(scope='module')
 def birds(tmp_path_factory): return make_birds(tmp_path_factory.mktemp('data')/'birds', n_species=4, n_images=12, n_train=8, size=64, progress=False)
