@@ -2,11 +2,11 @@
 
 As on real birds, nobody starts from random weights: a small backbone is trained first, on 28 *other* drawn species, and all three start from it."""
 import sys,time
-from common import defaults,here,table
-from cekd_fastai.cli import one_sentence,run,write_whole
 from fastai.vision.all import *
-from cekd_fastai.all import *
 from fastai.callback.channelslast import ChannelsLast
+from cekd_fastai.all import *
+from cekd_fastai.cli import one_sentence,run,write_whole
+from common import defaults,here,table # after fastai, which has a `defaults` of its own
 
 net = dict(channels=(24,48,96,128), num_classes=28)
 # One network and schedule for all; 84 pixels are a crop from the 96 of the drawn birds
