@@ -244,4 +244,4 @@ def test_no_local_paths():
 def test_no_local_paths_fails():
     "The pattern sees a local path, and leaves web addresses and relative paths alone."
     assert local_path.search('open("/' + 'opt/x")') and local_path.search('cd /' + 'work/main')
-    assert not local_path.search('https://a.b/home/x net/work/y ~/opt/z')
+    assert not local_path.search('https://a.b/home/x net/home/y ~/opt/z')
