@@ -94,8 +94,8 @@ def evaluate(
     learn:Learner, # A trained learner
 )->tuple:          # Dict with `accuracy`, `branches`, `valid_loss`; logits (N, K) of the ensemble; classes (N,)
     "Accuracy of the ensemble and each branch, and the plain loss, from one pass over the validation set"
-    logits,y = branch_preds(learn)
-    acc,z = branch_accuracy(logits, y),logits.mean(0)
+    z,each,y = branch_preds(learn)
+    acc = branch_accuracy(z, each, y)
     return dict(accuracy=acc['ensemble'], branches=acc['branches'], valid_loss=learn.loss_func(z, y).item()),z,y
 
 def about(args:dict)->dict:

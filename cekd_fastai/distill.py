@@ -73,7 +73,7 @@ def after_pred(self:Distill):
     "Keep the branches, and leave the one prediction that metrics and other callbacks expect"
     if not self.owns: return
     self.logits,self.feats = self.learn.pred
-    self.learn.pred = self.logits.mean(0)
+    self.learn.pred = unwrap(self.learn.model).ensemble(self.logits, self.feats)
 
 @patch
 def after_loss(self:Distill):

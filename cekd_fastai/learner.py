@@ -9,7 +9,7 @@ __all__ = ['branch_learner', 'branch_preds', 'branch_accuracy']
 
 # %% ../nbs/10_learner.ipynb #le-imports
 from fastai.vision.all import *
-from .mix import unwrap
+from .mix import eval_mode,unwrap
 from .branches import BranchNet,branch_net,branch_splitter
 from .distill import BranchLoss,Components
 
@@ -39,20 +39,24 @@ def branch_learner(
 def branch_preds(
     learn:Learner,  # Any fastai learner of a classifier
     dl=None,        # Data to predict, the validation set by default
-)->tuple:           # Logits of each branch (n, N, K) and targets (N,), on the CPU
-    "Logits of every branch for a whole data loader, in one pass"
+)->tuple:           # Logits of the ensemble (N, K), of each branch (n, N, K), and targets (N,), on the CPU
+    "Logits of the ensemble and of every branch for a whole data loader, in one pass"
     model,dl = unwrap(learn.model),dl or learn.dls.valid
-    f = model.branch_forward if isinstance(model, BranchNet) else lambda x: (model(x)[None],None)
-    device,was = next(model.parameters()).device,model.training
-    model.eval()
-    try: res = [(f(to_device(x, device).as_subclass(Tensor))[0].float().cpu(),y.as_subclass(Tensor).cpu()) for x,y in dl]
-    finally: model.train(was)
-    return torch.cat([z for z,_ in res], 1),torch.cat([y for _,y in res])
+    def one(x):
+        if not isinstance(model, BranchNet): return (z:=model(x)),z[None]
+        logits,feats = model.branch_forward(x)
+        return model.ensemble(logits, feats),model.each(logits)
+    device,res = next(model.parameters()).device,[]
+    with eval_mode(model):
+        for x,y in dl: res.append([o.float().cpu() for o in one(to_device(x, device).as_subclass(Tensor))] + [y.as_subclass(Tensor).cpu()])
+    whole,each,y = zip(*res)
+    return torch.cat(whole),torch.cat(each, 1),torch.cat(y)
 
 def branch_accuracy(
-    logits:Tensor, # Logits of each branch, shape (n, N, K)
-    y:Tensor,      # Classes, shape (N,)
-)->dict:           # `ensemble`, and `branches`, a list; shares of 1
-    "Accuracy of the averaged logits and of each branch"
+    whole:Tensor, # Logits of the ensemble, shape (N, K)
+    each:Tensor,  # Logits of each branch, shape (n, N, K)
+    y:Tensor,     # Classes, shape (N,)
+)->dict:          # `ensemble`, and `branches`, a list; shares of 1
+    "Accuracy of the ensemble and of each branch"
     acc = lambda z: (z.argmax(-1)==y).float().mean().item()
-    return dict(ensemble=acc(logits.mean(0)), branches=[acc(z) for z in logits])
+    return dict(ensemble=acc(whole), branches=[acc(z) for z in each])
