@@ -17,6 +17,7 @@ from .distill import *
 from .cekd import *
 from .learner import *
 from .interpret import *
+from .deploy import *
 
 # %% ../nbs/14_all.ipynb #al-names
 __all__ = [o for o in globals() if not o.startswith('_')]
