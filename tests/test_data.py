@@ -1,12 +1,14 @@
 "Benchmarks and folders as `DataLoaders`: every layout, every mistake in the data, the real download, real photographs."
-import dataclasses,gc,http.server,inspect,multiprocessing,pickle,random,re,shutil,tarfile,threading,warnings
+import dataclasses,gc,hashlib,http.server,inspect,io,multiprocessing,pickle,random,re,shutil,tarfile,threading,warnings,zipfile
 from functools import partial
 from pathlib import Path
 import matplotlib,numpy as np,pytest,torch
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from PIL import Image
+from scipy.io import savemat
 from torch import nn
+from torchvision import datasets as tvd
 from fastai.vision.all import (CrossEntropyLossFlat, FlipItem, Interpretation, Learner, Normalize, Pipeline, PILImage, RandomCrop, RandomErasing,
     Resize, Transform, URLs, accuracy, load_learner)
 from cekd_fastai import data
@@ -134,7 +136,7 @@ def raises(err, *parts): return pytest.raises(err, match='.*'.join(map(re.escape
 def test_no_such_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with raises(FileNotFoundError, "'CUBS' is neither a benchmark nor a folder", "did you mean 'cub'"): fine_grained_dls('CUBS')
-    with raises(FileNotFoundError, "'zzzz'", "choose from 'cub', 'synthetic'"): fine_grained_dls('zzzz')
+    with raises(FileNotFoundError, "'zzzz'", "choose from 'cub', 'cars'"): fine_grained_dls('zzzz')
     with raises(FileNotFoundError, str(tmp_path/'none'), 'does not exist'): fine_grained_dls(tmp_path/'none')
     with raises(FileNotFoundError, 'none/sub', 'does not exist'): fine_grained_dls('none/sub')
     with raises(NotADirectoryError, 'a.jpg is a file'): fine_grained_dls(picture(tmp_path/'a.jpg'))
@@ -493,3 +495,682 @@ def test_real_flowers(real_data):
     t = read_table(real_data('oxford-flowers17-12classes'))
     assert (len(t.classes), t.n_train, t.n_valid) == (12, 720, 240)
     assert fine_grained_dls(t, size=64, bs=8, num_workers=2).one_batch()[0].shape == (8,3,64,64)
+
+# Layouts of the other benchmarks: miniatures as their authors write them
+
+def mats(path, **kwargs):
+    "A MATLAB file."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    savemat(path, kwargs)
+
+def cells(names): return np.array(names, dtype=object)
+
+def cars_mini(path, size=(80,60)):
+    "3 classes; train has 2 pictures of each and test 1; the box of picture k begins at (k, 2k) and is 40 x 20."
+    base = path/'stanford_cars'
+    mats(base/'devkit'/'cars_meta.mat', class_names=cells(['AM General Hummer', 'Acura RL', 'Audi R8']))
+    for file,folder,n in ((base/'devkit'/'cars_train_annos.mat', 'cars_train', 6), (base/'cars_test_annos_withlabels.mat', 'cars_test', 3)):
+        dt = [(o, object) for o in ('bbox_x1','bbox_y1','bbox_x2','bbox_y2','class','fname')]
+        mats(file, annotations=np.array([(k+1, 2*k+1, k+40, 2*k+20, k%3+1, f'{k+1:05d}.jpg') for k in range(n)], dtype=dt))
+        for k in range(n): picture(base/folder/f'{k+1:05d}.jpg', k, size=size)
+    return path
+
+def aircraft_mini(path, size=(80,60)):
+    "4 variants of 2 families of 1 manufacturer; train, val and test have one picture of each variant."
+    base = path/'fgvc-aircraft-2013b'/'data'
+    names = dict(variant=['707-320','737-200','A300B4','A310'], family=['Boeing 707','A300'], manufacturer=['Boeing'])
+    for level,file in (('variant','variants'), ('family','families'), ('manufacturer','manufacturers')):
+        base.mkdir(parents=True, exist_ok=True)
+        (base/f'{file}.txt').write_text('\n'.join(names[level])+'\n')
+        for part,ids in (('train',range(4)), ('val',range(4,8)), ('trainval',range(8)), ('test',range(8,12))):
+            (base/f'images_{level}_{part}.txt').write_text(''.join(f'{k:07d} {names[level][k%4*len(names[level])//4]}\n' for k in ids))
+    (base/'images_box.txt').write_text(''.join(f'{k:07d} {k+1} 3 {k+40} 52\n' for k in range(12)))
+    for k in range(12): picture(base/'images'/f'{k:07d}.jpg', k, size=size)
+    return path
+
+def pets_mini(path):
+    base = path/'oxford-iiit-pet'
+    rows = [('Abyssinian',1,1,1), ('american_bulldog',2,2,1), ('Birman',3,1,2)]
+    (base/'annotations').mkdir(parents=True)
+    for part,ids in (('trainval',(1,2)), ('test',(3,))):
+        (base/'annotations'/f'{part}.txt').write_text(''.join(f'{o}_{i} {a} {b} {c}\n' for o,a,b,c in rows for i in ids))
+        for k,(o,*_) in enumerate(rows):
+            for i in ids: picture(base/'images'/f'{o}_{i}.jpg', 10*k+i)
+    return path
+
+def flowers_mini(path, monkeypatch):
+    "Six pictures of two classes; the numbers of train, val and test are mixed. torchvision compares hashes, which a miniature cannot have."
+    base = path/'flowers-102'
+    mats(base/'imagelabels.mat', labels=np.array([[1,2,1,2,1,2]]))
+    mats(base/'setid.mat', trnid=np.array([[6,1]]), valid=np.array([[2,3]]), tstid=np.array([[5,4]]))
+    for k in range(1, 7): picture(base/'jpg'/f'image_{k:05d}.jpg', k)
+    monkeypatch.setattr(tvd.Flowers102, '_check_integrity', lambda self: True)
+    return path
+
+def dogs_mini(path):
+    names = ['n02085620-Chihuahua', 'n02085782-Japanese_spaniel']
+    fs = [f'{o}/{o[:9]}_{k}.jpg' for o in names for k in range(3)]
+    for k,o in enumerate(fs): picture(path/'Images'/o, k)
+    for part,keep in (('train', [0,2,3,4]), ('test', [1,5])):
+        mats(path/f'{part}_list.mat', file_list=cells([[fs[k]] for k in keep]), labels=np.array([[k//3+1] for k in keep]))
+    return path
+
+def nabirds_mini(path):
+    "Numbers of pictures are words, classes.txt holds groups too, and two leaves bear one name."
+    rows = [(f'{k:08x}-0000', f'{c:04d}/{k:08x}.jpg', c, int(k%3<2)) for k,c in enumerate([295]*3+[296]*3+[1010]*3)]
+    for k,(_,f,_,_) in enumerate(rows): picture(path/'images'/f, k)
+    (path/'classes.txt').write_text('0 Birds\n1 Ducks\n295 Mallard (Adult male)\n296 Mallard\n1010 Mallard\n')
+    (path/'hierarchy.txt').write_text('1 0\n295 1\n296 1\n1010 1\n')
+    for name,fmt in (('images.txt','{0} {1}'), ('image_class_labels.txt','{0} {2}'), ('train_test_split.txt','{0} {3}'), ('bounding_boxes.txt','{0} 5 6 20 10')):
+        (path/name).write_text(''.join(fmt.format(*o)+'\n' for o in rows))
+    return path
+
+def cifar_mini(path, cls, monkeypatch):
+    "The official pickles, with 6 training and 4 test pictures of 2 classes."
+    base,fine = path/cls.base_folder,cls is tvd.CIFAR100
+    base.mkdir(parents=True)
+    rand = np.random.default_rng(0)
+    def put(name, n): (base/name).write_bytes(pickle.dumps({'data': rand.integers(0, 256, (n,3072), dtype=np.uint8), 'fine_labels' if fine else 'labels': [k%2 for k in range(n)]}))
+    for name,_ in cls.train_list: put(name, 6 if fine else 2)
+    for name,_ in cls.test_list: put(name, 4)
+    (base/cls.meta['filename']).write_bytes(pickle.dumps({cls.meta['key']: ['apple','bear']}))
+    monkeypatch.setattr('torchvision.datasets.cifar.check_integrity', lambda *args: True)
+    return path
+
+def svhn_mini(path, monkeypatch):
+    rand = np.random.default_rng(0)
+    for part,n in (('train',20), ('test',10)): mats(path/f'{part}_32x32.mat', X=rand.integers(0, 256, (32,32,3,n), dtype=np.uint8), y=np.array([[k%10+1] for k in range(n)], dtype=np.uint8))
+    monkeypatch.setattr(tvd.SVHN, '_check_integrity', lambda self: True)
+    return path
+
+def expect(monkeypatch, name, *counts):
+    "The named benchmark with the counts of a miniature."
+    monkeypatch.setitem(data.BENCHMARKS, name, dataclasses.replace(data.BENCHMARKS[name], **dict(zip(('n_classes','n_train','n_test'), counts))))
+
+def in_parts(t): return {p:[(f.name, o) for f,o,v in zip(t.files, t.labels, t.is_valid) if v==(p=='valid')] for p in ('train','valid')}
+
+def test_cars(tmp_path, monkeypatch):
+    cars_mini(tmp_path)
+    expect(monkeypatch, 'cars', 3, 6, 3)
+    t = read_table('cars', root=tmp_path)
+    assert t.classes == ['AM General Hummer', 'Acura RL', 'Audi R8'] and t.recipe == 'squeeze'
+    assert in_parts(t)['valid'] == [('00001.jpg','AM General Hummer'), ('00002.jpg','Acura RL'), ('00003.jpg','Audi R8')]
+    assert t.boxes[:3].tolist() == [[0,0,40,20], [1,2,40,20], [2,4,40,20]]
+    for o in (tmp_path, tmp_path/'stanford_cars'): assert read_table(o).files == t.files
+    (tmp_path/'stanford_cars'/'cars_train'/'00004.jpg').unlink()
+    with raises(FileNotFoundError, '1 of 9 files', '00004.jpg'): read_table('cars', root=tmp_path)
+    (tmp_path/'stanford_cars'/'cars_test_annos_withlabels.mat').unlink()
+    with raises(FileNotFoundError, 'stanford_cars lacks files of StanfordCars'): read_table('cars', root=tmp_path)
+
+def test_cars_by_name_says_what_to_do(fastai_home):
+    with raises(FileNotFoundError, "'cars' cannot be downloaded automatically", 'stanford_cars', str(fastai_home/'data'/'cars')): fine_grained_dls('cars')
+
+@pytest.mark.parametrize('name,classes', [('aircraft',4), ('aircraft-family',2), ('aircraft-manufacturer',1)])
+def test_aircraft(tmp_path, monkeypatch, name, classes):
+    expect(monkeypatch, name, classes, 8, 4)
+    t = read_table(name, root=aircraft_mini(tmp_path))
+    assert len(t.classes) == classes and t.recipe == 'squeeze' and t.boxes[5].tolist() == [5,2,40,50]
+    assert [f.stem for f,v in zip(t.files, t.is_valid) if v] == [f'{k:07d}' for k in range(8, 12)]
+    if name == 'aircraft': assert t.labels[:4] == ['707-320','737-200','A300B4','A310'] and read_table(tmp_path).labels == t.labels
+    if name == 'aircraft-family': assert t.labels[:4] == ['Boeing 707']*2+['A300']*2
+
+def test_pets(tmp_path, monkeypatch):
+    expect(monkeypatch, 'pets', 3, 6, 3)
+    t = read_table('pets', root=pets_mini(tmp_path))
+    assert t.classes == ['Abyssinian', 'American Bulldog', 'Birman']
+    assert in_parts(t)['valid'] == [('Abyssinian_3.jpg','Abyssinian'), ('american_bulldog_3.jpg','American Bulldog'), ('Birman_3.jpg','Birman')]
+    assert read_table(tmp_path).files == t.files
+
+def test_flowers(tmp_path, monkeypatch):
+    flowers_mini(tmp_path, monkeypatch)
+    monkeypatch.setattr(tvd.Flowers102, 'classes', ['pink primrose', 'hard-leaved pocket orchid'])
+    expect(monkeypatch, 'flowers', 2, 4, 2)
+    t = read_table('flowers', root=tmp_path)
+    names = tvd.Flowers102.classes
+    assert in_parts(t) == dict(train=[('image_00006.jpg',names[1]), ('image_00001.jpg',names[0]), ('image_00002.jpg',names[1]), ('image_00003.jpg',names[0])],
+        valid=[('image_00005.jpg',names[0]), ('image_00004.jpg',names[1])])
+
+def test_flowers_of_other_hashes(tmp_path, monkeypatch):
+    with monkeypatch.context() as m: flowers_mini(tmp_path, m)
+    with raises(FileNotFoundError, 'flowers-102 lacks files of Flowers102 or they were changed'): read_table(tmp_path)
+
+def test_dogs(tmp_path, monkeypatch):
+    expect(monkeypatch, 'dogs', 2, 4, 2)
+    t = read_table('dogs', root=dogs_mini(tmp_path))
+    assert t.classes == ['n02085620-Chihuahua', 'n02085782-Japanese_spaniel'] and t.n_train == 4
+    assert in_parts(t)['valid'] == [('n02085620_1.jpg','n02085620-Chihuahua'), ('n02085782_2.jpg','n02085782-Japanese_spaniel')]
+    (tmp_path/'Images'/'n02085620-Chihuahua'/'n02085620_1.jpg').unlink()
+    with raises(FileNotFoundError, '1 of 6 files', 'n02085620_1.jpg'): read_table(tmp_path)
+
+def test_nabirds(tmp_path, monkeypatch):
+    expect(monkeypatch, 'nabirds', 3, 6, 3)
+    t = read_table('nabirds', root=nabirds_mini(tmp_path))
+    assert t.classes == ['Mallard (Adult male)', 'Mallard (296)', 'Mallard (1010)']
+    assert t.counts().values.tolist() == [[2,1]]*3 and t.boxes[0].tolist() == [5,6,20,10]
+
+@pytest.mark.parametrize('name,cls', [('cifar10',tvd.CIFAR10), ('cifar100',tvd.CIFAR100)])
+def test_cifar(tmp_path, monkeypatch, name, cls):
+    cifar_mini(tmp_path, cls, monkeypatch)
+    expect(monkeypatch, name, 2, 6 if name=='cifar100' else 10, 4)
+    dls = fine_grained_dls(name, root=tmp_path, bs=2, num_workers=0)
+    t = dls.table
+    assert (t.classes, t.recipe, t.stats) == (['apple','bear'], 'pad', data.STATS[name])
+    assert dls.one_batch()[0].shape == (2,3,32,32)
+    raw = [cls(tmp_path, train=o) for o in (True, False)]
+    for f,o,v in zip(t.files, t.labels, t.is_valid):
+        i = int(f.stem)
+        assert (np.array(Image.open(f)) == raw[int(v)].data[i]).all() and o == raw[int(v)].classes[raw[int(v)].targets[i]]
+    when = t.files[0].stat().st_mtime_ns
+    assert read_table(name, root=tmp_path).files[0].stat().st_mtime_ns == when # written once
+    t.files[0].unlink()
+    with raises(FileNotFoundError, '1 files of', 'are missing: 00000.png'): read_table(name, root=tmp_path)
+
+def test_svhn(tmp_path, monkeypatch):
+    svhn_mini(tmp_path, monkeypatch)
+    expect(monkeypatch, 'svhn', 10, 20, 10)
+    dls = fine_grained_dls('svhn', root=tmp_path, bs=2, num_workers=0)
+    t = dls.table
+    assert t.classes == list('0123456789') and t.recipe == 'digits'
+    assert {o for f,o in zip(t.files, t.labels) if f.name=='00009.png'} == {'0'} # the files say 10
+    assert not any(isinstance(o, FlipItem) for o in dls.after_item.fs)
+
+def test_arrays_that_are_not_there(tmp_path):
+    with raises(FileNotFoundError, 'neither train/ and test/ nor the whole files of CIFAR10'): read_table('cifar10', root=tmp_path)
+    assert not (tmp_path/'png').exists() and not list(tmp_path.iterdir())
+
+def test_arrays_half_written(tmp_path, monkeypatch):
+    "An interrupt while the PNG files are written leaves nothing that could be taken for the data set."
+    cifar_mini(tmp_path, tvd.CIFAR100, monkeypatch)
+    expect(monkeypatch, 'cifar100', 2, 6, 4)
+    save,n = Image.Image.save,[]
+    def broken(self, *args, **kwargs):
+        n.append(1)
+        if len(n) > 3: raise KeyboardInterrupt
+        return save(self, *args, **kwargs)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(Image.Image, 'save', broken)
+        read_table('cifar100', root=tmp_path)
+    assert [o.name for o in tmp_path.iterdir()] == [tvd.CIFAR100.base_folder]
+    assert len(read_table('cifar100', root=tmp_path)) == 10
+
+def test_cinic_has_three_parts(tmp_path, monkeypatch):
+    folders(tmp_path, train__cat=3, train__dog=3, valid__cat=2, valid__dog=2, test__cat=2, test__dog=1)
+    expect(monkeypatch, 'cinic10', 2, 6, 3)
+    dls = fine_grained_dls('cinic10', root=tmp_path, bs=2, num_workers=0)
+    assert dls.table.counts().values.tolist() == [[3,2,2],[3,2,1]] and dls.table.recipe == 'pad'
+    assert {o.parent.parent.name for o in dls.valid.items} == {'valid'} and {o.parent.parent.name for o in official_test(dls).items} == {'test'}
+    with raises(ValueError, 'has a validation part and a test part already'): read_table('cinic10', root=tmp_path, valid_pct=.2)
+
+@pytest.mark.parametrize('name', ['imagenet','imagewoof'])
+def test_imagenet_layout(tmp_path, monkeypatch, name):
+    folders(tmp_path, train__n01440764=3, train__n01443537=2, val__n01440764=1, val__n01443537=1)
+    expect(monkeypatch, name, 2, 5, 2)
+    assert read_table(name, root=tmp_path).counts().values.tolist() == [[3,1],[2,1]]
+    next((tmp_path/'train'/'n01443537').iterdir()).unlink()
+    with raises(ValueError, f"not the whole of '{name}': 1 training images missing", 'n01443537 with 1 train'): read_table(name, root=tmp_path)
+
+def test_never_downloaded(fastai_home):
+    with raises(FileNotFoundError, "'imagenet' cannot be downloaded", 'image-net.org', 'root='): fine_grained_dls('imagenet')
+    with raises(FileNotFoundError, "'nabirds' cannot be downloaded", 'put nabirds.tar.gz into'): fine_grained_dls('nabirds')
+    (fastai_home/'archive').mkdir(parents=True)
+    (fastai_home/'archive'/'nabirds.tar.gz').write_bytes(b'half')
+    with raises(OSError, 'nabirds.tar.gz is damaged or another version'): fine_grained_dls('nabirds')
+
+def test_official_counts():
+    want = dict(cub=(200,5994,5794), cars=(196,8144,8041), aircraft=(100,6667,3333), dogs=(120,12000,8580), pets=(37,3680,3669), flowers=(102,2040,6149),
+        nabirds=(555,23929,24633), cifar10=(10,50000,10000), cifar100=(100,50000,10000), cinic10=(10,90000,90000), svhn=(10,73257,26032),
+        imagenet=(1000,1281167,50000), imagewoof=(10,9025,3929))
+    df = benchmarks()
+    assert {k:tuple(df.loc[k, ['n_classes','n_train','n_test']]) for k in want} == want
+    assert df.loc[['aircraft-family','aircraft-manufacturer'], 'n_classes'].tolist() == [70,30]
+    assert {'title','gb','papers','source','licence','paper'} <= set(df.columns) and 'CEKD' in df.papers['aircraft'] and 'MEAL' in df.papers['svhn']
+
+# Options
+
+def test_holdout_leaves_the_test_part_alone(tmp_path):
+    root = cub_mini(tmp_path/'cub', n_train=8, n_test=2)
+    full,dls = read_table(root),mini_dls(root, valid_pct=.25)
+    t = dls.table
+    assert t.counts().values.tolist() == [[6,2,2]]*3
+    assert {f for f,o in zip(t.files, t.is_test) if o} == {f for f,o in zip(full.files, full.is_valid) if o}
+    seen = set(dls.train.items) | set(dls.valid.items)
+    assert len(seen) == 24 and not seen & set(official_test(dls).items)
+    x,y = official_test(dls).one_batch()
+    assert len(y) == 4 and [dls.vocab[o] for o in y] == [f.parent.name for f in official_test(dls).items[:4]]
+    assert list(mini_dls(root, valid_pct=.25).valid.items) == list(dls.valid.items) != list(mini_dls(root, valid_pct=.25, seed=1).valid.items)
+    learn = tiny(dls, path=tmp_path)
+    with learn.no_bar(): assert len(learn.validate(dl=official_test(dls))) == 2
+    assert t.to_df().is_test.sum() == 6 and official_test(mini_dls(root)).n == 6
+    with raises(ValueError, 'class 001.Zebra Finch (1)', 'valid_pct needs'): read_table(cub_mini(tmp_path/'one', n_train=1), valid_pct=.2)
+
+def test_holdout_of_split_folders(tmp_path):
+    folders(tmp_path, train__a=10, train__b=5, test__a=2, test__b=1)
+    assert read_table(tmp_path, valid_pct=.2).counts().values.tolist() == [[8,2,2],[4,1,1]]
+    assert read_table(tmp_path).counts().values.tolist() == [[10,2],[5,1]]
+
+def test_per_class(tmp_path):
+    root = cub_mini(tmp_path/'cub')
+    t = read_table(root, per_class=2)
+    assert t.counts().values.tolist() == [[2,2]]*3
+    assert read_table(root, per_class=2).files == t.files
+    assert len({tuple(read_table(root, per_class=2, seed=i).files) for i in range(8)}) > 1
+    assert set(t.files) < set(read_table(root, per_class=3).files)
+    assert set(read_table(root, per_class=2, classes=1).files) < set(t.files)
+    assert read_table(root, per_class=2, valid_pct=.25).counts().values.tolist() == [[2,1,2]]*3
+    with raises(ValueError, 'class 001.Zebra Finch (4)', 'fewer than 5', 'smaller per_class'): read_table(root, per_class=5)
+    for o in (0, 1.5, True):
+        with raises(ValueError, f'per_class={o}'): read_table(root, per_class=o)
+
+@pytest.mark.parametrize('memory', [False, True])
+def test_balanced(tmp_path, memory):
+    folders(tmp_path, train__a=20, train__b=5, train__c=2, test__a=1, test__b=1, test__c=1)
+    make = lambda **kw: mini_dls(tmp_path, balanced=True, in_memory=memory, bs=9, **kw)
+    drawn = lambda dl: ['abc'.index(dl.items[i].parent.name) for i in dl.get_idxs()]
+    epochs = lambda dls: [drawn(dls.train) for _ in range(3)]
+    dls = make()
+    got = epochs(dls)
+    assert all(sorted(map(o.count, range(3))) == [9,9,9] for o in got) and got[0] != got[1]
+    rows = dls.train.get_idxs()
+    assert sorted(len([i for i in rows if i==j]) for j in range(27) if dls.train.items[j].parent.name=='b') == [1,2,2,2,2] # as even as can be
+    assert epochs(make()) == got != epochs(make(seed=1))
+    assert torch.cat([y for _,y in dls.train]).bincount().tolist() == [9,9,9]
+    assert len(dls.train) == 3 and [int(y) for _,b in dls.valid for y in b] == [0,1,2]
+    assert list(dls.train.new(shuffle=False).get_idxs()) == list(range(27)) and sorted(map(drawn(dls.train.new()).count, range(3))) == [9,9,9]
+    plain = mini_dls(tmp_path, bs=9, in_memory=memory)
+    assert sorted(plain.train.get_idxs()) == list(range(27))
+    with raises(ValueError, 'balanced=True has a dl_type of its own'): make(dl_type=data.BalancedDL)
+
+def boxed(path, size=(80,60)):
+    "CUB's layout with a white object in the box of a black picture; class i's object has width 20+4i."
+    root = cub_mini(path)
+    lines = []
+    for k,o in data._id_lines(root/'images.txt').items():
+        box = (7+int(k)%5, 9, 20+4*int(o[:3]), 30)
+        a = np.zeros((size[1],size[0],3), np.uint8)
+        a[box[1]:box[1]+box[3],box[0]:box[0]+box[2]] = 255
+        Image.fromarray(a).save(root/'images'/o, quality=95, subsampling=0)
+        lines.append(f'{k} ' + ' '.join(f'{v:.1f}' for v in box) + '\n')
+    (root/'bounding_boxes.txt').write_text(''.join(lines))
+    return root
+
+def test_crop_to_box(tmp_path):
+    root = boxed(tmp_path/'cub')
+    kw = dict(stats=([0.]*3, [1.]*3))
+    for dls in (mini_dls(root, crop_to_box=True, **kw), mini_dls(root, crop_to_box=True, in_memory=True, **kw)):
+        for dl in dls.loaders:
+            for x,_ in dl: assert x.min() > .9
+    assert mini_dls(root, **kw).valid.one_batch()[0].min() < .1
+    t = read_table(root)
+    assert [tuple(open_image(f, box=b).size) for f,b in zip(t.files, t.boxes)] == [(20+4*int(f.parent.name[:3]), 30) for f in t.files]
+    dls = mini_dls(root, crop_to_box=True, path=tmp_path)
+    tiny(dls).export()
+    assert b'pic 0.jpg' not in (tmp_path/'export.pkl').read_bytes()
+    new = picture(tmp_path/'new.jpg')
+    assert dls.test_dl([new]).one_batch()[0].shape == (1,3,28,28) # a picture without a box is taken whole
+
+def test_crop_to_box_in_processes(tmp_path):
+    dls = mini_dls(boxed(tmp_path/'cub'), crop_to_box=True, num_workers=2, stats=([0.]*3, [1.]*3))
+    assert min(float(x.min()) for x,_ in dls.valid) > .9
+
+def test_box_of_a_large_jpeg_is_decoded_small_enough_to_keep_its_pixels(tmp_path):
+    fn = picture(tmp_path/'x.jpg', size=(1600,1200), quality=95)
+    full = open_image(fn, box=(200,160,400,320)).resize((100,80))
+    fast = open_image(fn, draft=80, box=(200,160,400,320))
+    assert min(fast.size) >= 80 and fast.width < 400
+    assert np.abs(np.array(fast.resize((100,80))).astype(int) - np.array(full)).mean() < 2
+
+def test_crop_to_box_errors(tmp_path):
+    with raises(ValueError, 'crop_to_box=True', 'has no boxes'): mini_dls(cub_mini(tmp_path/'cub'), crop_to_box=True)
+    root = boxed(tmp_path/'b')
+    lines = (root/'bounding_boxes.txt').read_text().splitlines()
+    (root/'bounding_boxes.txt').write_text('\n'.join(lines[:-1]))
+    with raises(ValueError, 'bounding_boxes.txt: 24 has no line with 4 numbers'): read_table(root)
+    (root/'bounding_boxes.txt').write_text('\n'.join(lines[:-1]+['24 1 2 3 x']))
+    with raises(ValueError, 'bounding_boxes.txt: 24 has no line with 4 numbers'): read_table(root)
+    (root/'bounding_boxes.txt').write_text('\n'.join(['7 90 1 5 5']+lines[1:]))
+    with raises(OSError, 'pic 0.jpg cannot be read', 'its box [90.0, 1.0, 5.0, 5.0] lies outside of its 80 x 60 pixels'): mini_dls(root, crop_to_box=True, in_memory=True)
+
+def test_default_size_and_recipe_of_each_set(tmp_path, monkeypatch):
+    kinds = lambda dls: {type(o).__name__ for o in dls.after_item.fs} - {'ToTensor'}
+    dls = fine_grained_dls(cub_mini(tmp_path/'cub'), bs=2, num_workers=0)
+    assert kinds(dls) == {'ResizeShort','RandomCrop','FlipItem'} and dls.one_batch()[0].shape[-1] == 224
+    assert kinds(mini_dls(cars_mini(tmp_path/'cars'))) == {'ResizeSquare','RandomCrop','FlipItem'}
+    small = folders(tmp_path/'small', a=4, b=4)
+    dls = fine_grained_dls(small, recipe='digits', bs=2, num_workers=0)
+    assert kinds(dls) == {'ResizeSquare','CropPad','RandomCrop'} and dls.one_batch()[0].shape[-1] == 32
+    with raises(ValueError, "recipe='pda'", "did you mean 'pad'"): mini_dls(small, recipe='pda')
+
+def test_squeeze_keeps_everything_in_sight():
+    "A wide picture with a red left and a blue right end: squeezed, both are in the central crop; cropped, neither."
+    a = np.full((40,160,3), 128, np.uint8)
+    a[:,:20],a[:,-20:] = (255,0,0),(0,0,255)
+    x = {o:np.array(Pipeline(recipe_tfms(56, o), split_idx=1)(PILImage(Image.fromarray(a)))).astype(int) for o in ('crop','squeeze')}
+    assert all(o.shape == (56,56,3) for o in x.values())
+    assert (x['squeeze'][28,0]-[255,0,0] == 0).all() and (x['squeeze'][28,-1]-[0,0,255] == 0).all() and (x['crop'] == 128).all()
+
+def test_pad_moves_by_at_most_four_and_fills_with_black():
+    im = PILImage(Image.new('RGB', (32,32), 'white'))
+    random.seed(0)
+    x = np.stack([np.array(Pipeline(recipe_tfms(32, 'pad'), split_idx=0)(im))[:,:,0] for _ in range(200)])
+    assert set(np.unique(x)) == {0,255}
+    rows = (x.max(2) == 255).sum(1)
+    assert set(rows.tolist()) == {28,29,30,31,32}
+
+@pytest.mark.parametrize('recipe', ['crop','squeeze','pad','digits'])
+def test_in_memory_is_the_recipe(tmp_path, recipe):
+    root = cub_mini(tmp_path/'cub')
+    a,b = [mini_dls(root, recipe=recipe, in_memory=o) for o in (False,True)]
+    for (x,y),(u,v) in zip(a.valid, b.valid): assert torch.allclose(x, u, atol=1e-6) and (y==v).all()
+    ramp = Image.fromarray(np.tile(np.linspace(60, 255, 40).astype(np.uint8)[None,:,None], (30,1,3)))
+    ramp.save(tmp_path/'r.png')
+    got = data.PixelStore([tmp_path/'r.png'], 28, recipe=recipe).crops(torch.zeros(100, dtype=torch.long), random=True)
+    flips = sum(int(o[0,14,4]) > int(o[0,14,-5]) for o in got)
+    assert flips == 0 if recipe=='digits' else 30 < flips < 70
+    assert (0 in got.unique().tolist()) == (recipe in ('pad','digits'))
+
+def test_stats(tmp_path):
+    root = cub_mini(tmp_path/'cub')
+    own = lambda **kw: [o.mean.flatten().tolist()+o.std.flatten().tolist() for o in mini_dls(root, device='cpu', **kw).after_batch.fs if isinstance(o, Normalize)]
+    assert np.allclose(own(), [[.485,.456,.406,.229,.224,.225]])
+    assert np.allclose(own(stats='vit_base_patch16_224'), [[.5]*6])
+    assert np.allclose(own(stats=([.1]*3, [.2]*3)), [[.1]*3+[.2]*3])
+    for o in ('resnet_50x', (1,2), [[.1]*3]):
+        with raises(ValueError, 'architecture'): own(stats=o)
+
+def test_norm_stats_of_a_model():
+    import timm
+    assert norm_stats(timm.create_model('vit_tiny_patch16_224')) == ([.5]*3, [.5]*3)
+    assert norm_stats('vit_base_patch16_224.dino') == ([.485,.456,.406], [.229,.224,.225])
+
+# A smaller copy
+
+def test_presize_cub(tmp_path, monkeypatch):
+    root = boxed(tmp_path/'cub', size=(160,120))
+    (root/'extra.txt').write_text('pixels of something else')
+    dest = presize(root, 40)
+    a,b = read_table(root),read_table(dest)
+    assert dest == tmp_path/'cub-40' and (b.labels, list(b.is_valid), b.classes) == (a.labels, list(a.is_valid), a.classes)
+    assert [o.relative_to(dest) for o in b.files] == [o.relative_to(root) for o in a.files]
+    assert {Image.open(o).size for o in b.files} == {(53,40)} and {Image.open(o).format for o in b.files} == {'JPEG'}
+    assert np.abs(b.boxes-a.boxes/3).max() <= .05
+    assert not (dest/'extra.txt').exists() and [o.name for o in tmp_path.iterdir() if o.name[0]=='.'] == []
+    x,y = [mini_dls(o, crop_to_box=True).valid.one_batch()[0] for o in (root, dest)]
+    assert (x-y).abs().mean() < .1
+    when = (dest/'images.txt').stat().st_mtime_ns
+    assert presize(root, 40) == dest and (dest/'images.txt').stat().st_mtime_ns == when
+    with raises(FileExistsError, 'cub-40 exists and is not this copy'): presize(root, 50, dest=dest)
+    expect(monkeypatch, 'cub', 3, 12, 6)
+    assert len(read_table('cub', root=presize('cub', 40, root=root))) == 18
+    with raises(TypeError, 'pass a name or a path'): presize(a, 40)
+    with raises(ValueError, 'size=0'): presize(root, 0)
+
+@pytest.mark.parametrize('make', [cars_mini, aircraft_mini])
+def test_presize_scales_corner_boxes(tmp_path, make):
+    root = make(tmp_path/'set', size=(160,120))
+    a,b = read_table(root),read_table(presize(root, 60))
+    assert (b.labels, b.recipe) == (a.labels, 'squeeze') and {Image.open(o).size for o in b.files} == {(80,60)}
+    assert np.abs(b.boxes-a.boxes/2).max() <= 1
+    assert ((b.boxes[:,:2] <= a.boxes[:,:2]/2) & (b.boxes[:,:2]+b.boxes[:,2:] >= (a.boxes[:,:2]+a.boxes[:,2:])/2)).all() # never cuts the object
+    c = read_table(presize(presize(root, 60), 30))
+    assert np.abs(c.boxes-a.boxes/4).max() <= 2
+
+def test_presize_others(tmp_path, monkeypatch):
+    flowers = flowers_mini(tmp_path/'flowers', monkeypatch)
+    monkeypatch.setattr(tvd.Flowers102, 'classes', ['pink primrose', 'hard-leaved pocket orchid'])
+    for root in (flowers, pets_mini(tmp_path/'pets'), dogs_mini(tmp_path/'dogs'), nabirds_mini(tmp_path/'nabirds')):
+        a,b = read_table(root),read_table(presize(root, 20))
+        assert (b.labels, list(b.is_valid)) == (a.labels, list(a.is_valid)) and {min(Image.open(o).size) for o in b.files} == {20}
+
+def test_presize_keeps_parts_and_formats(tmp_path):
+    root = folders(tmp_path/'set', train__a=2, valid__a=1, test__a=1)
+    for i,(ext,kw) in enumerate(dict(png=dict(mode='L'), gif=dict(mode='P'), webp={}, bmp={}, tif={}).items()): picture(root/'train'/'a'/f'x{i}.{ext}', size=(60,60), **kw)
+    picture(root/'train'/'a'/'small.jpg', size=(10,10))
+    b = read_table(presize(root, 20))
+    assert b.counts().values.tolist() == [[8,1,1]]
+    sizes = {o.name:Image.open(o).size for o in b.files if o.parent.parent.name=='train'}
+    assert sizes == {'0.jpg':(27,20), '1.jpg':(27,20), 'x0.png':(20,20), 'x1.gif':(60,60), 'x2.webp':(20,20), 'x3.bmp':(20,20), 'x4.tif':(20,20), 'small.jpg':(10,10)}
+
+def test_presize_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(2): Image.open(picture(tmp_path/'x.png', size=(80,60))).save((tmp_path/'set'/'a').mkdir(parents=True, exist_ok=True) or tmp_path/'set'/'a'/f'{i}.jpg', exif=exif, quality=95)
+    a,b = tmp_path/'set'/'a'/'0.jpg',presize(tmp_path/'set', 30, quality=95)/'a'/'0.jpg'
+    assert open_image(b).size == (30,40)
+    assert np.abs(np.array(open_image(b)).astype(int)-np.array(open_image(a).resize((30,40)))).mean() < 8
+
+def test_presize_quality(tmp_path):
+    root = folders(tmp_path/'set', a=3)
+    n = [sum(o.stat().st_size for o in presize(root, 25, dest=tmp_path/f'q{q}', quality=q).rglob('*.jpg')) for q in (20, 95)]
+    assert n[0] < n[1]
+
+def test_presize_interrupted(tmp_path, monkeypatch):
+    root,before = cub_mini(tmp_path/'cub'),data._shrink
+    def broken(src, *args):
+        if src.name == 'pic 3.jpg': raise KeyboardInterrupt
+        return before(src, *args)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(data, '_shrink', broken)
+        presize(root, 20)
+    assert [o.name for o in tmp_path.iterdir()] == ['cub']
+    spoil(root/'images'/'003.Mallard'/'pic 2.jpg', 'truncated')
+    with raises(OSError, '003.Mallard/pic 2.jpg cannot be read'): presize(root, 20)
+    assert [o.name for o in tmp_path.iterdir()] == ['cub']
+
+# Files that are no good, and names that are unusual
+
+def test_verify_lists_every_fault(tmp_path):
+    root = folders(tmp_path/'set', a=9, b=2)
+    f = lambda i: root/'a'/f'{i}.jpg'
+    for i,how in enumerate(['truncated','empty','text']): spoil(f(i), how)
+    Image.new('1', (2000,1500)).save(root/'a'/'big.png')
+    b = bytearray(picture(root/'a'/'crc.png', size=(64,64)).read_bytes())
+    b[len(b)//2] ^= 255
+    (root/'a'/'crc.png').write_bytes(b)
+    df = verify(root, max_pixels=10**6)
+    assert list(df.columns) == ['file','fault']
+    got = {o.name:w for o,w in df.values}
+    assert got.pop('crc.png').startswith('corrupt')
+    assert got == {'0.jpg':'truncated', '1.jpg':'empty', '2.jpg':'not an image', 'big.png':'oversized (2,000 x 1,500)'}
+    t = ImageTable([f(i) for i in range(3, 9)]+[root/'a'/'gone.jpg'], 'a'*7, [False]*6+[True])
+    assert verify(t).fault.tolist() == ['missing'] and len(verify(root/'b')) == 0 and verify(f(1)).fault.tolist() == ['empty']
+    dls = mini_dls(root, bs=1, classes=['b'])
+    assert len(verify(dls)) == 0
+    spoil(root/'b'/'1.jpg', 'empty')
+    assert verify(dls).fault.tolist() == ['empty']
+    with raises(FileNotFoundError, 'does not exist'): verify(tmp_path/'none')
+
+def test_decompression_bomb(tmp_path, monkeypatch):
+    fn = tmp_path/'set'/'a'/'bomb.png'
+    fn.parent.mkdir(parents=True)
+    Image.new('1', (300,300)).save(fn)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 40000)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert verify(fn.parent).fault.tolist() == ['oversized (more than 80,000 pixels)']
+        monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 60000)
+        assert verify(fn.parent).fault.tolist() == ['oversized (300 x 300)']
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 40000)
+    with raises(OSError, 'bomb.png cannot be read', 'exceeds limit'): open_image(fn)
+
+def test_verify_works_in_parallel(tmp_path, monkeypatch):
+    "All threads are inside at once, else the barrier breaks."
+    root,gate,before = folders(tmp_path, a=4, b=4),threading.Barrier(2, timeout=20),data.open_image
+    def meet(*args, **kwargs):
+        gate.wait()
+        return before(*args, **kwargs)
+    monkeypatch.setattr(data.defaults, 'cpus', 2)
+    monkeypatch.setattr(data, 'open_image', meet)
+    assert len(verify(root)) == 0
+
+@pytest.mark.parametrize('turn', range(1, 9))
+@pytest.mark.parametrize('ext', ['jpg','png','webp','tif'])
+def test_every_orientation(tmp_path, turn, ext):
+    "Written turned away and with the note that undoes it, the picture is upright again; so is a box in the upright picture."
+    undo = {1:None, 2:'FLIP_LEFT_RIGHT', 3:'ROTATE_180', 4:'FLIP_TOP_BOTTOM', 5:'TRANSPOSE', 6:'ROTATE_90', 7:'TRANSVERSE', 8:'ROTATE_270'}[turn]
+    im = Image.open(picture(tmp_path/'x.png', size=(80,60)))
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    turned = im.transpose(getattr(Image.Transpose, undo)) if undo else im
+    turned.save(tmp_path/f'y.{ext}', exif=exif, **dict(webp=dict(lossless=True), jpg=dict(quality=95)).get(ext, {}))
+    for box in (None, (10,20,40,30)):
+        want,got = im if box is None else im.crop((10,20,50,50)),open_image(tmp_path/f'y.{ext}', box=box)
+        assert got.size == want.size and np.abs(np.array(got).astype(int)-np.array(want)).mean() < 6
+
+def test_sixteen_bits_and_cmyk_keep_their_colours(tmp_path):
+    a = np.array([[[200,30,90]]], np.uint8).repeat(16, 0).repeat(16, 1)
+    Image.fromarray(a).convert('CMYK').save(tmp_path/'c.jpg', quality=100)
+    Image.fromarray(a).convert('CMYK').save(tmp_path/'c.tif')
+    for o in ('c.jpg','c.tif'): assert np.abs(np.array(open_image(tmp_path/o)).astype(int)-a).max() <= 4
+    deep = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16,16)
+    for o in ('d.png','d.tif'):
+        Image.fromarray(deep).save(tmp_path/o)
+        assert np.abs(np.array(open_image(tmp_path/o))[:,:,0].astype(int)-deep//256).max() <= 1
+
+def test_unusual_names(tmp_path):
+    "Unicode, spaces and the longest name that a file system takes: through table, batch, copy, verify and export."
+    names = ['Grünspecht (♂)', 'シジュウカラ', 'ñandú & co']
+    long = 'x'*251+'.jpg'
+    for i,o in enumerate(names):
+        for j,f in enumerate(('é 1.jpg', long, '写真.jpg', "it's.jpg")): picture(tmp_path/'set'/o/f, 4*i+j)
+    dls = mini_dls(tmp_path/'set', bs=2)
+    assert list(dls.vocab) == sorted(names) and len(list(dls.train)) > 0 and len(verify(tmp_path/'set')) == 0
+    assert len(read_table(presize(tmp_path/'set', 20))) == 12 and fine_grained_dls(tmp_path/'set-20', size=16, bs=2, in_memory=True).one_batch()[0].shape[0] == 2
+    root = cub_mini(tmp_path/'cub')
+    (root/'images'/'003.Mallard'/'pic 0.jpg').rename(root/'images'/'003.Mallard'/long)
+    (root/'images.txt').write_text((root/'images.txt').read_text().replace('003.Mallard/pic 0.jpg', f'003.Mallard/{long}'))
+    assert long in {o.name for o in read_table(root).files}
+
+# Downloads and archives that go wrong
+
+def serve(tmp_path, name, files):
+    "A tar file in the served folder with {name in the archive: bytes or (kind, target) of a link}."
+    (tmp_path/'serve').mkdir(exist_ok=True)
+    with tarfile.open(tmp_path/'serve'/name, 'w:gz') as f:
+        for k,v in files.items():
+            o = tarfile.TarInfo(k)
+            if isinstance(v, tuple): o.type,o.linkname = v
+            else: o.size = len(v)
+            f.addfile(o, io.BytesIO(v) if isinstance(v, bytes) else None)
+    return tmp_path/'serve'/name
+
+def url_of(srv, name): return f'http://127.0.0.1:{srv.server_port}/{name}'
+def md5(path): return hashlib.md5(path.read_bytes()).hexdigest()
+def hidden(path): return [o for o in path.rglob('.partial*')]
+
+def test_fetch_files(tmp_path, server, fastai_home):
+    a,b = serve(tmp_path, 'images.tar.gz', {'images/1.txt':b'one'}),tmp_path/'serve'/'labels.mat'
+    b.write_bytes(b'labels')
+    files = [(url_of(server, a.name), md5(a), 'pet'), (url_of(server, b.name), md5(b), 'pet')]
+    dest = fetch_files('pets', files)
+    assert dest == fastai_home/'data'/'pets' and (dest/'pet'/'images'/'1.txt').read_text() == 'one' and (dest/'pet'/'labels.mat').read_bytes() == b'labels'
+    assert fetch_files('pets', files) == dest and len(Quiet.seen) == 2 and not hidden(fastai_home)
+    assert sorted(o.name for o in (fastai_home/'archive'/'pets').iterdir()) == ['images.tar.gz','labels.mat']
+
+def test_wrong_hash(tmp_path, server, fastai_home):
+    a = serve(tmp_path, 'x.tar.gz', {'1.txt':b'one'})
+    with raises(ConnectionError, 'cannot be downloaded', f'its md5 is {md5(a)}, and should be 0123'): fetch_files('x', [(url_of(server, a.name), '0123', '')])
+    assert not (fastai_home/'archive'/'x.tar.gz').exists() and not (fastai_home/'data'/'x').exists() and not hidden(fastai_home)
+    assert fetch_files('x', [(url_of(server, a.name), md5(a), '')]).exists()
+
+def test_hash_that_fastai_publishes(tmp_path, server, fastai_home, monkeypatch):
+    a = serve(tmp_path, 'x.tar.gz', {'1.txt':b'one'})
+    url = url_of(server, a.name)
+    monkeypatch.setattr('fastdownload.core.read_checks', lambda mod: {url:(a.stat().st_size+1, 'abc')})
+    with raises(ConnectionError, 'not those that fastai publishes'): fetch_files('x', [(url, None, '')])
+    assert not (fastai_home/'archive'/'x.tar.gz').exists()
+
+def test_interrupted_download_starts_again(tmp_path, server, fastai_home, monkeypatch):
+    a = serve(tmp_path, 'x.tar.gz', {'1.txt':random.Random(0).randbytes(50_000)})
+    def half(self):
+        b = a.read_bytes()
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(b)))
+        self.end_headers()
+        self.wfile.write(b[:len(b)//2])
+    with monkeypatch.context() as m:
+        m.setattr(Quiet, 'do_GET', half)
+        with raises(ConnectionError, 'cannot be downloaded'): fetch_files('x', [(url_of(server, a.name), None, '')])
+    assert not hidden(fastai_home) and not (fastai_home/'archive'/'x.tar.gz').exists()
+    assert (fetch_files('x', [(url_of(server, a.name), None, '')])/'1.txt').stat().st_size == 50_000
+
+EVIL = [({'../../evil.txt':b'x'}, "'../../evil.txt' reaches outside"), ({'/tmp/evil.txt':b'x'}, "'/tmp/evil.txt' reaches outside"), ({'a/../../evil.txt':b'x'}, 'reaches outside'),
+    ({'C:\\evil.txt':b'x'}, 'reaches outside'), ({'a':(tarfile.SYMTYPE, '/etc')}, "'a' is a link to '/etc'"), ({'d/a':(tarfile.SYMTYPE, '../..'), 'd/a/evil.txt':b'x'}, "is a link to '../..'"),
+    ({'a':(tarfile.LNKTYPE, '../evil.txt')}, "is a link to '../evil.txt'"), ({'a':(tarfile.FIFOTYPE, '')}, 'is a device')]
+
+@pytest.mark.parametrize('files,says', EVIL)
+def test_archive_that_reaches_outside(tmp_path, server, fastai_home, files, says):
+    a = serve(tmp_path, 'x.tar.gz', {'ok.txt':b'fine'} | files)
+    with raises(OSError, 'x.tar.gz cannot be extracted', says): fetch_files('x', [(url_of(server, a.name), None, '')])
+    assert not (fastai_home/'data'/'x').exists() and not hidden(fastai_home) and not list(tmp_path.rglob('evil.txt')) and not Path('/tmp/evil.txt').exists()
+
+def test_links_inside_are_kept(tmp_path):
+    a = serve(tmp_path, 'x.tar.gz', {'d/1.txt':b'one', 'd/2.txt':(tarfile.SYMTYPE, '1.txt'), 'd/3.txt':(tarfile.LNKTYPE, 'd/1.txt')})
+    assert [o.read_text() for o in sorted((data.unpack(a, tmp_path/'out')/'d').iterdir())] == ['one']*3
+
+@pytest.mark.parametrize('name', ['../evil.txt', '/evil.txt', 'a/../../evil.txt', 'link'])
+def test_zip_that_reaches_outside(tmp_path, name):
+    with zipfile.ZipFile(tmp_path/'x.zip', 'w') as f:
+        info = zipfile.ZipInfo(name)
+        if name == 'link': info.external_attr = (0o120777) << 16
+        f.writestr(info, '../evil.txt')
+    with raises(OSError, 'x.zip cannot be extracted', 'outside the folder'): data.unpack(tmp_path/'x.zip', tmp_path/'out')
+    assert sorted(o.name for o in tmp_path.iterdir()) == ['x.zip']
+
+def test_zip(tmp_path):
+    with zipfile.ZipFile(tmp_path/'x.zip', 'w') as f: f.writestr('top/ü.txt', 'one')
+    assert (data.unpack(tmp_path/'x.zip', tmp_path/'out', flat=True)/'ü.txt').read_text() == 'one'
+    with raises(FileExistsError, 'out exists'): data.unpack(tmp_path/'x.zip', tmp_path/'out')
+    (tmp_path/'y.zip').write_bytes((tmp_path/'x.zip').read_bytes()[:-30])
+    with raises(OSError, 'y.zip cannot be extracted'): data.unpack(tmp_path/'y.zip', tmp_path/'out2')
+
+def test_partial_extraction_is_no_data_set(tmp_path, server, fastai_home, monkeypatch):
+    archive(tmp_path, False)
+    extract,n = tarfile.TarFile.extract,[]
+    def broken(self, *args, **kwargs):
+        n.append(1)
+        if len(n) > 9: raise KeyboardInterrupt
+        return extract(self, *args, **kwargs)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(tarfile.TarFile, 'extract', broken)
+        mini_dls('cub')
+    assert len(n) == 10 and not list((fastai_home/'data').iterdir())
+    assert len(mini_dls('cub').table) == 18 and Quiet.seen == ['/CUB_200_2011.tgz']
+
+def test_two_processes_at_once(tmp_path):
+    "The one that is later keeps the folder of the one that was faster."
+    a = serve(tmp_path, 'x.tar.gz', {'1.txt':b'one'})
+    with data._whole(tmp_path/'out') as tmp:
+        (tmp/'1.txt').write_text('late')
+        data.unpack(a, tmp_path/'out')
+    assert (tmp_path/'out'/'1.txt').read_text() == 'one' and not hidden(tmp_path)
+
+# The other real packs
+
+def test_real_cub_boxes(real_data):
+    t = read_table(real_data('CUB_200_2011'), classes=3)
+    assert len(t.boxes) == len(t) and (t.boxes[:,2:] > 10).all()
+    for f,(x,y,w,h) in list(zip(t.files, t.boxes))[::20]:
+        im = Image.open(f)
+        assert x+w <= im.width+1 and y+h <= im.height+1 and open_image(f, box=(x,y,w,h)).width == pytest.approx(w, abs=2)
+    a,b = [fine_grained_dls(t, size=64, bs=8, num_workers=0, crop_to_box=o).valid.one_batch()[0] for o in (False,True)]
+    assert a.shape == b.shape and (a-b).abs().mean() > .1
+
+def test_real_cub_is_sound(real_data): assert len(verify(read_table(real_data('CUB_200_2011'), classes=20))) == 0
+
+def test_real_cifar100(real_data, monkeypatch):
+    expect(monkeypatch, 'cifar100', 100, 4000, 1000)
+    root = real_data('cifar100-mini')
+    dls = fine_grained_dls('cifar100', root=root, bs=64, in_memory=True)
+    assert dls.one_batch()[0].shape == (64,3,32,32) and dls.table.classes[:2] == ['apple','aquarium_fish']
+    a = np.stack([np.array(open_image(o)) for o in dls.train.items])/255
+    assert np.abs(a.mean((0,1,2))-data.STATS['cifar100'][0]).max() < .01 and np.abs(a.std((0,1,2))-data.STATS['cifar100'][1]).max() < .01
+    x = torch.cat([x for x,_ in dls.valid])
+    assert x.mean((0,2,3)).abs().max() < .1 and (x.std((0,2,3))-1).abs().max() < .1
+    monkeypatch.undo()
+    with raises(ValueError, "not the whole of 'cifar100': 46,000 training images missing, 9,000 test images missing"): read_table('cifar100', root=root)
+
+def test_real_flowers_presized(real_data, tmp_path):
+    root = real_data('oxford-flowers17-12classes')
+    t = read_table(presize(root, 64, dest=tmp_path/'small'))
+    assert (len(t.classes), t.n_train, t.n_valid) == (12, 720, 240) and {min(Image.open(o).size) for o in t.files[::50]} == {64}
+    assert read_table(root, valid_pct=.1, per_class=5).counts().values.tolist() == [[5,6,20]]*12
