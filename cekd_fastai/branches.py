@@ -6,7 +6,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/branches.html.md"""
 
 # %% auto #0
 __all__ = ['CIFAR_ARCHS', 'BUILDERS', 'chain', 'split_at', 'BranchNet', 'branch_splitter', 'load_weights', 'cifar_net',
-           'make_arch', 'builder', 'branch_net', 'save_net', 'load_net']
+           'make_arch', 'builder', 'branch_net', 'branch_preds', 'branch_accuracy', 'save_net', 'load_net']
 
 # %% ../nbs/03_branches.ipynb #br-imports
 import functools,inspect,timm,torchvision
@@ -102,6 +102,7 @@ def split_at(
 # %% ../nbs/03_branches.ipynb #bn-code
 class BranchNet(nn.Module):
     "A shared trunk and `n` private branches: `(logits (n,B,K), feats)` in training, mean logits `(B,K)` in evaluation"
+    recipe,own_labels = None,False # how it was made, see `builder`; whether its branches have labels of their own, as in CSS
     def __init__(self,
         trunk:nn.Module,      # From images to the shared map; runs once for all branches
         branches:list,        # From the shared map to each branch's last map
@@ -325,6 +326,33 @@ def branch_net(
     branches = [stage] + [deepcopy(stage) for _ in range(n_branches-1)]
     return BranchNet(seq(parts[:i]), branches, [_new_head(head, n_out, name) for _ in branches], freeze_bn)
 
+# %% ../nbs/03_branches.ipynb #bn-each
+@torch.no_grad()
+def branch_preds(
+    learn:Learner,  # Any fastai learner of a classifier
+    dl=None,        # Data to predict, the validation set by default
+)->tuple:           # Logits of the ensemble (N, K), of each branch (n, N, K), and targets (N,), on the CPU
+    "Logits of the ensemble and of every branch for a whole data loader, in one pass"
+    model,dl = unwrap(learn.model),dl or learn.dls.valid
+    def one(x):
+        if not isinstance(model, BranchNet): return (z:=model(x)),z[None]
+        logits,feats = model.branch_forward(x)
+        return model.ensemble(logits, feats),model.each(logits)
+    device,res = next(model.parameters()).device,[]
+    with eval_mode(model):
+        for x,y in dl: res.append([o.float().cpu() for o in one(to_device(x, device).as_subclass(Tensor))] + [y.as_subclass(Tensor).cpu()])
+    whole,each,y = zip(*res)
+    return torch.cat(whole),torch.cat(each, 1),torch.cat(y)
+
+def branch_accuracy(
+    whole:Tensor, # Logits of the ensemble, shape (N, K)
+    each:Tensor,  # Logits of each branch, shape (n, N, K)
+    y:Tensor,     # Classes, shape (N,)
+)->dict:          # `ensemble`, and `branches`, a list; shares of 1
+    "Accuracy of the ensemble and of each branch"
+    acc = lambda z: (z.argmax(-1)==y).float().mean().item()
+    return dict(ensemble=acc(whole), branches=[acc(z) for z in each])
+
 # %% ../nbs/03_branches.ipynb #save-code
 def _build(recipe):
     "A network with random weights from a recipe"
@@ -341,7 +369,7 @@ def save_net(
     "Write recipe, weights and `info` into one file that `load_net` reads without unpickling code"
     net,file = unwrap(net),Path(file)
     recipe = getattr(net, 'recipe', None)
-    if recipe is None: raise ValueError("This network was made from a module, not from a name, so a file cannot say how to build it again: "
+    if recipe is None: raise ValueError("This network was made from a module or function, not from names, so a file cannot say how to build it again: "
         "pass the name of the backbone as `arch`, or use `learn.export`.")
     state = net.state_dict()
     state = {k:state[k].cpu() for k in _build(recipe).state_dict()}

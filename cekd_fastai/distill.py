@@ -15,7 +15,7 @@ from .branches import BranchNet
 # %% ../nbs/05_distill.ipynb #base-code
 class Distill(Callback):
     "Base class of the distillation callbacks: owns the loss of each training step of a `BranchNet`"
-    order,run_valid,loss_rank,needs_clean,min_branches = 5,False,2,False,1
+    order,run_valid,loss_rank,needs_clean,min_branches,own_labels = 5,False,2,False,1,False
     clean,logits,feats,parts,sums,count = None,None,None,None,None,0
     _stateattrs = ('clean','logits','feats','parts','sums','count')
 
@@ -40,6 +40,9 @@ class Distill(Callback):
         loss_owner(self.learn)
         if not isinstance(model, BranchNet):
             raise ValueError(f"`{self}` trains a network with branches, but the model is a `{type(model).__name__}`: make the learner with `branch_learner`.")
+        if model.own_labels!=self.own_labels:
+            raise ValueError(f"The branches of `{type(model).__name__}` {'have' if model.own_labels else 'have no'} labels of their own, which does not fit `{self}`: "
+                "make the learner with the function that the method comes with, such as `css_learner` or `branch_learner`.")
         if model.n_branches<self.min_branches:
             raise ValueError(f"`{self}` needs at least {self.min_branches} branches, but the network has {model.n_branches}: pass `n_branches={self.min_branches}`.")
 
