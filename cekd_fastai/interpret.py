@@ -9,7 +9,7 @@ __all__ = ['history', 'plot_history', 'confused_pairs', 'item_cams', 'plot_confu
 
 # %% ../nbs/11_interpret.ipynb #in-imports
 from fastai.vision.all import *
-from .mix import class_maps,semantic_map
+from .mix import class_maps,semantic_map,shown_images
 
 # %% ../nbs/11_interpret.ipynb #hist-code
 def history(
@@ -62,8 +62,7 @@ def item_cams(
     x = to_device(dl.one_batch()[0], device)
     with torch.no_grad(): pred = learn.model.eval()(x.as_subclass(Tensor)).argmax(1)
     maps = semantic_map(class_maps(learn.model, x.as_subclass(Tensor), pred), x.shape[-2:])
-    ims = dl.decode((TensorImage(x),))[0].permute(0,2,3,1).clamp(0,1)
-    return ims.cpu(),maps.cpu(),pred.cpu()
+    return shown_images(dl, x).permute(0,2,3,1),maps.cpu(),pred.cpu()
 
 def _cam_panel(ax, im, cam, title):
     "One picture under its activation map"
