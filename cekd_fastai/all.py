@@ -15,6 +15,9 @@ from .branches import *
 from .losses import *
 from .distill import *
 from .cekd import *
+from .meal import *
+from .diversity import *
+from .css import *
 from .learner import *
 from .interpret import *
 from .deploy import *

@@ -1,7 +1,7 @@
 "The command as a process: what it writes, what it says, and what it leaves behind."
 import json,os,shutil,signal,subprocess,sys,time
 from pathlib import Path
-import pytest
+import pytest,torch
 from cekd_fastai.synthetic import make_birds
 
 small = '--arch test_resnet --no-pretrained --size 56 --bs 16 --num-workers 0'.split()
@@ -27,7 +27,7 @@ def done(birds, tmp_path_factory):
 def test_writes(done):
     out,text = done
     res = json.loads((out/'result.json').read_text())
-    assert sorted(p.name for p in out.iterdir()) == ['history.csv','model.pkl','report.png','result.json']
+    assert sorted(p.name for p in out.iterdir()) == ['history.csv','model.pkl','model.pt','report.png','result.json']
     assert len(res['branches'])==2 and 0<=res['accuracy']<=1 and res['args']['mix']=='cutmix' and res['versions']['torch']
     assert min(res[k] for k in ('seconds','images_per_s','peak_memory_gb','valid_loss'))>0
     assert f"accuracy {res['accuracy']:.1%}" in text
@@ -48,6 +48,29 @@ name,i,probs = learn.predict(get_image_files({str(birds)!r})[0])
 assert name==learn.dls.vocab[i] and len(probs)==4 and abs(probs.sum()-1)<1e-4
 assert learn.opt is None and learn.cekd.clean is None and learn.cut_mix.host is None"""
     subprocess.run([sys.executable, '-c', code], check=True, env=env)
+
+def test_safe_model_in_a_fresh_process(done, birds):
+    "The file of `deploy` predicts what the export predicts, without unpickling anything."
+    code = f"""from fastai.vision.all import *
+from cekd_fastai.deploy import Deployed
+file = get_image_files({str(birds)!r})[0]
+safe,learn = Deployed({str(done[0]/'model.pt')!r}),load_learner({str(done[0]/'model.pkl')!r})
+a,b = safe.predict(file, 4),learn.predict(file)[2]
+assert all(abs(a[o]-b[i].item())<1e-3 for i,o in enumerate(learn.dls.vocab))"""
+    subprocess.run([sys.executable, '-c', code], check=True, env=env)
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='says what to do without a GPU')
+def test_several_processes_without_gpu(birds, tmp_path):
+    p = subprocess.run([exe, '--data', str(birds), *small, '--out', str(tmp_path/'run')], capture_output=True, text=True, env=env | dict(WORLD_SIZE='2', RANK='0'), timeout=300)
+    assert p.returncode==1 and 'without `torchrun`' in p.stderr and not (tmp_path/'run').exists()
+
+@pytest.mark.parametrize('recipe', ['snapmix-cars-resnet50','css-cifar100'])
+def test_dry_run(recipe, tmp_path):
+    "A published experiment is rehearsed with its own networks, and leaves nothing behind."
+    p = command('--recipe', recipe, '--dry-run', '--out', tmp_path/'run')
+    text,err = p.communicate(timeout=300)
+    assert p.returncode==0, err
+    assert 'dry run done' in text and ('94.3' in text or 'None' in text) and not (tmp_path/'run').exists()
 
 def test_model_size(done):
     "The export holds the network and little else: no optimiser, no batch, no teacher."
