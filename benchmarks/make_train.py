@@ -13,9 +13,7 @@ net = dict(channels=(24,48,96,128), num_classes=28)
 common = dict(data='synthetic', arch='resnet10t', arch_args=[f'{k}={v}' for k,v in net.items()], size=84, bs=32, epochs=12, lr=2e-3, wd=.05, in_memory=True)
 # Half of the batches are mixed: in so short a run every mixed batch is one less to learn the parts from (benchmarks/results/synthetic.json has both)
 half = dict(mix='snapmix', mix_prob=.5)
-# Branches that part before the last two stages differ more than copies of the last; clean labels count three times, again because the run is short
-cekd = dict(method='cekd', split='layer2', method_args=['beta=3'])
-methods = {'plain': dict(method='plain', mix='none'), 'plain + SnapMix': dict(method='plain', **half), 'CEKD + SnapMix': cekd | half}
+methods = {'plain': dict(method='plain', mix='none'), 'plain + SnapMix': dict(method='plain', **half), 'CEKD + SnapMix': dict(method='cekd', **half)}
 
 def backbone(epochs=15):
     "Weights of a small network trained on drawn species other than the 20 of `synthetic`, made once"
@@ -39,6 +37,8 @@ def main():
         out = here.parent/'runs'/'make_train'/label.replace(' ', '')
         rows.append(dict(method=label, **run(defaults | common | kw | dict(weights=weights, force=True, out=str(out)))))
     print(f'\nTest accuracy after {common["epochs"]} epochs on 20 species of drawn birds, seed {defaults["seed"]} ({time.time()-start:.0f} s in all):\n\n{table(rows, seconds=True)}\n')
+    plain,mixed,cekd = (100*o['accuracy'] for o in rows)
+    print(f'CEKD is {cekd-mixed:+.1f} points from its own baseline, the same mix without it, and {cekd-plain:+.1f} from plain training; one run scatters by about 2.')
     print(f'Reports and models: {here.parent/"runs"/"make_train"}. Other seeds and methods: benchmarks/results/synthetic.json')
 
 if __name__=='__main__':

@@ -6,7 +6,7 @@ As in `make train`, nobody starts from random weights: each architecture is firs
     python benchmarks/meal.py             # the study, benchmarks/results/meal.json
     python benchmarks/meal.py --cost      # cost at inference, of a step and in memory, benchmarks/results/meal_cost.json
     python benchmarks/meal.py --table     # print the tables of both"""
-import json,resource,statistics,subprocess,sys,time
+import json,re,statistics,subprocess,sys,time
 import torch
 from fastcore.script import call_parse
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,7 +19,7 @@ from common import here,result_table # after fastai
 
 runs = here.parent/'runs'/'meal'
 small = dict(channels=(24,48,96,128))
-archs = {'resnet10t': small, 'regnetx_002': {}, 'mobilenetv2_050': {}}
+archs = dict(resnet10t=small, regnetx_002={}, mobilenetv2_050={})
 pupil = 'resnet10t'
 methods = {'labels': None, 'distillation': dict(adversarial=None, taps=0), 'MEAL, no adversary': dict(adversarial=None), "MEAL, 'joint'": dict(adversarial='joint'),
     "MEAL, 'grl'": dict(adversarial='grl'), "MEAL, 'alternate'": dict(adversarial='alternate')}
@@ -102,7 +102,8 @@ def study(a):
                 if res.has(method=label, **key): continue
                 cb = [] if methods[m] is None else [MEAL(files, **methods[m])]
                 if cb and not res.has(method='ensemble of the teachers', **key):
-                    res.put(method='ensemble of the teachers', accuracy=round(branch_learner(dls, pupil, 1, pretrained=False, arch_args=small, cbs=cb).meal.teacher_accuracy()['ensemble'], 4), **key)
+                    acc = branch_learner(dls, pupil, 1, pretrained=False, arch_args=small, cbs=cb).meal.teacher_accuracy()['ensemble']
+                    res.put(method='ensemble of the teachers', accuracy=round(acc, 4), **key)
                     cb = [MEAL(files, **methods[m])]
                 learn,seconds = fit(dls, pupil, seed+100, a, *cb) # another seed than the teacher of its architecture
                 res.add(learn, seconds, method=label, **key)
@@ -118,7 +119,9 @@ def ready(n, arch, teacher, size, bs, **kwargs):
     x,y = torch.randn(bs,3,size,size),torch.randint(0,50,(bs,))
     dls = DataLoaders.from_dsets(L(zip(x,y)), L(zip(x,y)), bs=bs, num_workers=0, device='cpu')
     dls.c = 50
-    cbs = [MEAL([branch_net(teacher, 50, 1, pretrained=False) for _ in range(n)], **kwargs)] if n else []
+    file = runs/f'random-{teacher}.pt'
+    if not file.exists(): save_net(branch_net(teacher, 50, 1, pretrained=False), file)
+    cbs = [MEAL([file]*n, **kwargs)] if n else []
     learn = branch_learner(dls, arch, 1, pretrained=False, loss_func=CrossEntropyLossFlat(), cbs=cbs, default_cbs=False)
     learn.add_cbs([TrainEvalCallback,CastToTensor])
     learn.create_opt()
@@ -135,7 +138,7 @@ def memory(n, arch, teacher, size, bs):
     "Peak resident memory in GiB of three steps in a process of its own"
     learn,b = ready(n, arch, teacher, size, bs)
     for _ in range(3): learn.one_batch(0, b)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)
+    print(int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])/2**20) # `getrusage` would inherit the peak of the parent
 
 def cost(a):
     "Steps of all settings alternate in one process, so that whatever else the machine does falls on all of them"
@@ -158,8 +161,9 @@ def cost(a):
             capture_output=True, text=True, check=True).stdout.split()[-1])
         mem = {n:here_(n) for n in (0,1,5)}
         for n in (1,5): rows.append(dict(student=arch, teacher=teacher, teachers=n, mac_ratio=round((3*ms+mt)/(3*ms), 3), time_ratio=round(t[n]/t[0], 3),
-            over_macs=round(t[n]/t[0]*3*ms/(3*ms+mt), 3), over_times=round(t[n]/(t[0]+t['teacher']), 3), ensemble_time=round(n*t['teacher']/t['student'], 2), ensemble_macs=round(n*mt/ms, 2),
-            peak_gb=round(mem[n], 3), peak_alone_gb=round(mem[0], 3), seconds={str(k):[round(o, 4) for o in v] for k,v in times.items()}))
+            over_macs=round(t[n]/t[0]*3*ms/(3*ms+mt), 3), over_times=round(t[n]/(t[0]+t['teacher']), 3),
+            ensemble_time=round(n*t['teacher']/t['student'], 2), ensemble_macs=round(n*mt/ms, 2), peak_gb=round(mem[n], 3), peak_alone_gb=round(mem[0], 3),
+            seconds={str(k):[round(o, 4) for o in v] for k,v in times.items()}))
     lines = ['| student | teachers | multiply-adds of a step over the student alone | its time over the student alone | time over bound by multiply-adds | over measured student step + teacher pass | '
         'inference of the ensemble over the student: multiply-adds, time | peak memory, student alone and with MEAL (GiB) |','|---|---|---|---|---|---|---|---|']
     lines += [f"| {r['student']} | {r['teachers']} × {r['teacher']} | {r['mac_ratio']:.2f} | {r['time_ratio']:.2f} | {r['over_macs']:.2f} | {r['over_times']:.2f} | "

@@ -6,8 +6,8 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/cli.html.md"""
 
 # %% auto #0
 __all__ = ['MIXES', 'nesterov', 'OPTS', 'METHODS', 'RESULTS', 'PAPER_RUNS', 'pick', 'named_values', 'write_whole', 'out_folder',
-           'peak_memory', 'evaluate', 'about', 'make_data', 'build', 'Steps', 'train', 'teacher_accuracy', 'save_run',
-           'with_recipe', 'rehearse', 'one_sentence', 'run', 'rehearsal', 'cekd_train']
+           'peak_memory', 'evaluate', 'about', 'make_data', 'build', 'Steps', 'train', 'save_run', 'with_recipe',
+           'rehearse', 'one_sentence', 'run', 'rehearsal', 'cekd_train']
 
 # %% ../nbs/13_cli.ipynb #cl-imports
 import ast,inspect,json,platform,tempfile,time
@@ -24,11 +24,10 @@ from .synthetic import make_birds
 from .data import fine_grained_dls
 from .mix import CutMix,MixUp,SnapMix,unwrap
 from .cekd import CEKD
-from .meal import MEAL
 from .diversity import ONLINE,Diversity,online_learner
 from .css import CSS,CSSNet,css_learner
 from .branches import branch_preds,branch_accuracy
-from .learner import branch_learner
+from .learner import branch_learner,meal_learner
 from .interpret import history,confused_pairs,report
 from .deploy import deploy
 
@@ -127,9 +126,9 @@ def _make(a, n, dls, opts, cbs, **kw):
     "The learner of one method"
     if a.method=='css': return css_learner(dls, tuple(a.arch.split(',')), n, cbs=[CSS(**opts),*cbs], **kw)
     if a.method in ONLINE: return online_learner(dls, a.arch, ONLINE[a.method](**opts), n, cbs=cbs, **kw)
-    own = dict(cekd=CEKD, meal=partial(MEAL, a.teachers, adversarial=a.adversarial, trust=a.trust)).get(a.method)
-    if opts and own is None: raise ValueError(f"`plain` takes no --method-args, but was given {', '.join(opts)}.")
-    return branch_learner(dls, a.arch, n, cbs=cbs+([own(**opts)] if own else []), **kw)
+    if a.method=='meal': return meal_learner(dls, a.arch, a.teachers, n, cbs, adversarial=a.adversarial, trust=a.trust, **opts, **kw)
+    if opts and a.method=='plain': raise ValueError(f"`plain` takes no --method-args, but was given {', '.join(opts)}.")
+    return branch_learner(dls, a.arch, n, cbs=cbs+([CEKD(**opts)] if a.method=='cekd' else []), **kw)
 
 def make_data(
     args:dict, # Arguments of `cekd_train`
@@ -190,20 +189,6 @@ def train(
         else: learn.fit_one_cycle(a.epochs, lrs)
     return time.perf_counter()-start
 
-# %% ../nbs/13_cli.ipynb #extras-code
-@torch.no_grad()
-def teacher_accuracy(
-    learn:Learner, # A learner with `MEAL`
-)->dict:           # `ensemble`, and each teacher's by its name; shares of 1
-    "Accuracy of each teacher and of the mean of their probabilities on the validation set"
-    teachers,ps,ys = learn.meal.teachers,[],[]
-    for x,y in learn.dls.valid:
-        ps.append(torch.stack([t(x.as_subclass(Tensor)).float().softmax(-1) for t in teachers]))
-        ys.append(y.as_subclass(Tensor))
-    p,y = torch.cat(ps, 1),torch.cat(ys)
-    acc = lambda o: (o.argmax(-1)==y).float().mean().item()
-    return dict(ensemble=acc(p.mean(0))) | {f'{i}: {t.name}':acc(o) for i,(t,o) in enumerate(zip(teachers, p))}
-
 # %% ../nbs/13_cli.ipynb #save-code
 def save_run(
     learn:Learner,  # A trained learner
@@ -214,7 +199,7 @@ def save_run(
     "Evaluate, and write the result, the history, the report and the model"
     res,z,y = evaluate(learn)
     n = len(learn.dls.train)*learn.dls.train.bs*args['epochs']*_processes()
-    if args['method']=='meal': res['teachers'] = teacher_accuracy(learn)
+    if args['method']=='meal': res['teachers'] = learn.meal.teacher_accuracy()
     res |= dict(seconds=round(seconds, 2), images_per_s=round(n/seconds, 1), peak_memory_gb=peak_memory()) | about(args)
     hist,pairs = history(learn),confused_pairs(z, y, learn.dls.vocab)
     fig = report(learn, hist, pairs, f"{args['method']} + {args['mix'] or 'default mix'}: {res['accuracy']:.1%}")

@@ -265,14 +265,15 @@ def _model_name(model):
 class Teacher(nn.Module):
     "A frozen copy of a classifier that takes the student's images and gives logits in the order of the student's classes"
     def __init__(self,
-        model:nn.Module, # From images to logits (B, K) in evaluation mode
-        name:str=None,   # What messages and reports call it
-        vocab:list=None, # Names of its classes in their order; None where they are unknown
-        stats:tuple=None # Mean and standard deviation that its images are normalised with; None: as the student's
+        model:nn.Module,  # From images to logits (B, K) in evaluation mode
+        name:str=None,    # What messages and reports call it
+        vocab:list=None,  # Names of its classes in their order; None where they are unknown
+        stats:tuple=None, # Mean and standard deviation that its images are normalised with; None: as the student's
+        copy:bool=True    # Copy the model, so that it can be trained on without changing the teacher
     ):
         super().__init__()
         model = unwrap(model)
-        self.model = deepcopy(model).requires_grad_(False)
+        self.model = (deepcopy(model) if copy else model).requires_grad_(False)
         self.name,self.vocab,self.stats = name or _model_name(model),None if vocab is None else [str(o) for o in vocab],stats
         for o in ('order','scale','shift'): self.register_buffer(o, None, persistent=False)
         self.train(False)
@@ -328,7 +329,7 @@ def _cfg_stats(model):
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     return [list(cfg[k]) for k in ('mean','std')] if 'mean' in cfg and 'std' in cfg else None
 
-def _from_learner(learn, name=None): return Teacher(learn.model, name, data_vocab(learn.dls), data_stats(learn.dls))
+def _from_learner(learn, name=None, copy=True): return Teacher(learn.model, name, data_vocab(learn.dls), data_stats(learn.dls), copy)
 
 def _from_file(file, trust):
     "The teacher in a file"
@@ -337,9 +338,11 @@ def _from_file(file, trust):
         try: net,info = load_net(file)
         except ValueError:
             if not trust: raise
-        else: return Teacher(net, file.stem, info.get('vocab'), [torch.as_tensor(info[k]).flatten().tolist() for k in ('mean','std')] if 'mean' in info and 'std' in info else None)
+        else:
+            stats = [torch.as_tensor(info[k]).flatten().tolist() for k in ('mean','std')] if 'mean' in info and 'std' in info else None
+            return Teacher(net, file.stem, info.get('vocab'), stats, copy=False)
     if not trust: raise ValueError(f"`{file}` is a pickle, which can run any code when it is opened: pass `trust=True` if you trust its author, or ask for a file written by `deploy`.")
-    return _from_learner(load_learner(file), file.stem)
+    return _from_learner(load_learner(file), file.stem, copy=False)
 
 # %% ../nbs/07_meal.ipynb #as-teacher
 def as_teacher(
@@ -353,7 +356,7 @@ def as_teacher(
     if isinstance(o, Path) or isinstance(o, str) and (Path(o).suffix in ('.pkl','.pt','.pth') or os.sep in o or Path(o).is_file()): return _from_file(Path(o), trust)
     if not isinstance(o, str): raise TypeError(f"A teacher is a `Learner`, an `nn.Module`, a file or a name in timm, not a {type(o).__name__}.")
     model,name = make_arch(o)
-    return Teacher(model, name, stats=_cfg_stats(model))
+    return Teacher(model, name, stats=_cfg_stats(model), copy=False)
 
 # %% ../nbs/07_meal.ipynb #mc-init
 def block_weights(

@@ -3,16 +3,17 @@ import os,random,subprocess,sys
 from pathlib import Path
 import numpy as np, pytest, timm, torch, torch.nn.functional as F
 from torch import nn
-from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelBatchException,CancelEpochException,CancelFitException,CancelStepException,CancelTrainException,
-    CategoryBlock,CrossEntropyLossFlat,DataBlock,DataLoader,DataLoaders,GradientAccumulation,ImageBlock,L,Learner,Normalize,RandomCrop,Resize,SaveModelCallback,Tensor,accuracy,
-    aug_transforms,get_image_files,imagenet_stats,load_learner,parent_label,resnet18,set_seed,vision_learner)
+from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelBatchException,CancelEpochException,CancelFitException,
+    CancelStepException,CancelTrainException,CategoryBlock,CrossEntropyLossFlat,DataBlock,DataLoader,DataLoaders,GradientAccumulation,
+    ImageBlock,L,Learner,Normalize,SaveModelCallback,accuracy,aug_transforms,get_image_files,
+    imagenet_stats,load_learner,parent_label,resnet18,set_seed,vision_learner)
 from cekd_fastai.synthetic import make_birds
 from cekd_fastai.data import TableSplitter,fine_grained_dls,read_table,recipe_tfms
 from cekd_fastai.mix import CutMix,MixUp,SnapMix
-from cekd_fastai.branches import branch_net,branch_splitter,load_net,save_net
+from cekd_fastai.branches import branch_net,branch_splitter,save_net
 from cekd_fastai.distill import BranchLoss,Components
 from cekd_fastai import meal as M
-from cekd_fastai.meal import MEAL,Adversary,Teacher,align,as_teacher,discriminator,judged,similarity
+from cekd_fastai.meal import MEAL,Adversary,Teacher,align,as_teacher,discriminator
 
 env = os.environ | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
 modes = ['joint','grl','alternate',None]
@@ -199,15 +200,15 @@ def test_teachers_are_still(dls, modules):
     before = [{k:v.clone() for k,v in m.state_dict().items()} for m in teachers]
     learn = learner(dls, MEAL(teachers, choose='each'))
     calls,grads = [],[]
-    for t in learn.meal.teachers:
-        t.model.register_forward_hook(lambda m, i, o: calls.append(m.training) or grads.append(o.requires_grad))
+    for t in learn.meal.teachers: t.model.register_forward_hook(lambda m, i, o: calls.append(m.training) or grads.append(o.requires_grad))
     quiet(learn, 2)
     assert len(calls)==2*3*3 and not any(calls) and not any(grads)
     for t,b in zip(learn.meal.teachers, before):
         assert all(torch.equal(v, b[k]) for k,v in t.model.state_dict().items()) and not any(p.requires_grad for p in t.parameters())
     assert all(m.training and all(p.requires_grad for p in m.parameters()) for m in teachers) # the originals are their owner's
     for m in teachers: m.eval()
-    assert sum(p.numel() for p in learn.model.parameters())==sum(p.numel() for p in net().parameters())==sum(p.numel() for g in learn.opt.param_lists for p in g)
+    size = lambda ps: sum(p.numel() for p in ps)
+    assert size(learn.model.parameters())==size(net().parameters())==size(p for g in learn.opt.param_lists for p in g)
     assert list(learn.model.state_dict())==list(net().state_dict())
 
 def test_student_starts_as_teacher(dls):
@@ -655,7 +656,8 @@ def test_save_model_callback(dls, modules, tmp_path):
 
 events = ['before_batch','after_pred','after_loss','before_step','after_batch','after_train']
 
-cuts = [(o,KeyboardInterrupt) for o in events] + [(o,ex) for o in ('after_pred','after_loss') for ex in (CancelFitException,CancelEpochException,CancelTrainException,ZeroDivisionError)]
+errors = (CancelFitException,CancelEpochException,CancelTrainException,ZeroDivisionError)
+cuts = [(o,KeyboardInterrupt) for o in events] + [(o,ex) for o in ('after_pred','after_loss') for ex in errors]
 cuts += [('after_loss',CancelBatchException), ('before_step',CancelStepException), ('before_step',CancelFitException)]
 
 @pytest.mark.parametrize('where,ex', cuts)
