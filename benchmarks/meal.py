@@ -1,4 +1,4 @@
-"""MEAL on the drawn birds: three teachers of different architecture, their ensemble, and a student by labels, by distillation and by MEAL, each for the same number of epochs.
+"""MEAL on the drawn birds: three teachers of different architecture, their ensemble, and a student by labels, by distillation and by MEAL, the students for the same number of epochs.
 
 As in `make train`, nobody starts from random weights: each architecture is first trained on 28 *other* drawn species. The noise study shuffles a share of the training labels
 (seeded); its teachers learn from the same wrong labels as the student that it is compared with. Every finished run is in the result file at once, and a second start goes on from there.
@@ -19,7 +19,8 @@ from common import here,result_table # after fastai
 
 runs = here.parent/'runs'/'meal'
 small = dict(channels=(24,48,96,128))
-archs = dict(resnet10t=small, regnetx_002={}, mobilenetv2_050={})
+archs = dict(resnet10t=small, test_resnet={}, test_efficientnet={}) # small networks that learn from scratch on a few hundred images
+backbone_lr = dict(resnet10t=3e-3, test_resnet=3e-3, test_efficientnet=8e-3)
 pupil = 'resnet10t'
 methods = {'labels': None, 'distillation': dict(adversarial=None, taps=0), 'MEAL, no adversary': dict(adversarial=None), "MEAL, 'joint'": dict(adversarial='joint'),
     "MEAL, 'grl'": dict(adversarial='grl'), "MEAL, 'alternate'": dict(adversarial='alternate')}
@@ -34,7 +35,7 @@ def backbone(arch, epochs):
     dls = fine_grained_dls(birds, size=84, bs=32, classes=read_table(birds).classes[20:], in_memory=True)
     set_seed(7)
     learn = branch_learner(dls, arch, 1, pretrained=False, arch_args=archs[arch], wd=.05, cbs=ChannelsLast())
-    with learn.no_bar(): learn.fit_one_cycle(epochs, 3e-3)
+    with learn.no_bar(): learn.fit_one_cycle(epochs, backbone_lr[arch])
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, lambda p: torch.save({k:v for k,v in learn.model.state_dict().items() if not k.startswith('heads')}, p))
     return file
@@ -47,13 +48,13 @@ def data(noise, seed):
     y[idx] = y[idx][torch.randperm(len(idx), generator=g)]
     return dls
 
-def fit(dls, arch, seed, a, *cbs):
+def fit(dls, arch, seed, a, *cbs, epochs=None):
     "Train one network on what the callbacks make of the data"
     set_seed(seed)
     learn = branch_learner(dls, arch, 1, pretrained=False, arch_args=archs[arch], wd=.05, metrics=accuracy, cbs=[ChannelsLast(),*cbs])
     learn.model.load_state_dict(torch.load(backbone(arch, a.backbone_epochs), weights_only=True), strict=False)
     start,groups = time.perf_counter(),len(learn.splitter(learn.model))
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, [a.lr]*(groups-1)+[a.lr*10])
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs or a.epochs, [a.lr]*(groups-1)+[a.lr*10])
     return learn,round(time.perf_counter()-start, 1)
 
 class Results:
@@ -69,9 +70,9 @@ class Results:
         self.rows.append(row)
         print({k:v for k,v in row.items()}, flush=True)
         a,info = self.a,about({})
-        title = f'20 species of drawn birds, 84 px, three teachers and one student ({pupil}) that know 28 other species, {a.epochs} epochs each'
+        title = f'20 species of drawn birds, 84 px, three teachers and one student ({pupil}) that know 28 other species; {a.teacher_epochs} epochs for a teacher, {a.epochs} for a student'
         self.file.parent.mkdir(exist_ok=True)
-        res = dict(title=title, command=f'python benchmarks/meal.py --seeds {a.seeds} --epochs {a.epochs} --lr {a.lr}', versions=info['versions'], machine=info['machine'], table=table(self.rows), runs=self.rows)
+        res = dict(title=title, command=f'python benchmarks/meal.py --seeds {a.seeds} --epochs {a.epochs} --teacher-epochs {a.teacher_epochs} --lr {a.lr}', versions=info['versions'], machine=info['machine'], table=table(self.rows), runs=self.rows)
         write_whole(self.file, lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
 
 def table(rows):
@@ -88,14 +89,14 @@ def study(a):
     res = Results(a)
     for seed in range(a.seeds):
         for noise in a.noise:
-            files = [runs/a.name/f'{arch}-{noise}-{seed}-{a.epochs}.pt' for arch in archs]
+            files = [runs/a.name/f'{arch}-{noise}-{seed}-{a.teacher_epochs}.pt' for arch in archs]
             students = {f'student, {m}':m for m in (methods if not noise else noisy)}
             key = dict(noise=noise, seed=seed)
             if all(res.has(method=m, **key) for m in ['ensemble of the teachers',*students]): continue
             dls = data(noise, seed)
             for arch,file in zip(archs, files):
                 if file.exists() and res.has(method=f'teacher, {arch}', **key): continue
-                learn,seconds = fit(dls, arch, seed, a)
+                learn,seconds = fit(dls, arch, seed, a, epochs=a.teacher_epochs)
                 save_net(learn.model, file, vocab=list(dls.vocab), mean=imagenet_stats[0], std=imagenet_stats[1])
                 if not res.has(method=f'teacher, {arch}', **key): res.add(learn, seconds, method=f'teacher, {arch}', **key)
             for label,m in students.items():
@@ -178,7 +179,8 @@ def cost(a):
 @call_parse
 def main(
     seeds:int=3,       # Number of seeds, from 0
-    epochs:int=8,      # Of every teacher and every student
+    epochs:int=12,     # Of every student
+    teacher_epochs:int=20, # Of every teacher
     lr:float=2e-3,     # Largest learning rate; ten times that for the heads
     backbone_epochs:int=15, # Of each architecture on the other species
     no_noise:bool=False,    # Leave the noise study out

@@ -97,6 +97,13 @@ class NoValid(Callback):
         if hasattr(self.learn, 'cekd') and self.cekd.validate_ema: self.cekd.use_average()
         raise CancelValidException
 
+def half_trunk(net):
+    "Run a frozen trunk compiled and in bfloat16, for every method alike; what is trained stays in float32"
+    full = torch.compile(net.trunk.forward, dynamic=False)
+    def forward(x):
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16): return full(x).float()
+    net.trunk.forward = forward
+
 def make(s, j, dls, folder):
     "The learner of a run"
     weights = s['weights']
@@ -112,7 +119,9 @@ def make(s, j, dls, folder):
         cbs.append(CEKD(**j['cekd'], joint=joint))
     opt = Adam if s['opt']=='adam' else partial(SGD, mom=.9)
     learn = branch_learner(dls, s['arch'], j['branches'], pretrained=False, weights=weights, freeze_bn=s['freeze_bn'], arch_args=s['arch_args'], opt_func=opt, wd=s['wd'], cbs=cbs)
-    if s['freeze_trunk']: learn.freeze_to(1)
+    if s['freeze_trunk']:
+        learn.freeze_to(1)
+        half_trunk(learn.model)
     return learn
 
 def forward_macs(f, x):
