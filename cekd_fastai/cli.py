@@ -27,7 +27,7 @@ from .cekd import CEKD
 from .diversity import ONLINE,Diversity,online_learner
 from .css import CSS,CSSNet,css_learner
 from .branches import branch_preds,branch_accuracy
-from .learner import branch_learner,meal_learner
+from .learner import CheckpointTrunk,branch_learner,meal_learner
 from .interpret import history,confused_pairs,report
 from .deploy import deploy
 
@@ -128,7 +128,8 @@ def _make(a, n, dls, opts, cbs, **kw):
     if a.method in ONLINE: return online_learner(dls, a.arch, ONLINE[a.method](**opts), n, cbs=cbs, **kw)
     if a.method=='meal': return meal_learner(dls, a.arch, a.teachers, n, cbs, adversarial=a.adversarial, trust=a.trust, **opts, **kw)
     if opts and a.method=='plain': raise ValueError(f"`plain` takes no --method-args, but was given {', '.join(opts)}.")
-    return branch_learner(dls, a.arch, n, cbs=cbs+([CEKD(**opts)] if a.method=='cekd' else []), **kw)
+    arch = tuple(a.arch.split(',')) if ',' in a.arch and a.method=='cekd' else a.arch
+    return branch_learner(dls, arch, n, cbs=cbs+([CEKD(**opts)] if a.method=='cekd' else []), **kw)
 
 def make_data(
     args:dict, # Arguments of `cekd_train`
@@ -152,7 +153,7 @@ def build(
     if a.precision!='full' and not torch.cuda.is_available(): raise ValueError(f"--precision {a.precision} needs a GPU: leave it out.")
     set_seed(a.seed)
     dls = make_data(args)
-    cbs = [ChannelsLast()] + ([] if a.precision=='full' else [MixedPrecision(amp_mode=a.precision)])
+    cbs = [ChannelsLast()] + [CheckpointTrunk()]*a.checkpoint_trunk + ([] if a.precision=='full' else [MixedPrecision(amp_mode=a.precision)])
     if mix: cbs.append(mix(prob=a.mix_prob, **named_values(a.mix_args, 'of a mix')))
     kw = {o:args[o] for o in ('split','weights','freeze_bn','wd')} | dict(pretrained=not a.no_pretrained, arch_args=arch_args, opt_func=opt, metrics=accuracy)
     try: return _make(a, n if a.n_branches is None else a.n_branches, dls, opts, cbs, **kw)
@@ -295,7 +296,7 @@ def rehearsal(
 @call_parse
 def cekd_train(
     data:str='synthetic',       # A benchmark (`benchmarks()` lists them) or a folder of images
-    arch:str='resnet18',        # Backbone, a name in timm, torchvision or `CIFAR_ARCHS`; two with a comma for css
+    arch:str='resnet18',        # Backbone, a name in timm, torchvision or `CIFAR_ARCHS`; two with a comma for css, or for peers of cekd
     method:str='cekd',          # plain, cekd, meal, css, dml, one, okddip, ffl, kdcl or diversity
     mix:str=None,               # none, mixup, cutmix or snapmix; by default snapmix for cekd, none for the others
     mix_prob:float=1.,          # Share of batches that are mixed
@@ -327,6 +328,7 @@ def cekd_train(
     arch_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the backbone: --arch-args pad_type=same
     freeze_bn:bool=False, # Keep the statistics of batch normalisation
     freeze_trunk:bool=False, # Train branches and heads only
+    checkpoint_trunk:bool=False, # Less memory, more time: compute the trunk's activations again in the backward pass
     seed:int=42,                # Seed of everything random
     num_workers:int=None,       # Processes that load images, one for each core by default; 0 loads in the main process, which is faster on two cores
     in_memory:bool=False, # Read every image once and keep it, for data that fits into memory

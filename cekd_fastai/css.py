@@ -93,7 +93,7 @@ class CSSBranchNet(BranchNet):
 
     def branch_forward(self, x):
         "Joint logits of every branch `(n, B, n*K)` and the list of their last maps, in any mode"
-        t = self.trunk(x)
+        t = self.run_trunk(self.trunk, x)
         feats = [b(self.view(t, i)) for i,b in enumerate(self.branches)]
         return torch.stack([h(f) for h,f in zip(self.heads, feats)]), feats
 

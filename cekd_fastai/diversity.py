@@ -166,7 +166,7 @@ class GateNet(BranchNet):
 
     def branch_forward(self, x):
         "Logits of every branch `(n, B, K)` and their last maps, which carry the shared map, in any mode"
-        t = self.trunk(x)
+        t = self.run_trunk(self.trunk, x)
         feats = Maps(b(t) for b in self.branches)
         feats.shared = t
         return torch.stack([h(f) for h,f in zip(self.heads, feats)]), feats

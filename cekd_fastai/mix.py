@@ -6,10 +6,10 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/mix.html.md"""
 
 # %% auto #0
 __all__ = ['MixRecord', 'draw_lam', 'rand_box', 'box_share', 'box_mask', 'mix_pixels', 'sample_losses', 'mixed_loss',
-           'loss_owner', 'unwrap', 'Mix', 'MixUp', 'CutMix', 'place_logits', 'eval_mode', 'class_maps', 'semantic_map',
-           'snap_weights', 'same_label', 'amp_context', 'SnapMix', 'MixOneOf', 'shown_images', 'Evidence',
-           'oracle_weights', 'part_weights', 'batch_frame', 'evidence_batches', 'noise_table', 'label_noise',
-           'plot_label_noise']
+           'loss_owner', 'unwrap', 'Mix', 'MixUp', 'CutMix', 'map_logits', 'place_logits', 'eval_mode', 'class_maps',
+           'semantic_map', 'snap_weights', 'same_label', 'amp_context', 'SnapMix', 'MixOneOf', 'shown_images',
+           'Evidence', 'oracle_weights', 'part_weights', 'batch_frame', 'evidence_batches', 'noise_table',
+           'label_noise', 'plot_label_noise']
 
 # %% ../nbs/02_mix.ipynb #mix-imports
 from fastai.vision.all import *
@@ -344,14 +344,21 @@ class CutMix(Mix):
         return dict(lam=lam, box_a=box, box_b=box)
 
 # %% ../nbs/02_mix.ipynb #maps-place
+def map_logits(
+    head:nn.Module, # From a feature map (N, C, h', w') to logits (N, K)
+    feat:Tensor,    # Feature map, shape (B, C, h, w)
+)->Tensor:          # Shape (B, h, w, K)
+    "Logits of every class at each place of a feature map"
+    b,c,h,w = feat.shape
+    return head(feat.permute(0,2,3,1).reshape(-1,c,1,1)).reshape(b,h,w,-1)
+
 def place_logits(
     head:nn.Module, # From a feature map (N, C, h', w') to logits (N, K)
     feat:Tensor,    # Feature map, shape (B, C, h, w)
     y:Tensor,       # Classes (B,), or weights of the classes (B, K)
 )->Tensor:          # Shape (B, h, w)
     "Logit of class `y` at each place of a feature map: the class activation map"
-    b,c,h,w = feat.shape
-    z = head(feat.permute(0,2,3,1).reshape(-1,c,1,1)).reshape(b,h,w,-1)
+    z,(b,_,h,w) = map_logits(head, feat),feat.shape
     if y.ndim==2: return torch.einsum('bhwk,bk->bhw', z, y.to(z.dtype))
     return z.gather(3, y[:,None,None,None].expand(b,h,w,1))[...,0]
 

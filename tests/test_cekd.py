@@ -5,11 +5,11 @@ import pytest,torch,torch.nn.functional as F
 from fastai.vision.all import (CancelBatchException,CancelFitException,CancelStepException,CancelTrainException,CancelValidException,Callback,
     CrossEntropyLossFlat,DataLoaders,L,Learner,SaveModelCallback,SGD,accuracy,load_learner,nn,set_seed,tensor)
 from cekd_fastai.branches import branch_net,branch_splitter
-from cekd_fastai.cekd import CEKD,Diagnose,PeerNet,TARGETS,TEACHERS,cekd_losses,peer_net,target_angle,teacher_logits
+from cekd_fastai.cekd import CEKD,Diagnose,PeerNet,TARGETS,TEACHERS,cekd_losses,peer_net,shown_logits,target_angle,teacher_logits
 from cekd_fastai.data import fine_grained_dls
 from cekd_fastai.distill import BranchLoss,Components
 from cekd_fastai.losses import cross_target,soft_probs
-from cekd_fastai.mix import CutMix,Mix,MixRecord,SnapMix,mixed_loss
+from cekd_fastai.mix import CutMix,Mix,MixRecord,SnapMix,mix_pixels,mixed_loss
 from cekd_fastai.synthetic import make_birds
 
 lf = CrossEntropyLossFlat()
@@ -21,6 +21,13 @@ class FixedMix(Mix):
         perm = torch.arange(n).view(-1,2).flip(1).flatten()
         la,lb = (tensor(o).repeat(n//4) for o in ([.7,.4,.6,.9],[.3,.5,.2,.4]))
         return torch.lerp(x[perm], x, la[:,None,None,None]), MixRecord(perm, la, lb)
+
+class BoxMix(FixedMix):
+    "The same pairs and weights, with one box in every batch"
+    def mix(self, x, y):
+        rec = super().mix(x, y)[1]
+        rec.box_a = rec.box_b = (4,0,16,12)
+        return mix_pixels(x, rec),rec
 
 def tiny(n=2, n_out=3, bn=False, seed=0):
     "A branch network of three convolutions without batch norm, or the small residual one with"
@@ -191,6 +198,45 @@ def test_options_count(a, b):
     runs = [flat(first_step(tiny(2), FixedMix(), CEKD(**o))) for o in (a,a,b)]
     assert torch.equal(runs[0], runs[1])
     assert not torch.allclose(runs[0], runs[2], rtol=1e-3, atol=1e-5)
+
+@pytest.mark.parametrize('kw', [{}, dict(target='fused'), dict(target='both', teacher='peer'), dict(joint=True), dict(confident=True)])
+def test_maps_change_the_target(kw):
+    "Targets of what is visible train another way than targets by label weights"
+    runs = [flat(first_step(tiny(2), BoxMix(), CEKD(ramp=0, fuse=o, **kw))) for o in ('labels','maps')]
+    assert not torch.allclose(*runs, rtol=1e-3, atol=1e-5)
+
+def test_maps_detach():
+    "No gradient of a target from maps reaches the clean pass, unless it may"
+    runs = [flat(first_step(tiny(2), BoxMix(), CEKD(ramp=0, beta=0, fuse='maps', detach=o))) for o in (True,False)]
+    assert not torch.allclose(*runs, rtol=1e-3, atol=1e-5)
+    seen = []
+    class Keep(Callback):
+        order = 90
+        def after_loss(self): seen.append((self.cekd.shown.requires_grad, self.cekd.shown.shape))
+    for o in (True,False): first_step(tiny(2), BoxMix(), CEKD(fuse='maps', detach=o), Keep())
+    assert seen==[(False,(2,8,3)),(True,(2,8,3))]
+
+@pytest.mark.parametrize('box', [(2,0,8,4), tensor([[2,0,8,4],[0,0,0,0],[0,0,8,8]])])
+def test_shown_is_the_pasted_map(box):
+    "Boxes on the borders of the map's places: pasting the maps like pixels, then pooling, gives the same logits"
+    g = torch.Generator().manual_seed(0)
+    feat,perm = torch.randn(3,5,4,4, generator=g),tensor([2,0,1])
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5,6))
+    rec = MixRecord(perm, torch.ones(3), torch.ones(3), box, box)
+    small = MixRecord(perm, rec.lam_a, rec.lam_b, *[tuple(v//2 for v in box) if isinstance(box, tuple) else box//2]*2)
+    assert torch.allclose(shown_logits(head, feat, rec, (8,8)), head(mix_pixels(feat, small)), atol=1e-6)
+
+def test_shown_mixup_and_resized():
+    "MixUp mixes the logits; a donor's box that is enlarged counts as much as the host's place that it fills"
+    g = torch.Generator().manual_seed(0)
+    feat,perm = torch.randn(2,5,4,4, generator=g),tensor([1,0])
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5,6))
+    z = head(feat)
+    mixup = MixRecord(perm, torch.ones(2), torch.ones(2), keep=.3)
+    assert torch.allclose(shown_logits(head, feat, mixup, (8,8)), .3*z+.7*z[perm], atol=1e-6)
+    snap = MixRecord(perm, torch.ones(2), torch.ones(2), (0,0,8,4), (4,4,8,8))
+    want = (head(feat[...,2:,:])+head(feat[perm][...,2:,2:]))/2
+    assert torch.allclose(shown_logits(head, feat, snap, (8,8)), want, atol=1e-6)
 
 def test_joint():
     "Without batch norm one call or two are the same step; with it they are not; and the joint one runs the trunk once"
@@ -368,7 +414,7 @@ def test_use_average_of_teacher():
 
 # A good citizen of fastai
 
-variants = [dict(), dict(teacher='ema', validate_ema=True), dict(teacher='peer', target='both', joint=True), dict(target='fused', detach=False)]
+variants = [dict(), dict(teacher='ema', validate_ema=True), dict(teacher='peer', target='both', joint=True), dict(target='fused', detach=False), dict(fuse='maps')]
 
 class Raise(Callback):
     "Raise at an event of the second batch"
@@ -563,7 +609,8 @@ torch.save(res, {out!r}+os.environ.get('RANK', 'one'))
 
 def ddp_cases():
     return dict(h1=(lambda: tiny(2),FixedMix,dict(ramp=0)), h2=(peers,FixedMix,dict(ramp=0, teacher='peer', target='both')),
-        h3=(lambda: tiny(3),FixedMix,dict(ramp=0, target='fused')), gradient=(lambda: tiny(2),FixedMix,dict(ramp=0, detach=False, target='both')),
+        h3=(lambda: tiny(3),FixedMix,dict(ramp=0, target='fused')), maps=(lambda: tiny(2),BoxMix,dict(ramp=0, fuse='maps')),
+        gradient=(lambda: tiny(2),FixedMix,dict(ramp=0, detach=False, target='both')),
         joint=(lambda: tiny(2),FixedMix,dict(ramp=0, joint=True)), ema=(lambda: tiny(2),FixedMix,dict(ramp=0, teacher='ema', validate_ema=True)),
         frozen_norm=(frozen_norm,FixedMix,dict(ramp=0, teacher='ema')),
         soft_only=(lambda: tiny(2),lambda: FixedMix(prob=0),dict(beta=0)), random=(lambda: tiny(2, bn=True),lambda: CutMix(prob=.7),dict(teacher='ema')) )

@@ -5,19 +5,18 @@
 
 A training pass is worth three forward passes, one without gradient is worth one. So plain is 3 F, SnapMix 4 F, and CEKD 6 F of the network with two branches;
 *over bound* is the time over plain divided by the multiply-adds over plain.
-Steps of all variants alternate in one process, so that whatever else the machine does falls on all of them. Peak memory is measured on a GPU only, a step at a time.
+Steps of all variants alternate in one process, so that whatever else the machine does falls on all of them. Memory is what a step takes beside the network: on a GPU the
+peak that torch counted, on the CPU the peak of a process of its own that makes three steps, less what it held before them.
 
 Clean and mixed images in two calls: batch norm normalises each by its own statistics, and updates its running ones twice. In one joint call: both by common statistics, updated once.
 Frozen batch norm makes the two the same step."""
-import json,statistics,sys,time
-from contextlib import nullcontext
+import json,re,statistics,subprocess,sys,time
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from fastcore.script import call_parse
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
@@ -65,22 +64,6 @@ class LoopSnapMix(Callback):
         self.learn.loss_grad = (self.rec.lam_a*ce(y)+self.rec.lam_b*ce(y[self.rec.perm])).mean()
         self.learn.loss = self.learn.loss_grad.detach()
 
-class Checkpointed(nn.Module):
-    "A module whose activations are computed again in the backward pass, without a second update of batch norm's statistics"
-    def __init__(self, m):
-        super().__init__()
-        self.m,self.norms = m,[o for o in m.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)]
-    @contextmanager
-    def still(self):
-        was = [o.momentum for o in self.norms]
-        for o in self.norms: o.momentum = 0.
-        try: yield
-        finally:
-            for o,v in zip(self.norms, was): o.momentum = v
-    def forward(self, x):
-        if not torch.is_grad_enabled(): return self.m(x)
-        return checkpoint(self.m, x, use_reentrant=False, context_fn=lambda: (nullcontext(), self.still()))
-
 def variants(n):
     "Branches, callbacks, and what a step is worth in forward passes"
     return {'plain': (1,[],3), 'fastai CutMix': (1,[fastai_mixup.CutMix],3), 'timm Mixup': (1,[partial(TimmMixup, n)],3), 'SnapMix as its authors describe it': (1,[LoopSnapMix],4),
@@ -101,7 +84,7 @@ def ready(name, arch, arch_args, n_branches, cbs, x, y, precision, freeze_bn, n)
     if precision=='bf16': learn.to_bf16()
     if precision=='fp16': learn.to_fp16()
     net = learn.model
-    if 'checkpointed' in name: net.trunk = Checkpointed(net.trunk)
+    net.recompute = 'checkpointed' in name
     if 'compiled' in name:
         for m in (net.trunk,*net.branches): m.compile()
     if single: net.forward = lambda x: net.ensemble(*net.branch_forward(x))
@@ -110,6 +93,16 @@ def ready(name, arch, arch_args, n_branches, cbs, x, y, precision, freeze_bn, n)
     learn.dl = dls.train
     for e in ('before_fit','before_epoch','before_train'): learn(e)
     return learn
+
+def status(key):
+    "A line of this process's status in GiB"
+    return int(re.search(rf'{key}:\s+(\d+)', Path('/proc/self/status').read_text())[1])/2**20
+
+def step_memory(args, name):
+    "Peak memory of a step on the CPU, from a process of its own; None where the system does not say"
+    if not Path('/proc/self/status').exists(): return None
+    res = subprocess.run([sys.executable, __file__, *args, '--memory', name], capture_output=True, text=True)
+    return float(res.stdout.split()[-1]) if not res.returncode else None
 
 def forward_macs(net, x):
     with torch.no_grad(), FlopCounterMode(display=False) as count: net.branch_forward(x)
@@ -126,6 +119,7 @@ def main(
     only:str=None, # Only variants whose name contains this, beside plain
     n:int=200,    # Classes
     threads:int=1, # Of torch, on the CPU
+    memory:str=None, # Print the memory of a step of this variant only; used for the CPU
 ):
     "Time, count, and on a GPU weigh a training step of each variant"
     torch.set_num_threads(threads)
@@ -135,6 +129,12 @@ def main(
     sync = torch.cuda.synchronize if gpu else noop
     x,y = torch.randn(bs,3,size,size, device=dev),torch.randint(0, n, (bs,), device=dev)
     todo = {k:v for k,v in variants(n).items() if not only or k=='plain' or only in k}
+    if memory:
+        nb,cbs,_ = variants(n)[memory]
+        l = ready(memory, arch, dict(pad_type='same') if 'mobilenet' in arch else {}, nb, cbs, x, y, precision, freeze_bn, n)
+        before = status('VmRSS')
+        for _ in range(3): l.one_batch(0, (x,y))
+        return print(status('VmHWM')-before)
     learns,macs,mem,failed = {},{},{},{}
     for k,(nb,cbs,passes) in todo.items():
         try:
@@ -144,7 +144,7 @@ def main(
             before = torch.cuda.memory_allocated() if gpu else 0
             for _ in range(3): l.one_batch(0, (x,y))
             sync()
-            mem[k] = (torch.cuda.max_memory_allocated()-before)/2**30 if gpu else None
+            mem[k] = (torch.cuda.max_memory_allocated()-before)/2**30 if gpu else step_memory(sys.argv[1:], k)
         except Exception as e:
             if k=='plain': raise
             failed[k] = str(e).strip().splitlines()[0][:200]
@@ -162,9 +162,9 @@ def main(
         ratio,t = macs[k]/macs['plain'],med[k]/med['plain']
         rows.append(dict(variant=k, seconds=round(med[k], 5), mac_ratio=round(ratio, 3), time_ratio=round(t, 3), over_bound=round(t/ratio, 3),
             extra_gb=mem[k] and round(mem[k], 3), all_seconds=[round(o, 5) for o in times[k]]))
-    lines = ['| step | multiply-adds over plain | time over plain | time over bound |'+' memory of a step, GiB |'*gpu, '|---|---|---|---|'+'---|'*gpu]
-    lines += [f"| {r['variant']} | {r['mac_ratio']:.2f} | {r['time_ratio']:.2f} | {r['over_bound']:.2f} |"+(f" {r['extra_gb']:.2f} |" if gpu else '') for r in rows]
-    lines += [f'| {k} | failed: {v} |  |  |'+'  |'*gpu for k,v in failed.items()]
+    lines = ['| step | multiply-adds over plain | time over plain | time over bound | memory of a step, GiB |', '|---|---|---|---|---|']
+    lines += [f"| {r['variant']} | {r['mac_ratio']:.2f} | {r['time_ratio']:.2f} | {r['over_bound']:.2f} | {'' if r['extra_gb'] is None else format(r['extra_gb'], '.2f')} |" for r in rows]
+    lines += [f'| {k} | failed: {v} |  |  |  |' for k,v in failed.items()]
     info = about({})
     norm = 'frozen batch norm' if freeze_bn else 'batch norm in training'
     res = dict(title=f'Cost of a training step: {arch}, {size} px, batch of {bs}, {precision}, channels last, {norm}',
