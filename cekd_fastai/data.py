@@ -674,6 +674,7 @@ def open_image(
     box=None    # x, y, width and height of the part to cut out of a file, in pixels
 )->PILImage:
     "Open `fn` as RGB, upright; `OSError` names a file that cannot be read"
+    if isinstance(fn, Image.Image): return PILImage(_rgb(ImageOps.exif_transpose(fn.copy()))) # the copy is decoded, whatever format it came from
     if not isinstance(fn, (Path,str,bytes)): return PILImage(_rgb(PILImage.create(fn)))
     try:
         with Image.open(io.BytesIO(fn) if isinstance(fn, bytes) else fn) as im:

@@ -1002,6 +1002,18 @@ def test_verify_works_in_parallel(tmp_path, monkeypatch):
     monkeypatch.setattr(data, 'open_image', meet)
     assert len(verify(root)) == 0
 
+@pytest.mark.parametrize('mode,ext', [('RGB','jpg'),('L','png'),('P','png'),('RGBA','png'),('CMYK','jpg'),('1','png')])
+def test_opened_but_not_read(tmp_path, mode, ext):
+    "A picture that Pillow has opened and not yet read, as an upload form hands over, is like its file"
+    f = tmp_path/f'a.{ext}'
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.effect_noise((12,8), 90).convert(mode).save(f, exif=exif)
+    im = Image.open(f)
+    res = open_image(im)
+    assert res.mode=='RGB' and res.size==(8,12) and (np.array(res)==np.array(open_image(f))).all()
+    assert type(im) is not type(res) and im.mode==mode
+
 @pytest.mark.parametrize('turn', range(1, 9))
 @pytest.mark.parametrize('ext', ['jpg','png','webp','tif'])
 def test_every_orientation(tmp_path, turn, ext):
