@@ -7,10 +7,10 @@ PY := $(BIN)/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test prepare lab constraints clean
+.PHONY: help install train test test-browser prepare lab docs constraints clean
 
 help: ## print the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 install: ## make .venv with the package and its pinned dependencies
 	@tools/install.sh
@@ -21,14 +21,22 @@ train: install ## train: the main job, with nothing but this command
 test: install ## run every check: style, sync, notebooks, wheel, pytest
 	@$(PY) tools/check.py
 
+test-browser: install ## run lessons in JupyterLab and read the site, in a browser
+	@$(PY) tools/browser.py
+
 prepare: install ## after editing notebooks: export, clean, README.md, style
 	@$(BIN)/nbdev-export
 	@$(BIN)/nbdev-clean
 	@$(PY) tools/readme.py
 	@$(PY) tools/check.py style
 
-lab: install ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab nbs
+# The first folder of kernels is this environment's, so that python3 is not some other one of the user's.
+lab: install ## open the first lesson in JupyterLab; LAB_ARGS=... passes arguments
+	@JUPYTER_PATH="$(CURDIR)/.venv/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" \
+		$(BIN)/jupyter lab --ServerApp.root_dir=nbs --LabApp.default_url=/lab/tree/course/01_look_alikes.ipynb $(LAB_ARGS)
+
+docs: install ## make the site of all notebooks in _docs
+	@$(PY) tools/docs.py
 
 constraints: ## refresh constraints.txt from settings.ini
 	@tools/constraints.sh

@@ -118,12 +118,16 @@ def lend_packages(
     here,there = (Path(subprocess.check_output([p, '-I', '-c', show], text=True).strip()) for p in (sys.executable, py))
     (there/'lent.pth').write_text(f'{here}\n')
 
+def docs():
+    "the site of all notebooks, with every link and picture in it"
+    with tempfile.TemporaryDirectory() as tmp: run(sys.executable, 'tools/docs.py', Path(tmp)/'site')
+
 def pytest():
     "pytest tests"
     run(sys.executable, '-m', 'pytest', 'tests')
 
 # Cheap stages first; pytest last and without a word of ours after it, so that its closing line ends the output.
-stages = dict(style=style, sync=sync, wheel=wheel, notebooks=notebooks, pytest=pytest)
+stages = dict(style=style, sync=sync, wheel=wheel, notebooks=notebooks, docs=docs, pytest=pytest)
 
 def main(
     names, # stages to run; none for all of them

@@ -1,0 +1,100 @@
+"The site in a browser, on a phone and on a desk: searched, followed, and every page without a fault."
+from urllib.parse import urljoin,urldefrag
+import pytest
+
+sizes = dict(phone=dict(width=375, height=812), desktop=dict(width=1280, height=900))
+
+def names(dest): return sorted(p.relative_to(dest).as_posix() for p in dest.rglob('*.html'))
+
+def watched(browser, size, **kw):
+    "A page and the list that its faults go to: errors of scripts and in the console, requests that fail or leave the site."
+    page,faults = browser.new_page(viewport=sizes[size], **kw),[]
+    page.on('console', lambda m: m.type in ('error', 'warning') and faults.append(f'console: {m.text}'))
+    page.on('pageerror', lambda e: faults.append(f'script: {e}'))
+    page.on('requestfailed', lambda r: faults.append(f'failed: {r.url}'))
+    page.on('response', lambda r: r.status>=400 and faults.append(f'{r.status}: {r.url}'))
+    page.on('request', lambda r: '127.0.0.1' not in r.url and not r.url.startswith('data:') and faults.append(f'leaves the site: {r.url}'))
+    return page,faults
+
+broken_js = "() => [...document.images].filter(o => o.getClientRects().length && !o.naturalWidth).map(o => o.src)"
+unnamed_js = "() => [...document.images].filter(o => !o.alt).map(o => o.src)"
+wide_js = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
+widest_js = """() => [...document.querySelectorAll('article *')].filter(o => o.getBoundingClientRect().right > innerWidth+1 &&
+  !o.parentElement.closest('.output,pre,.table-wrapper,.math,.highlight')).slice(0, 3).map(o => o.outerHTML.slice(0, 120))"""
+
+@pytest.mark.parametrize('size', sizes)
+def test_pages(site, browser, shots, size):
+    "No page has a console error, a failed request, a picture that is broken or unnamed, or scrolls sideways."
+    url,dest = site
+    page,faults = watched(browser, size)
+    for name in names(dest):
+        page.goto(f'{url}/{name}')
+        page.evaluate("() => document.querySelectorAll('img[loading=lazy]').forEach(o => o.loading = 'eager')")
+        page.wait_for_load_state('networkidle')
+        faults += [f'broken: {o}' for o in page.evaluate(broken_js)] + [f'without alt: {o}' for o in page.evaluate(unnamed_js)]
+        if wide := page.evaluate(wide_js): faults.append(f'{wide} px too wide: {page.evaluate(widest_js)}')
+        if name in ('index.html', 'mix.html', 'course/look_alikes.html'): page.screenshot(path=shots/f'site_{size}_{name.replace("/", "_")[:-5]}.png')
+        assert faults==[], name
+    page.close()
+
+def test_links(site, browser):
+    "Every link within the site is answered, and its anchor is there."
+    url,dest = site
+    page,_ = watched(browser, 'desktop')
+    ids,wanted = {},set()
+    for name in names(dest):
+        page.goto(f'{url}/{name}')
+        ids[f'{url}/{name}'] = set(page.evaluate("() => [...document.querySelectorAll('[id]')].map(o => o.id)"))
+        wanted |= {(name, o) for o in page.evaluate("() => [...document.querySelectorAll('a[href]')].map(o => o.getAttribute('href'))")}
+    page.close()
+    seen = {(name, *urldefrag(urljoin(f'{url}/{name}', o))) for name,o in wanted}
+    inner = {o for o in seen if o[1].startswith(url)}
+    assert len(inner)>500
+    assert [o for o in inner if o[1] not in ids or (o[2] and o[2] not in ids[o[1]])]==[]
+
+@pytest.mark.parametrize('size', sizes)
+def test_search(site, browser, shots, size):
+    "A search for CEKD finds pages, and the first of them opens."
+    url,_ = site
+    page,faults = watched(browser, size)
+    page.goto(f'{url}/index.html')
+    if size=='phone': page.locator('label[for="__navigation"]:visible').first.click()
+    box = page.locator('input.sidebar-search')
+    box.fill('CEKD')
+    box.press('Enter')
+    hits = page.locator('#search-results li a')
+    hits.first.wait_for(timeout=30_000)
+    page.wait_for_function("() => /finished|found/i.test(document.querySelector('#search-results').innerText)", timeout=30_000)
+    page.screenshot(path=shots/f'site_{size}_search.png')
+    assert hits.count()>3 and 'cekd.html' in ' '.join(o.get_attribute('href') for o in hits.all())
+    hits.first.click()
+    page.locator('article h1').wait_for()
+    assert 'cekd' in page.locator('article').inner_text().lower() and faults==[]
+    page.close()
+
+def test_lesson_to_reference(site, browser):
+    "A name in a lesson leads to its definition in the reference."
+    url,dest = site
+    if not (dest/'course'/'look_alikes.html').exists(): pytest.skip('no lesson yet')
+    page,faults = watched(browser, 'desktop')
+    page.goto(f'{url}/course/look_alikes.html')
+    link = page.locator('article a[href^="../"][href*="#"]:has(code)').first
+    name = link.inner_text()
+    link.click()
+    page.wait_for_load_state('networkidle')
+    assert '/course/' not in page.url
+    target = page.locator(f'[id="{urldefrag(page.url)[1]}"]')
+    assert name.lower() in target.inner_text().lower() and faults==[]
+    page.wait_for_function("o => Math.abs(o.getBoundingClientRect().top) < innerHeight/2", arg=target.element_handle(), timeout=10_000)
+    page.close()
+
+def test_dark(site, browser, shots):
+    "Light and dark follow the reader's setting."
+    def _bright(scheme):
+        page,_ = watched(browser, 'desktop', color_scheme=scheme)
+        page.goto(f'{site[0]}/mix.html')
+        rgb = page.evaluate("() => getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)")
+        page.screenshot(path=shots/f'site_{scheme}_mix.png')
+        page.close()
+        return sum(rgb)/3
+    assert _bright('dark')<60<200<_bright('light')
