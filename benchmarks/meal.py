@@ -22,9 +22,10 @@ small = dict(channels=(24,48,96,128))
 archs = dict(resnet10t=small, test_resnet={}, test_efficientnet={}) # small networks that learn from scratch on a few hundred images
 backbone_lr = dict(resnet10t=3e-3, test_resnet=3e-3, test_efficientnet=8e-3)
 pupil = 'resnet10t'
-methods = {'labels': None, 'distillation': dict(adversarial=None, taps=0), 'MEAL, no adversary': dict(adversarial=None), "MEAL, 'joint'": dict(adversarial='joint'),
+methods = {'labels': None, 'distillation': dict(adversarial=None, taps=0), 'distillation, mean of the teachers': dict(adversarial=None, taps=0, choose='mean'),
+    'MEAL, no adversary': dict(adversarial=None), "MEAL, 'joint'": dict(adversarial='joint'),
     "MEAL, 'grl'": dict(adversarial='grl'), "MEAL, 'alternate'": dict(adversarial='alternate')}
-noisy = ['labels', "MEAL, 'joint'"]
+noisy = ['labels', 'distillation, mean of the teachers', "MEAL, 'joint'"]
 
 def backbone(arch, epochs):
     "Weights of an architecture trained on drawn species other than those of the study, made once"

@@ -4,6 +4,7 @@
 CEKD mixes with CutMix; `plain + CutMix` is there to compare it with. Every finished run is in the result file at once, and a second start goes on from there.
 
     python benchmarks/online.py --data cifar100-mini             # the study, benchmarks/results/online.json
+    python benchmarks/online.py --setting flowers --data flowers --weights mobilenet_v2_tfquant.pth # CEKD's branch network on few flowers, benchmarks/results/online_flowers.json
     python benchmarks/online.py --data cifar100-mini --only 'plain;ONE' --seeds 1 --epochs 2
     python benchmarks/online.py --cost                           # cost of a step, and of batched branches, benchmarks/results/online_cost.json
     python benchmarks/online.py --table                          # print the tables of both"""
@@ -24,9 +25,15 @@ from common import here,result_table # after fastai
 def online(method): return lambda dls, arch, **kw: online_learner(dls, arch, method, **kw)
 def branched(n, *cbs): return lambda dls, arch, **kw: branch_learner(dls, arch, n, cbs=[o() for o in cbs], **kw)
 
-methods = {'plain': branched(1), 'plain + CutMix': branched(1, CutMix), '3 branches': branched(3), 'DML': online('dml'), 'KDCL, mean': online('kdcl'),
+# What the two studies train. Flowers: photographs, ten of each class for training, and a network that knows ImageNet.
+settings = dict(
+    cifar=dict(arch='cifar_resnet8', size=32, recipe='pad', per_class=None, bs=64, lr=.1, wd=5e-4, freeze_bn=False, arch_args={}, weights=None),
+    flowers=dict(arch='mobilenetv2_100', size=112, recipe='crop', per_class=10, bs=16, lr=3e-3, wd=1e-4, freeze_bn=True, arch_args=dict(pad_type='same'), weights='mobilenet_v2_tfquant.pth'))
+of_flowers = ['plain','plain + CutMix','2 branches','DML','FFM + CD','clean + CutMix, 2 branches','CEKD + CutMix']
+
+methods = {'plain': branched(1), 'plain + CutMix': branched(1, CutMix), '2 branches': branched(2), '3 branches': branched(3), 'DML': online('dml'), 'KDCL, mean': online('kdcl'),
     'ONE': online('one'), 'OKDDip': online('okddip'), 'FFL': online('ffl'), 'FFM + CD': online('diversity'),
-    'CSS': lambda dls, arch, **kw: css_learner(dls, (arch,arch), **kw), 'CEKD + CutMix': branched(2, CutMix, CEKD)}
+    'CSS': lambda dls, arch, **kw: css_learner(dls, (arch,arch), **kw), 'clean + CutMix, 2 branches': branched(2, CutMix, partial(CEKD, alpha=0, target='both')), 'CEKD + CutMix': branched(2, CutMix, CEKD)}
 
 def n_params(m): return sum(p.numel() for p in m.parameters())
 
@@ -45,18 +52,26 @@ def write(name, title, command, rows, lines, **more):
 def one_run(label, seed, a):
     "Train one network and say how it predicts"
     set_seed(seed)
-    dls = fine_grained_dls(a['data'], size=32, bs=a['bs'], recipe='pad', in_memory=True)
+    dls = fine_grained_dls(a['data'], size=a['size'], bs=a['bs'], recipe=a['recipe'], per_class=a['per_class'], seed=seed, in_memory=True)
     set_seed(seed)
-    learn = methods[label](dls, a['arch'], pretrained=False, metrics=accuracy, opt_func=partial(SGD, mom=.9), wd=a['wd'], loss_func=CrossEntropyLossFlat())
+    learn = methods[label](dls, a['arch'], pretrained=False, weights=a['weights'], freeze_bn=a['freeze_bn'], arch_args=a['arch_args'], metrics=accuracy,
+        opt_func=partial(SGD, mom=.9), wd=a['wd'], loss_func=CrossEntropyLossFlat())
+    groups = len(learn.splitter(learn.model)) if a['weights'] else 1
+    lr = [a['lr']]*(groups-1)+[10*a['lr']] if a['weights'] else a['lr'] # new heads learn faster than a network that knows ImageNet
     start = time.perf_counter()
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a['epochs'], a['lr'])
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a['epochs'], lr)
     sync()
     secs,net = time.perf_counter()-start,learn.model
     with learn.no_bar(), learn.no_logging(): loss,acc = learn.validate()
     if net.n_branches==1: d = dict(ensemble=acc, branches=[acc], distance=None, disagreement=None, gain=None)
     else: d = diversity(learn).as_dict()
+    if hasattr(net, 'by_network'):
+        _,each,y = branch_preds(learn)
+        d['networks'] = {k:accuracy(z, y).item() for k,z in net.by_network(each).items()}
     sizes = dict(parameters=n_params(net), deployed=n_params(net.pick()))
-    return dict(method=label, seed=seed, **d, valid_loss=loss, **sizes, seconds=round(secs, 1), args=a|dict(data=Path(a['data']).name))
+    return dict(method=label, seed=seed, **d, valid_loss=loss, **sizes, seconds=round(secs, 1), args=said(a))
+
+def said(a): return json.loads(json.dumps(a | {k:Path(a[k]).name for k in ('data','weights') if a[k]}))
 
 def study_table(rows):
     "Mean and spread over the seeds of each method"
@@ -69,18 +84,21 @@ def study_table(rows):
         d = df[df.method==k]
         if len(d): lines.append(f"| {k} | {pct(d.single)} | {pct(d.ensemble)} | {num(100*d.gain.astype(float), '{:+.1f}')} | {num(d.distance)} | {num(d.disagreement)} | "
             f"{d.parameters.iloc[0]/1e6:.3f} M | {d.deployed.iloc[0]/1e6:.3f} M | {d.seconds.mean():.0f} |")
+        nets = [r['networks'] for r in rows if r['method']==k and 'networks' in r]
+        lines += [f"| {k}, network {o} alone | | {pct(pd.Series([n[o] for n in nets]))} | | | | | | |" for o in 'ts' if nets]
     return lines
 
 def study(a, labels, seeds, command, name):
-    out,said = here/'results'/f'{name}.json',json.loads(json.dumps(a|dict(data=Path(a['data']).name)))
+    out = here/'results'/f'{name}.json'
     rows = json.loads(out.read_text())['runs'] if out.exists() else []
-    if other := [r for r in rows if r['args']!=said]: raise SystemExit(f"{out.name} holds runs with other settings ({other[0]['args']}): use those, or another --name.")
+    if other := [r for r in rows if r['args']!=said(a)]: raise SystemExit(f"{out.name} holds runs with other settings ({other[0]['args']}): use those, or another --name.")
     for seed in seeds:
         for k in labels:
             if any((r['method'],r['seed'])==(k,seed) for r in rows): continue
             print(f'{k}, seed {seed}', flush=True)
             rows.append(one_run(k, seed, a))
-            write(name, f"CIFAR-100 ({said['data']}), {a['arch']}, {a['epochs']} epochs, the final epoch on the test images", command, rows, study_table(rows))
+            few = f", {a['per_class']} training images of each class" if a['per_class'] else ''
+            write(name, f"{Path(a['data']).name}{few}, {a['arch']}, {a['epochs']} epochs, the final epoch on the test images", command, rows, study_table(rows))
     print('\n'.join(study_table(rows)))
 
 # ---- cost
@@ -186,25 +204,27 @@ def measure_cost(archs, bs, rounds, command):
 
 @call_parse
 def main(
+    setting:str='cifar', # What to train: cifar or flowers
     data:str='cifar100-mini', # Folder with the class folders `train` and `test`
-    arch:str='cifar_resnet8', # Backbone of the study
+    weights:str=None, # File with ImageNet weights of the backbone, for flowers
     epochs:int=30, # Of each run
     seeds:int=3,   # Number of seeds, from 0
-    bs:int=64,     # Images in a batch
-    lr:float=.1,   # Highest learning rate of the cycle, SGD with momentum
-    wd:float=5e-4, # Weight decay
-    only:str='', # Some of the methods, separated by semicolons; all if empty
+    bs:int=64,     # Images in a batch, for the cost
+    only:str='', # Some of the methods, separated by semicolons; by default all, or with flowers those of the branch network
     cost:bool=False, # Measure the cost of a step instead
     archs:str='cifar_resnet32,resnet18', # Backbones of the cost, separated by commas
     rounds:int=8,  # Rounds of alternating steps of the cost
-    name:str='online', # Of the result file of the study
-    table:bool=False, # Print the tables of both result files
+    name:str=None, # Of the result file of the study; online, or online_flowers
+    table:bool=False, # Print the tables of the result files
 ):
-    "Train each method, and collect the runs in benchmarks/results/online.json"
-    if table: return print(result_table('online'), result_table('online_cost'), sep='\n\n')
+    "Train each method, and collect the runs in a file in benchmarks/results"
+    if table: return print(*[result_table(o) for o in ('online','online_flowers','online_cost')], sep='\n\n')
     if cost: return measure_cost(archs.split(','), bs, rounds, f'python benchmarks/online.py --cost --archs {archs} --bs {bs} --rounds {rounds}')
+    if setting not in settings: raise SystemExit(f"--setting is cifar or flowers, not {setting!r}.")
     short = {k.lower():k for k in methods}
-    labels = [short.get(o.strip().lower()) for o in only.split(';')] if only else list(methods)
+    every = of_flowers if setting=='flowers' else [o for o in methods if o not in of_flowers or o in ('plain','plain + CutMix','DML','FFM + CD','CEKD + CutMix')]
+    labels = [short.get(o.strip().lower()) for o in only.split(';')] if only else every
     if None in labels: raise SystemExit(f"--only names a method that is not known; there are: {'; '.join(methods)}")
-    a = dict(data=data, arch=arch, epochs=epochs, bs=bs, lr=lr, wd=wd)
-    study(a, labels, range(seeds), f'python benchmarks/online.py --data {Path(data).name} --arch {arch} --epochs {epochs} --seeds {seeds} --bs {bs} --lr {lr} --wd {wd}', name)
+    a = settings[setting] | dict(data=data, epochs=epochs) | (dict(weights=weights) if weights else {})
+    name = name or ('online' if setting=='cifar' else f'online_{setting}')
+    study(a, labels, range(seeds), f"python benchmarks/online.py --setting {setting} --data {Path(data).name} --epochs {epochs} --seeds {seeds}" + (f' --weights {Path(weights).name}' if weights else ''), name)
