@@ -39,7 +39,7 @@ def good():
         code('x = make_birds()\nprint(x)', text('3\n'), id='birds'), code('plot_it()', picture, id='plot'), md('A picture of it.'),
         md('## Exercises\n\nTry them.'), *exercises,
         md('## Questionnaire\n\n' + '\n'.join(f'{i}. Why?' for i in range(1, 9))),
-        md('## Read on\n\n[02 mix](../02_mix.ipynb), [paper](https://arxiv.org/abs/1)')]
+        md('## Read on\n\n`make_birds`: [02 mix](../02_mix.ipynb), [paper](https://arxiv.org/abs/1)')]
 
 def judged(cells, tmp_path):
     "Faults of a lesson with these cells, by rule."
@@ -96,6 +96,7 @@ wrong = [('start', swap('# Lesson 2', '# Lesson 2', '# Lesson 3'), 'the first li
     ('size', put('birds', outputs=[text('x'*150_000)]), 'less than 150 are allowed'),
     ('names', swap('birds', 'print', 'CEKD()\nprint'), 'cell `birds` uses `CEKD`'),
     ('names', swap('## Birds', '`make_birds`', 'make_birds'), 'cell `birds` uses `make_birds`'),
+    ('reading', swap('## Read on', '`make_birds`', 'birds'), 'does not say where `make_birds` is explained'),
     ('links', swap('## Birds', '../02_mix', '02_mix'), 'the link 02_mix.ipynb leads nowhere'),
     ('links', insert('Hello', md('<img src="no.png">')), 'the link no.png leads nowhere'),
     ('pictures', insert('A picture of it.', code('y', text('2'), id='bare')), 'the picture of cell `plot`')]

@@ -164,6 +164,13 @@ def name_faults(l):
         known |= set(new)
     return res
 
+def reading_faults(l):
+    "`## Read on` names every name of the library that the code uses."
+    trees = [t for c in l.code if not is_hidden(c) and (t := parsed(c['source'])) is not None]
+    used = {o.id for t in trees for o in ast.walk(t) if isinstance(o, ast.Name)} & l.lib
+    named = explained('\n'.join(c['source'] for c in l.section('Read on')), l.lib)
+    return [f'`## Read on` does not say where `{o}` is explained' for o in sorted(used-named)]
+
 def link_faults(l):
     "Every file that a lesson links to or shows exists."
     found = [m[1] for c in l.md for m in re.finditer(r'(?:\]\(|\b(?:src|href)=["\'])([^)\s"\'#]+)', re.sub(r'`[^`\n]*`', '', prose(c['source'])))]
@@ -179,7 +186,7 @@ def picture_faults(l):
     return res
 
 rules = dict(start=start_faults, sections=section_faults, exercises=exercise_faults, code=code_faults, outputs=output_faults, size=size_faults,
-    names=name_faults, links=link_faults, pictures=picture_faults)
+    names=name_faults, reading=reading_faults, links=link_faults, pictures=picture_faults)
 
 def library_names():
     "What `from cekd_fastai.all import *` brings, read from the modules without importing them."
