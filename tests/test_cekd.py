@@ -543,7 +543,7 @@ def test_target_noise(birds):
         for o in h.modules():
             if isinstance(o, nn.Linear): o.weight.data.zero_(), o.bias.data.zero_()
     assert learn.cekd.target_noise(n=64)['cross_noise']==pytest.approx(table.half.iloc[0], abs=1e-4)
-    learn.cekd.teach = lambda x, rec: F.one_hot(next(ys), birds.c).float()[None]*1e4
+    learn.cekd.teach = lambda x, rec: cross_target(F.one_hot(next(ys), birds.c).float(), rec)
     from cekd_fastai.mix import evidence_batches
     batches = list(evidence_batches(birds, n=64))
     ys = (y for _,y,_ in batches)
