@@ -9,8 +9,10 @@ env = os.environ | dict(PYTHONUNBUFFERED='1', HF_HUB_OFFLINE='1', OMP_NUM_THREAD
 exe = Path(sys.executable).parent/'cekd-train'
 
 def command(*args, **kw):
-    "Start `cekd-train` with these arguments."
-    return subprocess.Popen([exe, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=env, **kw)
+    "Start `cekd-train` with these arguments, as in the foreground: in the background of a shell it would ignore the interrupt."
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try: return subprocess.Popen([exe, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=env, **kw)
+    finally: signal.signal(signal.SIGINT, before)
 
 @pytest.fixture(scope='module')
 def birds(tmp_path_factory): return make_birds(tmp_path_factory.mktemp('data')/'birds', n_species=4, n_images=12, n_train=8, size=64, progress=False)
