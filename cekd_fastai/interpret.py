@@ -134,13 +134,15 @@ def confused_pairs(
     vocab,         # Names of the classes
     k:int=3,       # Number of pairs
 )->pd.DataFrame:   # Columns `a`, `b`, `errors`, `images`, `item_a`, `item_b`
-    "The `k` pairs of classes that are taken for each other most, with the worst item of each class"
+    "The `k` pairs of classes that are taken for each other most, with the item of each class that was taken for the other most clearly"
     _check_logits(logits, y)
     n,pred = len(vocab),logits.argmax(1)
     if n!=logits.shape[1]: raise ValueError(f"`vocab` names {n} classes, but `logits` has {logits.shape[1]} columns.")
     cm = torch.bincount(y*n+pred, minlength=n*n).reshape(n, n)
     both = torch.triu(cm+cm.T, 1).flatten()
-    worst = lambda a,b: torch.where(y==a, logits[:,b]-logits[:,a], -torch.inf).argmax().item() if (y==a).any() else -1
+    def worst(a, b):
+        of = (y==a)&(pred==b) if cm[a,b] else y==a # without an error that way, the one that comes nearest to it
+        return torch.where(of, logits[:,b]-logits[:,a], -torch.inf).argmax().item() if of.any() else -1
     res = []
     for i in both.topk(min(k, (both>0).sum().item())).indices.tolist():
         a,b = divmod(i, n)

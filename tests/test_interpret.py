@@ -388,6 +388,12 @@ def test_plot_history(learn):
 
 # Pairs
 
+def test_confused_pairs_show_what_they_count():
+    "The photograph of a pair is one that was taken for the other class, though another comes nearer to it on its way to a third"
+    z = torch.tensor([[0.,3,5],[0,1,0],[2,0,0],[0,0,9]])
+    df = confused_pairs(z, torch.tensor([0,0,1,2]), 'abc')
+    assert df.iloc[0][['a','b','errors','item_a','item_b']].tolist()==['a','b',2,1,2]
+
 def test_confused_pairs():
     "Against a count over images; a class without images has no item."
     g = torch.Generator().manual_seed(0)
