@@ -28,7 +28,7 @@ def branched(n, *cbs): return lambda dls, arch, **kw: branch_learner(dls, arch, 
 # What the two studies train. Flowers: photographs, ten of each class for training, and a network that knows ImageNet.
 settings = dict(
     cifar=dict(arch='cifar_resnet8', size=32, recipe='pad', per_class=None, bs=64, lr=.1, wd=5e-4, freeze_bn=False, arch_args={}, weights=None),
-    flowers=dict(arch='mobilenetv2_100', size=112, recipe='crop', per_class=10, bs=16, lr=3e-3, wd=1e-4, freeze_bn=True, arch_args=dict(pad_type='same'), weights='mobilenet_v2_tfquant.pth'))
+    flowers=dict(arch='mobilenetv2_100', size=112, recipe='crop', per_class=10, bs=16, lr=3e-4, wd=1e-4, freeze_bn=True, arch_args=dict(pad_type='same'), weights='mobilenet_v2_tfquant.pth'))
 of_flowers = ['plain','plain + CutMix','2 branches','DML','FFM + CD','clean + CutMix, 2 branches','CEKD + CutMix']
 
 methods = {'plain': branched(1), 'plain + CutMix': branched(1, CutMix), '2 branches': branched(2), '3 branches': branched(3), 'DML': online('dml'), 'KDCL, mean': online('kdcl'),
