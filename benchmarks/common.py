@@ -1,5 +1,5 @@
 "What the benchmark scripts share: runs of `cekd-train` collected in one result file that a second start resumes."
-import inspect,json
+import inspect,json,re
 from pathlib import Path
 import pandas as pd
 from cekd_fastai.cli import about,cekd_train,run,write_whole
@@ -43,6 +43,10 @@ def table(rows, seconds=False):
     for m,d in g: cells.append([m, pct(d.accuracy), pct(d.single), ', '.join(f'{100*a:.1f}' for a in d.accuracy)] + [f'{d.seconds.mean():.0f}']*seconds)
     cells.insert(1, ['---']*len(cells[0]))
     return '\n'.join(f"| {' | '.join(o)} |" for o in cells)
+
+def status(key):
+    "A line of this process's status on Linux, such as `VmRSS` or the peak `VmHWM`, in GiB"
+    return int(re.search(rf'{key}:\s+(\d+)', Path('/proc/self/status').read_text())[1])/2**20
 
 def result_table(name):
     "The table of a committed result file, with the command and machine that it came from"

@@ -6,7 +6,7 @@ As in `make train`, nobody starts from random weights: each architecture is firs
     python benchmarks/meal.py             # the study, benchmarks/results/meal.json
     python benchmarks/meal.py --cost      # cost at inference, of a step and in memory, benchmarks/results/meal_cost.json
     python benchmarks/meal.py --table     # print the tables of both"""
-import json,re,statistics,subprocess,sys,time
+import json,statistics,subprocess,sys,time
 import torch
 from fastcore.script import call_parse
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +15,7 @@ from fastai.callback.channelslast import ChannelsLast
 from cekd_fastai.all import *
 from cekd_fastai.meal import MEAL
 from cekd_fastai.cli import about,write_whole
-from common import here,result_table # after fastai
+from common import here,result_table,status # after fastai
 
 runs = here.parent/'runs'/'meal'
 small = dict(channels=(24,48,96,128))
@@ -140,7 +140,7 @@ def memory(n, arch, teacher, size, bs):
     "Peak resident memory in GiB of three steps in a process of its own"
     learn,b = ready(n, arch, teacher, size, bs)
     for _ in range(3): learn.one_batch(0, b)
-    print(int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])/2**20) # `getrusage` would inherit the peak of the parent
+    print(status('VmHWM')) # `getrusage` would inherit the peak of the parent
 
 def cost(a):
     "Steps of all settings alternate in one process, so that whatever else the machine does falls on all of them"

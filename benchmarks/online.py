@@ -222,7 +222,7 @@ def main(
     if cost: return measure_cost(archs.split(','), bs, rounds, f'python benchmarks/online.py --cost --archs {archs} --bs {bs} --rounds {rounds}')
     if setting not in settings: raise SystemExit(f"--setting is cifar or flowers, not {setting!r}.")
     short = {k.lower():k for k in methods}
-    every = of_flowers if setting=='flowers' else [o for o in methods if o not in of_flowers or o in ('plain','plain + CutMix','DML','FFM + CD','CEKD + CutMix')]
+    every = of_flowers if setting=='flowers' else [o for o in methods if '2 branches' not in o]
     labels = [short.get(o.strip().lower()) for o in only.split(';')] if only else every
     if None in labels: raise SystemExit(f"--only names a method that is not known; there are: {'; '.join(methods)}")
     a = settings[setting] | dict(data=data, epochs=epochs) | (dict(weights=weights) if weights else {})

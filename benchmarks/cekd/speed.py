@@ -10,7 +10,7 @@ peak that torch counted, on the CPU the peak of a process of its own that makes 
 
 Clean and mixed images in two calls: batch norm normalises each by its own statistics, and updates its running ones twice. In one joint call: both by common statistics, updated once.
 Frozen batch norm makes the two the same step."""
-import json,re,statistics,subprocess,sys,time
+import json,statistics,subprocess,sys,time
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
@@ -23,6 +23,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback import mixup as fastai_mixup
 from cekd_fastai.all import *
 from cekd_fastai.cli import about,write_whole
+from common import status # after fastai
 
 here = Path(__file__).resolve().parents[1]
 
@@ -93,10 +94,6 @@ def ready(name, arch, arch_args, n_branches, cbs, x, y, precision, freeze_bn, n)
     learn.dl = dls.train
     for e in ('before_fit','before_epoch','before_train'): learn(e)
     return learn
-
-def status(key):
-    "A line of this process's status in GiB"
-    return int(re.search(rf'{key}:\s+(\d+)', Path('/proc/self/status').read_text())[1])/2**20
 
 def step_memory(args, name):
     "Peak memory of a step on the CPU, from a process of its own; None where the system does not say"
