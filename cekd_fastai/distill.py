@@ -15,7 +15,7 @@ from .branches import BranchNet
 # %% ../nbs/05_distill.ipynb #base-code
 class Distill(Callback):
     "Base class of the distillation callbacks: owns the loss of each training step of a `BranchNet`"
-    order,run_valid,loss_rank,needs_clean,min_branches,own_labels = 5,False,2,False,1,False
+    order,run_valid,loss_rank,needs_clean,min_branches,own_labels,trains_gate = 5,False,2,False,1,False,False
     clean,logits,feats,parts,sums,count = None,None,None,None,None,0
     _stateattrs = ('clean','logits','feats','parts','sums','count')
 
@@ -43,6 +43,8 @@ class Distill(Callback):
         if model.own_labels!=self.own_labels:
             raise ValueError(f"The branches of `{type(model).__name__}` {'have' if model.own_labels else 'have no'} labels of their own, which does not fit `{self}`: "
                 "make the learner with the function that the method comes with, such as `css_learner` or `branch_learner`.")
+        if self.owns and not self.trains_gate and any(o.requires_grad for o in getattr(model, 'gate', nn.Identity()).parameters()):
+            raise ValueError(f"`{self}` has no loss for the gate of the network, which would stay as it is: build the network with `branch_net`, or train this one with `online_learner`.")
         if model.n_branches<self.min_branches:
             raise ValueError(f"`{self}` needs at least {self.min_branches} branches, but the network has {model.n_branches}: pass `n_branches={self.min_branches}`.")
 

@@ -243,7 +243,7 @@ def gate_net(
 # %% ../nbs/08_diversity.ipynb #dv-cb
 class OnlineKD(Distill):
     "Base class of online distillation among the branches of one network; needs two branches"
-    min_branches,branches,gates,ce_ens,terms = 2,3,('mean',),False,['kd']
+    min_branches,branches,gates,ce_ens,terms,trains_gate = 2,3,('mean',),False,['kd'],True
     def __init__(self,
         alpha:float=1.,    # Weight of the distillation terms, 0 or above
         T:float=3.,        # Temperature, above 0

@@ -464,6 +464,9 @@ def test_refused(dls):
         (dict(split='layer7'),'near matches: layer')):
         with pytest.raises(ValueError, match=msg): make(dls, **kw)
     with pytest.raises(ValueError, match='trains a network with branches'): Learner(dls, nn.Linear(2,2), loss_func=F.cross_entropy, cbs=ONE())
+    for cbs in (BranchLoss(),[CutMix(),CEKD()]): # nothing in these losses reaches a gate
+        with pytest.raises(ValueError, match='no loss for the gate of the network'): Learner(dls, gate_net('cifar_resnet8', 4, pretrained=False), loss_func=F.cross_entropy, cbs=cbs)
+        Learner(dls, gate_net('cifar_resnet8', 4, gate='mean', pretrained=False), loss_func=F.cross_entropy, cbs=cbs)
     with pytest.raises(ValueError, match="`ONE` needs the gate 'one', but the network has 'mean'"):
         Learner(dls, branch_net('cifar_resnet8', 4, pretrained=False), loss_func=CrossEntropyLossFlat(), cbs=ONE())
     with pytest.raises(ValueError, match='cannot be told from `dls`'):
