@@ -68,15 +68,13 @@ def chosen(rows, name):
     return mix,cekd,n
 
 def final_jobs(setting, seeds, rows):
-    "On all of train: each method as selected, at equal epochs and, where it needs less, at equal compute"
-    s,jobs = config['settings'][setting],[]
-    for seed in seeds:
-        for compute in ('equal epochs','equal compute'):
-            for name in config['methods']:
-                mix,cekd,n = chosen(rows, name)
-                j = job(setting, 'final', name, seed, mix, cekd, n, compute=compute)
-                if compute=='equal epochs' or (not name.startswith('CEKD') and epochs_of(s, j, rows)>s['epochs']): jobs.append(j)
-    return jobs
+    "On all of train: each method as selected, at equal epochs and then, where it needs less, at equal compute"
+    s = config['settings'][setting]
+    what = {name:chosen(rows, name) for name in config['methods']}
+    make = lambda name, seed, compute: job(setting, 'final', name, seed, what[name][0], *what[name][1:], compute=compute)
+    equal = [make(name, seed, 'equal epochs') for seed in seeds for name in what]
+    more = [make(name, seed, 'equal compute') for name in what if not name.startswith('CEKD') for seed in seeds]
+    return equal+[j for j in more if epochs_of(s, j, rows)>s['epochs']]
 
 # How to run it
 
@@ -232,14 +230,16 @@ def figure(rows, file):
     plt.close(fig)
 
 def write_tables(setting):
-    "Table and figure of a setting, from its rows"
+    "Tables and figure of a setting, from its rows"
     rows = read_rows(setting)
     if not rows: return print(f'No rows yet in {here/"results"/f"{setting}.jsonl"}.')
-    res = dict(title=config['settings'][setting]['title'], command=f'python benchmarks/cekd/study.py {setting}', versions=rows[-1]['versions'], machine=rows[-1]['machine'],
-        table=final_table(rows) or select_table(rows), selection=select_table(rows), rows=f'benchmarks/cekd/results/{setting}.jsonl')
-    write_whole(here.parent/'results'/f'cekd_{setting}.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
+    title,info = config['settings'][setting]['title'],{k:rows[-1][k] for k in ('versions','machine')}
+    for stage,make_table,what in (('select',select_table,'candidates on the held-out fifth of train'),('final',final_table,'official test split')):
+        if not (table := make_table(rows)): continue
+        res = dict(title=f'{title}: {what}', command=f'python benchmarks/cekd/study.py {setting} --stage {stage}', **info, table=table, rows=f'benchmarks/cekd/results/{setting}.jsonl')
+        write_whole(here.parent/'results'/f'cekd_{setting}_{stage}.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
+        print(table, end='\n\n')
     figure(rows, here/f'{setting}.png')
-    print('\n\n'.join(o for o in (final_table(rows), select_table(rows)) if o))
 
 def smoke(setting, seeds, folder, rows):
     "Time one epoch of plain and of CEKD, and say what the stages would take by multiply-adds"
