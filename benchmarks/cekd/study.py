@@ -195,7 +195,9 @@ def final_table(rows):
     df['single'],df['mix'] = df.each.map(lambda o: sum(o)/len(o)),df.mix.fillna('')
     ref = df[df.method.map(lambda o: bool(config['methods'][o].get('reference')))].pipe(lambda d: (d.gmacs_per_image*d.epochs).mean())
     cells = [['method','mix','epochs','compute','accuracy %','mean branch %','each seed %']]
-    for (c,m),d in df.groupby(['compute','method'], sort=False):
+    for c,m in ((c, m) for c in ('equal epochs','equal compute') for m in config['methods']):
+        d = df[(df['compute']==c)&(df.method==m)]
+        if not len(d): continue
         share = (d.gmacs_per_image*d.epochs).mean()/ref
         cells.append([m, d.mix.iloc[0], f'{d.epochs.iloc[0]}' + (' (equal compute)' if c!='equal epochs' else ''), f'{share:.2f}', pct(d.accuracy), pct(d.single),
             ', '.join(f'{100*a:.1f}' for a in d.sort_values('seed').accuracy)])
@@ -206,19 +208,21 @@ def select_table(rows):
     df = pd.DataFrame([r for r in rows if r['stage']=='select'])
     if not len(df): return ''
     df['label'],df['mix'] = [f'attempt: {r.attempt}' if isinstance(r.attempt, str) else r.method for r in df.itertuples()],df.mix.fillna('')
+    order = [*config['methods'],*(f'attempt: {o}' for o in config['attempts'])]
     cells = [['candidate','mix','accuracy % (held-out)','mean branch %','seeds']]
-    for (l,mix),d in df.groupby(['label','mix'], sort=False):
-        cells.append([l, mix, pct(d.accuracy), pct(d.each.map(lambda o: sum(o)/len(o))), len(d)])
+    for (_,mix),d in df.groupby([df.label.map(order.index),'mix']):
+        cells.append([d.label.iloc[0], mix, pct(d.accuracy), pct(d.each.map(lambda o: sum(o)/len(o))), len(d)])
     return md(cells)
 
 def figure(rows, file):
     "Accuracy of every seed, methods from top to bottom, for both budgets"
     df = pd.DataFrame([r for r in rows if r['stage']=='final'])
     if not len(df): return
-    names = list(dict.fromkeys(df.method))[::-1]
+    names = [o for o in config['methods'] if o in set(df.method)][::-1]
     fig,ax = plt.subplots(figsize=(6.4,.36*len(names)+1.1), dpi=80)
     for c,dy,color in (('equal epochs',.12,'C0'),('equal compute',-.12,'C1')):
-        d = df[df.compute==c]
+        d = df[df['compute']==c]
+        if not len(d): continue
         ax.scatter(100*d.accuracy, [names.index(o)+dy for o in d.method], s=14, color=color, alpha=.6, label=c)
         mean = d.groupby('method').accuracy.mean()
         ax.scatter(100*mean, [names.index(o)+dy for o in mean.index], s=90, color=color, marker='|')
@@ -262,7 +266,7 @@ def main(
     stage:str='select', # select, final, smoke (one epoch of CEKD and plain, timed, and what the stages would take) or table
     data_dir:str='.', # Folder with data and weights
     seeds:int=3,    # Number of seeds, from 0
-    only:str=None,  # Only methods and attempts whose name contains this
+    only:str=None,  # Only runs whose method or attempt, and epochs, contain this, e.g. 'plain, equal compute'
     hours:float=1e9, # Start no run after this time
     part:str='0/1', # Share of the runs: this process / number of processes
     threads:int=1,  # Of torch, on the CPU
@@ -276,7 +280,7 @@ def main(
     if stage=='smoke': return smoke(setting, seeds, data_dir, rows)
     if stage not in ('select','final'): sys.exit(f"study: the stage is {stage!r}, but it is select, final, smoke or table.")
     i,n = map(int, part.split('/'))
-    jobs = [j for k,j in enumerate(o for o in make_jobs() if not only or only in (o['attempt'] or o['method'])) if k%n==i]
+    jobs = [j for k,j in enumerate(o for o in make_jobs() if not only or only in f"{o['attempt'] or o['method']}, {o['compute']}") if k%n==i]
     done = {key(r) for r in rows}
     for j in jobs:
         if key(j) in done: continue
