@@ -71,7 +71,7 @@ def final_jobs(setting, seeds, rows):
     "On all of train: each method as selected, at equal epochs and then, where it needs less, at equal compute"
     s = config['settings'][setting]
     what = {name:chosen(rows, name) for name in config['methods']}
-    make = lambda name, seed, compute: job(setting, 'final', name, seed, what[name][0], *what[name][1:], compute=compute)
+    make = lambda name, seed, compute: job(setting, 'final', name, seed, *what[name], compute=compute)
     equal = [make(name, seed, 'equal epochs') for seed in seeds for name in what]
     more = [make(name, seed, 'equal compute') for name in what if not name.startswith('CEKD') for seed in seeds]
     return equal+[j for j in more if epochs_of(s, j, rows)>s['epochs']]
@@ -195,7 +195,7 @@ def final_table(rows):
     df['single'],df['mix'] = df.each.map(lambda o: sum(o)/len(o)),df.mix.fillna('')
     ref = df[df.method.map(lambda o: bool(config['methods'][o].get('reference')))].pipe(lambda d: (d.gmacs_per_image*d.epochs).mean())
     cells = [['method','mix','epochs','compute','accuracy %','mean branch %','each seed %']]
-    for c,m in ((c, m) for c in ('equal epochs','equal compute') for m in config['methods']):
+    for c,m in itertools.product(('equal epochs','equal compute'), config['methods']):
         d = df[(df['compute']==c)&(df.method==m)]
         if not len(d): continue
         share = (d.gmacs_per_image*d.epochs).mean()/ref
@@ -240,7 +240,7 @@ def write_tables(setting):
     title,info = config['settings'][setting]['title'],{k:rows[-1][k] for k in ('versions','machine')}
     for stage,make_table,what in (('select',select_table,'candidates on the held-out fifth of train'),('final',final_table,'official test split')):
         if not (table := make_table(rows)): continue
-        res = dict(title=f'{title}: {what}', command=f'python benchmarks/cekd/study.py {setting} --stage {stage}', **info, table=table, rows=f'benchmarks/cekd/results/{setting}.jsonl')
+        res = dict(title=f'{title}: {what}', command=f'python benchmarks/cekd/study.py {setting} --stage {stage} --seeds {1+max(r["seed"] for r in rows if r["stage"]==stage)}', **info, table=table, rows=f'benchmarks/cekd/results/{setting}.jsonl')
         write_whole(here.parent/'results'/f'cekd_{setting}_{stage}.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
         print(table, end='\n\n')
     figure(rows, here/f'{setting}.png')
