@@ -145,6 +145,12 @@ class BranchNet(nn.Module):
         if self.freeze_bn: self.apply(lambda m: isinstance(m, nn.modules.batchnorm._BatchNorm) and m.eval())
         return self
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        "A network that keeps no running average leaves out that of a checkpoint"
+        if not hasattr(self, 'average'):
+            for k in [o for o in state_dict if o.startswith(f'{prefix}average.')]: del state_dict[k]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 # %% ../nbs/03_branches.ipynb #bn-ckpt
 @contextmanager
 def still_norms(
@@ -205,6 +211,7 @@ def load_weights(
 )->nn.Module:
     "Load a local checkpoint by name, or by position where names differ and all shapes agree"
     sd,own = _read_weights(file),model.state_dict()
+    sd = {k:v for k,v in sd.items() if k in own or not k.startswith('average.')} # of a run that kept a running average
     if sd.keys()!=own.keys() and [v.shape for v in sd.values()]==[v.shape for v in own.values()]: sd = dict(zip(own, sd.values()))
     wrong = [k for k in own if k not in sd or sd[k].shape!=own[k].shape] + [k for k in sd if k not in own]
     if wrong: raise ValueError(f"`{file}` does not fit `{type(model).__name__}`: {len(wrong)} of {len(own)} tensors are missing, "

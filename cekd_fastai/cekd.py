@@ -79,6 +79,7 @@ def soft_losses(
 )->Tensor:      # Shape (B,)
     "`T*T` KL(q || student at temperature T) of each image, or its cross-entropy towards `q`"
     if T is None: return -(q*z.float().log_softmax(-1)).sum(-1)
+    if q.requires_grad: q = q.clamp(min=torch.finfo(q.dtype).tiny) # at 0 the gradient would be 0/0
     return T*T*F.kl_div((z.float()/T).log_softmax(-1), q, reduction='none').sum(-1)
 
 # %% ../nbs/06_cekd.ipynb #ce-parts
@@ -107,7 +108,8 @@ def cekd_losses(
     each = [soft_losses(mixed[i], qs[i], None if fused else T) for i in soft]
     if confident: each = [o*label_prob(qs[i].detach(), y, rec) for o,i in zip(each, soft)]
     if fused: rec = label_shares(rec)
-    return dict(ce_mix=sum(mixed_loss(loss_func, mixed[i], y, rec) for i in hard), cross=sum(o.mean() for o in each),
+    total = torch.sum if getattr(loss_func, 'reduction', 'mean')=='sum' else torch.mean
+    return dict(ce_mix=sum(mixed_loss(loss_func, mixed[i], y, rec) for i in hard), cross=sum(total(o) for o in each),
         ce_clean=sum(loss_func(z, y) for z in clean))
 
 # %% ../nbs/06_cekd.ipynb #ce-peer
@@ -223,7 +225,8 @@ def get_extra_state(self:Average): return torch.tensor([self.n,self.swapped])
 def set_extra_state(self:Average, state): self.n,self.swapped = int(state[0]),bool(state[1])
 @patch
 def _load_from_state_dict(self:Average, state_dict, prefix, *args):
-    if self._buffers and any(k.startswith(prefix) for k in state_dict): return nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+    has = any(k.startswith(prefix) and not k.endswith('_extra_state') for k in state_dict)
+    if self._buffers and has: return nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
     self.n,self.swapped = 0,False
 
 # %% ../nbs/06_cekd.ipynb #ce-ema-pickle
@@ -233,7 +236,7 @@ def __getstate__(self:Average): return self.__dict__ | dict(_buffers={}, n=0, sw
 # %% ../nbs/06_cekd.ipynb #ce-code
 class CEKD(Distill):
     "Cross Ensemble Knowledge Distillation, reconstructed from the abstract of arXiv 2203.06551; needs a mix"
-    now,taught,shown,cancelled,joined = None,None,None,False,False
+    now,taught,shown,cancelled,joined,show_average = None,None,None,False,False,True
     _stateattrs = Distill._stateattrs + ('now','taught','shown')
     def __init__(self,
         alpha:float=1.,          # Weight of the cross-distilled target, 0 or above
@@ -278,6 +281,8 @@ def check(self:CEKD):
     if self.mixer is None: raise ValueError("`CEKD` distils from clean to mixed images, but nothing mixes: add `SnapMix()`, `CutMix()` or `MixUp()` to `cbs`.")
     if isinstance(loss, nn.BCEWithLogitsLoss):
         raise ValueError("`CEKD` distils one class distribution per image, but the loss is for several labels: use a cross-entropy.")
+    if self.teacher=='peer' and self.target=='separate' and unwrap(self.learn.model).n_branches==2:
+        raise ValueError("`CEKD(teacher='peer')` with two branches of which only one hears the soft target is the same as teacher='branch': pass target='both' or 'fused' for two that teach each other.")
     if self.joint and self.mixer.needs_maps:
         raise ValueError(f"`CEKD(joint=True)` runs clean and mixed images together, but `{self.mixer}` needs the clean pass before it can mix: leave `joint` out.")
 
@@ -295,8 +300,9 @@ def weights(self:CEKD):
 @patch
 def visible(self:CEKD, feats, rec, size):
     "Branch logits (n, B, K) from what the mixed images show of their sources"
-    with torch.set_grad_enabled(not self.detach), amp_context(self.learn):
-        return torch.stack([shown_logits(h, f, rec, size) for h,f in zip(unwrap(self.learn.model).heads, feats)])
+    heads = unwrap(self.learn.model).heads
+    with torch.set_grad_enabled(not self.detach), eval_mode(heads), amp_context(self.learn):
+        return torch.stack([shown_logits(h, f, rec, size) for h,f in zip(heads, feats)])
 
 @patch
 def losses(self:CEKD):
@@ -350,6 +356,7 @@ def use_average(self:CEKD,
     "Let the network hold the average until training goes on"
     avg,net = self.average(),unwrap(self.learn.model)
     if avg is None: raise ValueError("This `CEKD` keeps no average: pass teacher='ema' or validate_ema=True.")
+    self.show_average = on
     if avg._buffers and avg.n and avg.swapped!=on: avg.swap(net)
 
 @patch
@@ -358,7 +365,8 @@ def average_logits(self:CEKD,
 )->Tensor:    # Shape (B, K)
     "What the averaged network says about images"
     net = unwrap(self.learn.model)
-    with torch.no_grad(), eval_mode(net), amp_context(self.learn): return functional_call(net, net.average.tensors(), (x,))
+    avg = net.average
+    with torch.no_grad(), eval_mode(net), amp_context(self.learn): return net(x) if avg.swapped or not avg.n else functional_call(net, avg.tensors(), (x,))
 
 # %% ../nbs/06_cekd.ipynb #ce-ev
 @patch
@@ -374,11 +382,12 @@ def before_fit(self:CEKD):
 @patch
 def before_train(self:CEKD):
     "Bring back the weights of the last step, and start an average that has not begun"
+    Distill.before_train(self)
     if not self.averages: return
     net = unwrap(self.learn.model)
     if net.average.swapped: net.average.swap(net)
     if not net.average.n: net.average.restart(net)
-    self.now,self.cancelled = Average.present(net),False
+    self.now,self.cancelled,self.show_average = Average.present(net),False,True
 
 # %% ../nbs/06_cekd.ipynb #ce-ev-step
 @patch
@@ -399,7 +408,11 @@ def after_train(self:CEKD):
 
 @patch
 def before_validate(self:CEKD):
-    if self.validate_ema and not hasattr(self.learn, 'lr_finder'): self.use_average()
+    "Let the average be seen"
+    if self.validate_ema and self.show_average and not hasattr(self.learn, 'lr_finder'): self.use_average()
+
+@patch
+def after_fit(self:CEKD): self.before_validate() # also where a run was ended within an epoch
 
 # %% ../nbs/06_cekd.ipynb #ce-angle
 def _angle(a, b):
@@ -450,7 +463,7 @@ def target_noise(self:CEKD,
             q = self.teach(x, rec)
             qa,qb = (q.gather(1, o[:,None])[:,0] for o in (y,other))
             w = oracle_weights(rec, ev)
-            rows.append(torch.stack([(label_shares(rec).lam_a-w).abs(), (qa/(qa+qb)-w).abs()], 1)[(y!=other)&~w.isnan()])
+            rows.append(torch.stack([(label_shares(rec).lam_a-w).abs(), (qa/(qa+qb)-w).abs()], 1)[rec.mixed&(y!=other)&~w.isnan()])
     if not sum(map(len, rows)): raise ValueError(f"`{self.mixer}` made no mixed image with evidence of either source from {n} images: raise `n`.")
     res = torch.cat(rows)
     return dict(zip(('label_noise','cross_noise'), res.mean(0).tolist())) | dict(images=len(res))
@@ -458,8 +471,8 @@ def target_noise(self:CEKD,
 # %% ../nbs/06_cekd.ipynb #ce-diagnose
 class Diagnose(Callback):
     "Record conflict, agreement and noise of a `CEKD` run, a column each"
-    order,run_valid,hook,trunk_map,batches,on = Components.order+1,False,None,None,None,False
-    _stateattrs = ('hook','trunk_map','batches','sums')
+    order,run_valid,hook,trunk_map,batches,seen,on,trained,started = Components.order+1,False,None,None,None,None,False,False,False
+    _stateattrs = ('hook','trunk_map','batches','seen','sums')
     cols = dict(conflict=['conflict'], trunk=['trunk_conflict'], agreement=['agreement'], noise=['label_noise','cross_noise'])
     def __init__(self,
         what=('conflict','agreement'), # Names among 'conflict', 'trunk', 'agreement' and 'noise'
@@ -482,10 +495,9 @@ class Diagnose(Callback):
         if {'conflict','trunk'}&set(self.what) and not cb.alpha: raise ValueError("`Diagnose` compares the hard with the soft target, but `CEKD(alpha=0)` has no soft one: ask for 'agreement' only.")
         if 'trunk' in self.what and isinstance(net, PeerNet): raise ValueError("`Diagnose('trunk')` looks at a shared trunk, but peers share none: ask for 'conflict'.")
         self.unhook()
-        self.on,self.values,self.sums,self.trained = not hasattr(self.learn, 'lr_finder'),[],{},False
+        self.on,self.sums,self.trained,self.started = not hasattr(self.learn, 'lr_finder'),{},False,False
         if not self.on: return
         if 'trunk' in self.what: self.hook = net.trunk.register_forward_hook(self.keep)
-        if 'noise' in self.what and self.batches is None: self.batches = list(evidence_batches(self.learn.dls, self.kind, n=self.n))
         if rec: rec.metric_names = rec.metric_names[:(i:=len(rec.metric_names)-int(rec.add_time))] + L(self.names) + rec.metric_names[i:]
 
     def unhook(self):
@@ -528,7 +540,13 @@ def after_loss(self:Diagnose):
 @patch
 def before_epoch(self:Diagnose): self.sums,self.trained = {},False
 @patch
-def before_train(self:Diagnose): self.trained = self.on
+def before_train(self:Diagnose):
+    "Begin a new record with the first epoch of a run that trains, not with a validation"
+    self.trained = self.on
+    if self.started or not self.on: return
+    self.started,self.values = True,[]
+    if 'noise' in self.what and self.seen is not self.learn.dls:
+        with no_random(): self.seen,self.batches = self.learn.dls,list(evidence_batches(self.learn.dls, self.kind, n=self.n))
 @patch
 def after_validate(self:Diagnose):
     "Read the sums, in epochs that train"

@@ -55,6 +55,11 @@ class Distill(Callback):
         self.reset_step()
         self.sums,self.count = None,0
 
+    def before_train(self):
+        "Forget a running average of the weights that no callback keeps any longer"
+        net = unwrap(self.learn.model)
+        if hasattr(net, 'average') and not any(getattr(cb, 'averages', False) for cb in self.learn.cbs): del net.average
+
     def reset_step(self): self.clean,self.logits,self.feats,self.parts = None,None,None,None
 
 # %% ../nbs/05_distill.ipynb #clean-code

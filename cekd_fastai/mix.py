@@ -33,6 +33,11 @@ class MixRecord:
     keep:float|Tensor=0.         # Share of the host that shines through in the box, a number or (B,); 0: the donor is pasted
     pick:Tensor|None=None        # Which mix of a `MixOneOf` made each sample, shape (B,)
 
+    @property
+    def mixed(self):
+        "Which samples were mixed, where each is for itself, shape (B,)"
+        return box_share(self.box_a, 1, 1)>0 if isinstance(self.box_a, Tensor) else self.lam_a<1
+
 # %% ../nbs/02_mix.ipynb #box-code
 @lru_cache
 def _beta(alpha): return Beta(*[torch.tensor(alpha, device='cpu')]*2)
@@ -721,9 +726,8 @@ def _mixed_rows(name, m, batches, rounds, seed):
             out = m.mix(x, y)
             if out is None: continue
             rec = out[1]
-            on = box_share(rec.box_a, 1, 1)>0 if isinstance(rec.box_a, Tensor) else rec.lam_a<1
             cols = (rec.lam_a/(rec.lam_a+rec.lam_b), oracle_weights(rec, ev), y==y[rec.perm])
-            res.append(pd.DataFrame({k:v[on].cpu().numpy() for k,v in zip(('label','oracle','same'), cols)}))
+            res.append(pd.DataFrame({k:v[rec.mixed].cpu().numpy() for k,v in zip(('label','oracle','same'), cols)}))
     if not res: raise ValueError(f"`{name}` mixed nothing in {rounds} rounds: raise `alpha`, `prob` or `rounds`.")
     return pd.concat(res).assign(method=name)
 

@@ -1,10 +1,10 @@
 "CEKD against references written as loops, in several processes, through interrupts, and what each option changes."
-import copy,os,subprocess,sys,warnings
+import copy,itertools,os,subprocess,sys,warnings
 from pathlib import Path
 import pytest,torch,torch.nn.functional as F
 from fastai.vision.all import (CancelBatchException,CancelFitException,CancelStepException,CancelTrainException,CancelValidException,Callback,
     CrossEntropyLossFlat,DataLoaders,L,Learner,SaveModelCallback,SGD,accuracy,load_learner,nn,set_seed,tensor)
-from cekd_fastai.branches import branch_net,branch_splitter
+from cekd_fastai.branches import branch_net,branch_splitter,load_weights
 from cekd_fastai.cekd import CEKD,Diagnose,PeerNet,TARGETS,TEACHERS,cekd_losses,peer_net,shown_logits,target_angle,teacher_logits
 from cekd_fastai.data import fine_grained_dls
 from cekd_fastai.distill import BranchLoss,Components
@@ -216,6 +216,21 @@ def test_maps_detach():
     for o in (True,False): first_step(tiny(2), BoxMix(), CEKD(fuse='maps', detach=o), Keep())
     assert seen==[(False,(2,8,3)),(True,(2,8,3))]
 
+@pytest.mark.parametrize('layer', [nn.Dropout(.5),nn.BatchNorm2d(8)])
+def test_maps_leave_the_heads_alone(layer):
+    "A target from maps has no dropout in it, and its places do not count for the statistics of batch norm"
+    def run(fuse):
+        net,seen = tiny(2),[]
+        for h in net.heads: h.insert(0, copy.deepcopy(layer))
+        class Keep(Callback):
+            order = 90
+            def after_loss(self):
+                if fuse=='maps': seen.append(torch.equal(self.cekd.shown, self.cekd.visible(self.cekd.clean[1][1], self.cekd.record, (16,16))))
+        first_step(net, BoxMix(), CEKD(fuse=fuse), Keep())
+        return seen,dict(net.named_buffers()),net
+    (seen,a,net),(_,b,_) = run('maps'),run('labels')
+    assert seen==[True] and all(torch.equal(v, b[k]) for k,v in a.items()) and net.heads.training
+
 @pytest.mark.parametrize('box', [(2,0,8,4), tensor([[2,0,8,4],[0,0,0,0],[0,0,8,8]])])
 def test_shown_is_the_pasted_map(box):
     "Boxes on the borders of the map's places: pasting the maps like pixels, then pooling, gives the same logits"
@@ -258,9 +273,22 @@ def test_no_pass_without_use():
         g = first_step(net, FixedMix(), CEKD(**kw))
         assert len(calls)==passes and list(g.parts)==cols
 
-@pytest.mark.parametrize('n', [2,3,4])
-@pytest.mark.parametrize('target', TARGETS)
-@pytest.mark.parametrize('teacher', TEACHERS)
+def test_summed_losses():
+    "A loss that is summed over images is B times its mean in every part"
+    runs = []
+    for o in ('mean','sum'):
+        learn = learner(tiny(2), FixedMix(), CEKD(ramp=0), g:=CatchStep())
+        learn.loss_func = CrossEntropyLossFlat(reduction=o)
+        quiet(learn)
+        runs.append(g.parts)
+    assert {k:v/8 for k,v in runs[1].items()}==pytest.approx(runs[0], rel=1e-5)
+
+def test_peer_that_is_no_peer():
+    "With two branches of which one hears the soft target, teacher='peer' would be teacher='branch'"
+    with pytest.raises(ValueError, match="is the same as teacher='branch'"): learner(tiny(2), FixedMix(), CEKD(teacher='peer'))
+    first_step(tiny(3), FixedMix(), CEKD(teacher='peer'))
+
+@pytest.mark.parametrize('teacher,target,n', [o for o in itertools.product(TEACHERS, TARGETS, [2,3,4]) if o!=('peer','separate',2)])
 def test_crossings_learn(teacher, target, n):
     "Every teacher with every target and number of branches: the loss falls, and every parameter moves"
     learn = learner(tiny(n), FixedMix(prob=.8), CEKD(teacher=teacher, target=target))
@@ -403,6 +431,69 @@ def test_validate_ema(tmp_path):
     old.load('m_2', with_opt=False)
     assert old.model.average.swapped and old.model.average.n==3
 
+def test_average_without_owner(tmp_path):
+    "Training without a callback that keeps the average goes on from what the network holds, and later training from there"
+    make = lambda: CEKD(validate_ema=True, decay=.9)
+    learn = quiet(learner(tiny(2), FixedMix(), cb:=make(), path=tmp_path), 3)
+    held = copy.deepcopy(learn.model.state_dict())
+    learn.remove_cb(cb)
+    learn.validate()
+    assert learn.model.average.swapped
+    class Start(Callback):
+        order = 200
+        def before_batch(self):
+            if self.training and self.iter==0 and self.epoch==0: self.state = {k:v.clone() for k,v in self.learn.model.state_dict().items()}
+    same = lambda a,b: all(torch.equal(a[k], b[k]) for k in a if not k.startswith('average'))
+    quiet(learn, 2, cbs=(s:=Start()))
+    assert same(s.state, held) and not hasattr(learn.model, 'average')
+    plain = copy.deepcopy(learn.model.state_dict())
+    learn.add_cb(make())
+    quiet(learn, 1, cbs=(s:=Start()))
+    assert same(s.state, plain)
+
+def test_average_into_a_plain_network(tmp_path):
+    "A checkpoint with an average loads where none is kept, also as weights, and one of an exported run where one is"
+    ema = quiet(learner(tiny(2), FixedMix(), CEKD(teacher='ema'), path=tmp_path), 2)
+    ema.save('ema')
+    plain = learner(tiny(2, seed=4), path=tmp_path)
+    plain.load('ema')
+    assert torch.equal(plain.get_preds()[0], ema.get_preds()[0])
+    torch.save(ema.model.state_dict(), tmp_path/'w.pth')
+    assert torch.equal(load_weights(tiny(2, seed=4), tmp_path/'w.pth').heads[0][2].weight, ema.model.heads[0][2].weight)
+    with pytest.raises(RuntimeError, match='Unexpected key'): plain.model.load_state_dict(ema.model.state_dict() | {'else.weight':torch.zeros(1)})
+    ema.export('e.pkl')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        again = load_learner(tmp_path/'e.pkl')
+    again.model_dir,again.path = 'models',tmp_path
+    again.save('shell', with_opt=False)
+    new = learner(tiny(2, seed=4), FixedMix(), CEKD(teacher='ema'), path=tmp_path)
+    new.load('shell', with_opt=False)
+    assert new.model.average.n==0 and torch.equal(new.get_preds()[0], ema.get_preds()[0])
+
+@pytest.mark.parametrize('event', ['after_batch','before_validate'])
+def test_average_after_an_early_end(event):
+    "Where a callback ends the run, the network holds the average as well, until one asks for the weights of the last step"
+    learn = learner(tiny(2), FixedMix(), CEKD(validate_ema=True), dls=toy_dls(24))
+    quiet(learn, 2, cbs=Raise(event, CancelFitException))
+    assert learn.model.average.swapped
+    shown,z = learn.get_preds()[0],learn.cekd.average_logits(learn.dls.valid.one_batch()[0])
+    assert torch.allclose(z, learn.model.eval()(learn.dls.valid.one_batch()[0]))
+    learn.cekd.use_average(False)
+    raw = learn.get_preds()[0]
+    learn.validate()
+    assert not learn.model.average.swapped and not torch.equal(raw, shown)
+    quiet(learn, 1)
+    assert learn.model.average.swapped
+
+def test_average_that_has_not_begun(tmp_path):
+    "Before training the average says what the network says, whatever was loaded"
+    learn = learner(tiny(2), FixedMix(), CEKD(teacher='ema'), path=tmp_path)
+    learner(tiny(2, seed=5), path=tmp_path).save('plain', with_opt=False)
+    learn.load('plain', with_opt=False)
+    x = learn.dls.one_batch()[0]
+    assert torch.equal(learn.cekd.average_logits(x), learn.model.eval()(x))
+
 def test_use_average_of_teacher():
     learn = quiet(learner(tiny(2), FixedMix(), CEKD(teacher='ema')), 3)
     assert not learn.model.average.swapped
@@ -522,10 +613,30 @@ def test_diagnose_changes_nothing():
             runs.append(quiet(learn, 2).model.state_dict())
     for a,b in ((0,2),(1,3)): assert all(torch.equal(u, v) for u,v in zip(runs[a].values(), runs[b].values()))
 
+def test_diagnose_keeps_its_record(birds, tmp_path):
+    "Validations, predictions and `lr_find` leave the record of the run alone, an exported learner predicts, and other loaders are other evidence"
+    learn = Learner(birds, branch_net('test_resnet', birds.c, 2, pretrained=False), cbs=[BranchLoss(),Components(),CutMix(5.),CEKD(),d:=Diagnose('noise', n=32)], path=tmp_path)
+    quiet(learn, 2)
+    kept,first = d.values,d.batches
+    learn.validate()
+    learn.get_preds()
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=14, show_plot=False)
+    assert d.values is kept and len(kept)==2
+    learn.export('d.pkl')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        again = load_learner(tmp_path/'d.pkl')
+    with again.no_bar(): assert again.predict(birds.valid_ds.items.iloc[0] if hasattr(birds.valid_ds.items, 'iloc') else birds.valid_ds.items[0])[0] in birds.vocab
+    quiet(learn, 1)
+    assert d.batches is first and len(d.values)==1
+    learn.dls = fine_grained_dls(birds.path, size=40, bs=16, num_workers=0, in_memory=True)
+    quiet(learn, 1)
+    assert d.batches[0][0].shape[-1]==40
+
 def test_diagnose_refuses():
     with pytest.raises(ValueError, match='the learner has none'): quiet(learner(tiny(2), FixedMix(), Diagnose()))
     with pytest.raises(ValueError, match='has no soft one'): quiet(learner(tiny(2), FixedMix(), CEKD(alpha=0), Diagnose()))
-    with pytest.raises(ValueError, match='peers share none'): quiet(learner(peers(), FixedMix(), CEKD(teacher='peer'), Diagnose('trunk')))
+    with pytest.raises(ValueError, match='peers share none'): quiet(learner(peers(), FixedMix(), CEKD(teacher='peer', target='both'), Diagnose('trunk')))
 
 @pytest.fixture(scope='module')
 def birds(tmp_path_factory):
@@ -550,9 +661,16 @@ def test_target_noise(birds):
     sure = learn.cekd.target_noise(n=64, batches=batches)
     assert sure['cross_noise']==pytest.approx(sure['label_noise'], abs=1e-3)
 
+def test_noise_of_the_mixed_only(birds):
+    "Where each image is mixed or not for itself, those that were not do not count"
+    from cekd_fastai.mix import label_noise
+    mix = lambda: CutMix(5., prob=.3, per='sample')
+    learn = Learner(birds, branch_net('test_resnet', birds.c, 2, pretrained=False), cbs=[BranchLoss(),mix(),CEKD()])
+    assert learn.cekd.target_noise(n=64)['label_noise']==pytest.approx(label_noise(mix(), birds, n=64, rounds=1, seed=42).error.iloc[0], abs=1e-5)
+
 def test_box_noise(birds):
     "The share of each bird's box as yardstick, which real birds have too"
-    learn = Learner(birds, branch_net('test_resnet', birds.c, 2, pretrained=False), cbs=[BranchLoss(),CutMix(5.),CEKD(teacher='peer'),d:=Diagnose('noise', kind='box', n=32)])
+    learn = Learner(birds, branch_net('test_resnet', birds.c, 2, pretrained=False), cbs=[BranchLoss(),CutMix(5.),CEKD(teacher='peer', target='both'),d:=Diagnose('noise', kind='box', n=32)])
     res = learn.cekd.target_noise('box', n=32)
     assert res!=learn.cekd.target_noise('parts', n=32) and 0<res['label_noise']<1
     quiet(learn, 1)

@@ -30,9 +30,11 @@ MIX = dict(cutmix=CutMix, snapmix=SnapMix, mixup=MixUp)
 
 def job(setting, stage, method, seed, mix=None, cekd=None, branches=1, attempt=None, compute='equal epochs'):
     "Everything that defines a run, as plain data"
-    return dict(setting=setting, stage=stage, method=method, attempt=attempt, compute=compute, seed=seed, branches=branches, mix=mix, cekd=cekd)
+    s = config['settings'][setting]
+    return dict(setting=setting, stage=stage, method=method, attempt=attempt, compute=compute, seed=seed, branches=branches, mix=mix, cekd=cekd,
+        epochs=s['epochs'], args={k:v for k,v in s.items() if k!='title'})
 
-def key(j): return json.dumps({k:j[k] for k in ('setting','stage','method','attempt','compute','seed','branches','mix','cekd')}, sort_keys=True)
+def key(j): return json.dumps({k:j[k] for k in ('setting','stage','method','attempt','compute','seed','branches','mix','cekd','epochs','args')}, sort_keys=True)
 
 def attempt_args(kw):
     "Arguments of `CEKD`, and the number of branches, of an attempt"
@@ -50,21 +52,21 @@ def select_jobs(setting, seeds):
             if name!='default': jobs.append(job(setting, 'select', 'attempt', seed, ref['mixes'][0], args, n, name))
     return jobs
 
-def mean_of(rows, **want):
-    "Mean accuracy of the selection runs that match, None without any"
-    vals = [r['accuracy'] for r in rows if r['stage']=='select' and all(r[k]==v for k,v in want.items())]
-    return sum(vals)/len(vals) if vals else None
+def best(rows, options):
+    "Name of the option (name to what its selection runs have) with the highest mean over the seeds that all options with runs have; the first where nothing was run"
+    runs = {k:{r['seed']:r['accuracy'] for r in rows if r['stage']=='select' and all(r[o]==v for o,v in want.items())} for k,want in options.items()}
+    runs = {k:v for k,v in runs.items() if v}
+    seeds = set.intersection(*map(set, runs.values())) if runs else ()
+    return max(runs, key=lambda k: sum(runs[k][s] for s in seeds)) if seeds else next(iter(options), None)
 
 def chosen(rows, name):
-    "Mix of a method, and arguments of CEKD, that were best on the held-out part; the first of each where nothing was run"
+    "Mix of a method, and arguments of CEKD, that were best on the held-out part"
     m = config['methods'][name]
-    best = lambda opts: max(opts, key=lambda o: (o[0] is not None, o[0] or 0, -o[1]))[2] if opts else None
-    mix = best([(mean_of(rows, method=name, mix=o), i, o) for i,o in enumerate(m.get('mixes', []))])
+    mix = best(rows, {o:dict(method=name, mix=o) for o in m.get('mixes', [])})
     cekd,n = m.get('cekd'),m['branches']
     if cekd == {}:
         ref,first = next((k,v['mixes'][0]) for k,v in config['methods'].items() if v.get('reference'))
-        scored = [(mean_of(rows, method=ref, mix=first) if k=='default' else mean_of(rows, attempt=k), i, k) for i,k in enumerate(config['attempts'])]
-        cekd,n = attempt_args(config['attempts'][best(scored)])
+        cekd,n = attempt_args(config['attempts'][best(rows, {k:dict(method=ref, mix=first) if k=='default' else dict(attempt=k) for k in config['attempts']})])
     return mix,cekd,n
 
 def final_jobs(setting, seeds, rows):
@@ -74,7 +76,8 @@ def final_jobs(setting, seeds, rows):
     make = lambda name, seed, compute: job(setting, 'final', name, seed, *what[name], compute=compute)
     equal = [make(name, seed, 'equal epochs') for seed in seeds for name in what]
     more = [make(name, seed, 'equal compute') for name in what if not name.startswith('CEKD') for seed in seeds]
-    return equal+[j for j in more if epochs_of(s, j, rows)>s['epochs']]
+    more = [j|dict(epochs=epochs_of(s, j, rows)) for j in more]
+    return equal+[j for j in more if j['epochs']>s['epochs']]
 
 # How to run it
 
@@ -91,9 +94,7 @@ def data(s, held_out, seed, folder):
 class NoValid(Callback):
     "Evaluate after the last epoch only"
     order = -100
-    def before_validate(self):
-        if hasattr(self.learn, 'cekd') and self.cekd.validate_ema: self.cekd.use_average()
-        raise CancelValidException
+    def before_validate(self): raise CancelValidException
 
 def half_trunk(net):
     "Run a frozen trunk compiled and in bfloat16, for every method alike; what is trained stays in float32"
@@ -137,16 +138,14 @@ def step_macs(s, j):
     return trained*(1+mix['prob']) + (mix['prob']*(t+n*b) if cekd.get('teacher')=='ema' else 0)
 
 def epochs_of(s, j, rows):
-    "Epochs of a run: those of the setting, or as many as the reference's multiply-adds allow"
-    if j['compute']=='equal epochs': return s['epochs']
+    "As many epochs as the reference's multiply-adds allow, at least those of the setting"
     name = next(k for k,m in config['methods'].items() if m.get('reference'))
     mix,cekd,n = chosen(rows, name)
     return max(s['epochs'], round(s['epochs']*step_macs(s, dict(branches=n, mix=mix, cekd=cekd))/step_macs(s, j)))
 
-def run_one(j, rows, folder, epochs=None, n_epochs=None):
+def run_one(j, folder, n_epochs=None):
     "Train and evaluate; a row of the result file"
     s = config['settings'][j['setting']]
-    epochs = epochs or epochs_of(s, j, rows)
     held = j['stage']=='select'
     dls = data(s, held, j['seed'], folder)
     set_seed(j['seed'])
@@ -155,14 +154,14 @@ def run_one(j, rows, folder, epochs=None, n_epochs=None):
     start = time.perf_counter()
     groups = len(learn.splitter(learn.model))
     stop = [StopAfter(n_epochs)] if n_epochs else []
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, [s['lr']]*(groups-1)+[s['lr']*s['head_lr']], cbs=[NoValid(),*stop])
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(j['epochs'], [s['lr']]*(groups-1)+[s['lr']*s['head_lr']], cbs=[NoValid(),*stop])
     seconds = time.perf_counter()-start
     z,each,y = branch_preds(learn, dls.valid)
     acc = branch_accuracy(z, each, y)
     info = about({})
     return j | dict(split='held-out part of train' if held else 'official test', accuracy=round(acc['ensemble'], 5), each=[round(o, 5) for o in acc['branches']],
-        loss=round(F.cross_entropy(z, y).item(), 5), images=len(y), epochs=epochs, gmacs_per_image=round(step_macs(s, j)/1e9, 4), seconds=round(seconds, 1),
-        threads=torch.get_num_threads(), args={k:v for k,v in s.items() if k!='title'}, versions=info['versions'], machine=info['machine'])
+        loss=round(F.cross_entropy(z, y).item(), 5), images=len(y), gmacs_per_image=round(step_macs(s, j)/1e9, 4), seconds=round(seconds, 1),
+        threads=torch.get_num_threads(), versions=info['versions'], machine=info['machine'])
 
 class StopAfter(Callback):
     "End a run early, to time it"
@@ -234,8 +233,11 @@ def figure(rows, file):
     plt.close(fig)
 
 def write_tables(setting):
-    "Tables and figure of a setting, from its rows"
+    "Tables and figure of a setting, from the rows of the final runs that `config.json` and the selection ask for, and from all of the selection's"
     rows = read_rows(setting)
+    seeds = range(1+max((r['seed'] for r in rows), default=0))
+    wanted = {key(j) for j in final_jobs(setting, seeds, rows)}
+    rows = [r for r in rows if r['stage']=='select' or key(r) in wanted]
     if not rows: return print(f'No rows yet in {here/"results"/f"{setting}.jsonl"}.')
     title,info = config['settings'][setting]['title'],{k:rows[-1][k] for k in ('versions','machine')}
     for stage,make_table,what in (('select',select_table,'candidates on the held-out fifth of train'),('final',final_table,'official test split')):
@@ -252,12 +254,12 @@ def smoke(setting, seeds, folder, rows):
     for name in ('plain',ref):
         m = config['methods'][name]
         j = job(setting, 'select', name, 0, m.get('mixes', [None])[0], m.get('cekd'), m['branches'])
-        row = run_one(j, rows, folder, epochs=s['epochs'], n_epochs=1)
+        row = run_one(j, folder, n_epochs=1)
         per[name] = row['seconds']/(step_macs(s, j)/1e9)
         print(f"{name}: {row['seconds']:.1f} s an epoch of the held-out split, {row['gmacs_per_image']:.3f} GMAC per image and step, accuracy after it {row['accuracy']:.1%}")
     rate = sum(per.values())/2
     for stage,jobs,share in (('select',select_jobs(setting, range(seeds)),1),('final',final_jobs(setting, range(seeds), rows),1/(1-s['valid_pct']))):
-        sec = sum(rate*share*step_macs(s, j)/1e9*epochs_of(s, j, rows) for j in jobs)
+        sec = sum(rate*share*step_macs(s, j)/1e9*j['epochs'] for j in jobs)
         print(f'{stage}: {len(jobs)} runs, about {sec/3600:.1f} hours in one process of one thread')
 
 @call_parse
@@ -285,7 +287,7 @@ def main(
     for j in jobs:
         if key(j) in done: continue
         if time.time()-start>hours*3600: return print('Out of time: start again to go on.')
-        row = run_one(j, rows, data_dir)
+        row = run_one(j, data_dir)
         add_row(setting, row)
         print(f"{j['attempt'] or j['method']}, {j['mix'] or 'no mix'}, {j['compute']}, seed {j['seed']}: {row['accuracy']:.1%} {row['seconds']:.0f} s", flush=True)
     write_tables(setting)
