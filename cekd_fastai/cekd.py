@@ -427,7 +427,8 @@ def target_angle(
     T:float=1.,    # Temperature that `q` was made with; None: a cross-entropy at temperature 1
 )->Tensor:         # Degrees, shape (B,)
     "Angle between the gradients of the hard and of the soft target at the logits"
-    t = cross_target(y if y.is_floating_point() else F.one_hot(y, z.shape[-1]).float(), rec)
+    t = y if y.is_floating_point() else torch.zeros_like(z, dtype=torch.float).scatter_(1, y[:,None], 1) # `one_hot` asks the device
+    t = cross_target(t, rec)
     return _angle(soft_probs(z)-t, soft_probs(z, T or 1.)-q)
 
 # %% ../nbs/06_cekd.ipynb #ce-noise

@@ -2,6 +2,7 @@
 import copy,itertools,os,subprocess,sys,warnings
 from pathlib import Path
 import pytest,torch,torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from fastai.vision.all import (CancelBatchException,CancelFitException,CancelStepException,CancelTrainException,CancelValidException,Callback,
     CrossEntropyLossFlat,DataLoaders,L,Learner,SaveModelCallback,SGD,accuracy,load_learner,nn,set_seed,tensor)
 from cekd_fastai.branches import branch_net,branch_splitter,load_weights
@@ -688,6 +689,38 @@ def test_diagnose_noise(birds):
     quiet(learn, 2)
     assert len(d.values)==2 and all(0<v<1 for o in d.values for v in o.values())
     assert list(learn.recorder.metric_names)[-3:-1]==['label_noise','cross_noise']
+
+# No synchronisation
+
+class Ops(TorchDispatchMode):
+    "Names of the operators that ran"
+    names = ()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names = (*self.names,str(func))
+        return func(*args, **(kwargs or {}))
+
+class Watch(Callback):
+    "The operators from the mixed batch to the end of the step"
+    order,run_valid = 99,False
+    def before_batch(self): self.mode = Ops().__enter__()
+    def after_step(self): self.mode.__exit__(None, None, None)
+
+class Ask(Callback):
+    "Ask the device, as no step should"
+    order = 6
+    def after_loss(self): self.asked = self.learn.loss_grad.item()
+
+def asks(*cbs, net=None):
+    quiet(learner(net or tiny(2), BoxMix(), *cbs, w:=Watch()))
+    assert len(w.mode.names)>100
+    return [o for o in w.mode.names if any(k in o for k in ('_local_scalar_dense','nonzero','masked_select','unique','is_nonzero'))]
+
+@pytest.mark.parametrize('kw', [dict(), dict(teacher='ema', validate_ema=True), dict(fuse='maps', confident=True), dict(target='fused', joint=True), dict(teacher='peer', target='both', detach=False)])
+def test_a_step_asks_nothing(kw):
+    "From the mixed batch to the end of the step, the update of the average with it, no number is read from the device"
+    assert not asks(CEKD(**kw), Diagnose(('conflict','trunk','agreement')))
+
+def test_the_step_check_bites(): assert asks(CEKD(), Ask())
 
 # Several processes
 
