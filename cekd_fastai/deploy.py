@@ -9,24 +9,30 @@ __all__ = ['deploy', 'Deployed']
 
 # %% ../nbs/12_deploy.ipynb #dp-imports
 from fastai.vision.all import *
-from .data import ResizeShort,open_image
+from .data import ResizeSquare,open_image,recipe_tfms
 from .mix import unwrap
 from .branches import BranchNet,save_net,load_net
 from .meal import data_stats
 
 # %% ../nbs/12_deploy.ipynb #dp-write
+def _recipe(dls):
+    "How the pictures of `dls` are scaled for validation, one of `RECIPES`; loaders of other libraries count as 'crop'"
+    tfms = list(dls.valid.after_item)
+    if not any(isinstance(o, ResizeSquare) for o in tfms): return 'crop'
+    return 'pad' if any(isinstance(o, CropPad) for o in tfms) else 'squeeze'
+
 def deploy(
     learn:Learner, # A trained learner of this library
     file,          # Where to write, e.g. 'birds.pt'; whole or not at all
     which=None,    # Part of the network: None for the ensemble, or what `pick` of the network takes, e.g. the index of a branch
 )->Path:
-    "Write the network that predicts, its class names, image size and statistics into one file that is safe to load"
+    "Write the network that predicts, its class names, image size, recipe and statistics into one file that is safe to load"
     net = unwrap(learn.model)
     if not isinstance(net, BranchNet):
         raise ValueError(f"`deploy` writes networks of this library, but the model is a `{type(net).__name__}`: use `learn.export`, or make the learner with `branch_learner`.")
     mean,std = data_stats(learn.dls) or ([0.]*3,[1.]*3)
     size = list(learn.dls.valid.one_batch()[0].shape[-2:])
-    save_net(net.pick(which), file, vocab=[str(o) for o in learn.dls.vocab], mean=mean, std=std, size=size)
+    save_net(net.pick(which), file, vocab=[str(o) for o in learn.dls.vocab], mean=mean, std=std, size=size, recipe=_recipe(learn.dls))
     return Path(file)
 
 # %% ../nbs/12_deploy.ipynb #dp-use
@@ -39,14 +45,14 @@ class Deployed:
         self.net,info = load_net(file)
         if lack := {'vocab','mean','std','size'}-set(info): raise ValueError(f"`{file}` lacks {', '.join(sorted(lack))}: write it with `deploy`.")
         self.vocab,self.size,self.device = info['vocab'],info['size'],device
+        scale = [o for o in recipe_tfms(max(self.size), info.get('recipe', 'crop')) if not isinstance(o, (RandomCrop,FlipItem))]
+        self.scale = compose(open_image, *scale, CropPad(tuple(self.size)))
         self.mean,self.std = (tensor(info[o], device=device)[:,None,None] for o in ('mean','std'))
         self.net.to(device)
 
     def pixels(self, im):
         "The picture `im` (path, bytes or PIL image) as the network sees it, shape (3, H, W)"
-        im = ResizeShort(round(max(self.size)*8/7))(open_image(im))
-        im = CropPad(tuple(self.size))(im)
-        return (image2tensor(im).float().to(self.device)/255-self.mean)/self.std
+        return (image2tensor(self.scale(im)).float().to(self.device)/255-self.mean)/self.std
 
     @torch.no_grad()
     def __call__(self, ims):

@@ -180,7 +180,7 @@ class _Look:
         with torch.no_grad(), eval_mode(self.model):
             z,self.fs,feats = (_look_branches if isinstance(self.model, BranchNet) else _look_plain)(self.model, x)
         if feats[0] is None or any(math.prod(f.shape[2:])==1 for f in feats): raise ValueError(
-            f"`{type(self.model).__name__}` has no spatial feature map, so there is no class activation map: use a convolutional network, such as 'resnet50', "
+            f"`{type(self.model).__name__}` has no spatial feature map of these pictures, so there is no class activation map: use a convolutional network, such as 'resnet50', and pictures that leave it more than one place, "
             "made by `branch_learner` or `vision_learner`. `confused_pairs`, `reliability` and `show_results` work with any classifier.")
         act = getattr(learn.loss_func, 'activation', partial(F.softmax, dim=-1))
         self.names,self.logits,self.probs = _names(len(z)),z.float().cpu(),act(z.float()).cpu()
@@ -414,6 +414,11 @@ def plot_reliability(
     return table.assign(gap=table.accuracy-table.confidence)
 
 # %% ../nbs/11_interpret.ipynb #report-code
+def _has_maps(learn):
+    "Whether the network of `learn` has maps to draw"
+    try: return bool(_Look(learn, learn.dls.valid.one_batch()[0][:1]))
+    except ValueError: return False
+
 def report(
     learn:Learner,      # A trained learner
     hist:pd.DataFrame,  # From `history`
@@ -421,7 +426,7 @@ def report(
     title:str='',       # Written at the top
 )->plt.Figure:
     "Curves, the most confused pairs with example images, and activation maps on one page"
-    n = len(pairs)
+    n = len(pairs) if _has_maps(learn) else 0
     fig = plt.figure(figsize=(10, 3.2+2.1*n), dpi=80, layout='constrained')
     top,*rest = fig.subfigures(2, 1, height_ratios=[2.6,2.1*n]) if n else [fig]
     plot_history(hist, top.subplots(1, 3))

@@ -562,7 +562,7 @@ def _panel(ax, im, title, box=None, color=None, cam=None):
     ax.imshow(im)
     if cam is not None: ax.imshow(cam, alpha=.5, cmap='magma')
     if box: ax.add_patch(plt.Rectangle(box[:2], box[2]-box[0], box[3]-box[1], fill=False, lw=2, ec=color))
-    ax.set_title(title, fontsize=7)
+    ax.set_title(title, fontsize=7, parse_math=False) # a class may have a `$` in its name
     ax.axis('off')
 
 @patch

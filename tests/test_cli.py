@@ -61,6 +61,56 @@ a,b = safe.predict(file, 4),learn.predict(file)[2]
 assert all(abs(a[o]-b[i].item())<1e-3 for i,o in enumerate(learn.dls.vocab))"""
     subprocess.run([sys.executable, '-c', code], check=True, env=env)
 
+@pytest.mark.parametrize('name,nest', [('sgd',False), ('nesterov',True)])
+def test_optimisers_are_torchs(name, nest):
+    "Momentum and weight decay work together as in the papers' code: the same weights after ten steps as torch's own loop"
+    from fastai.vision.all import CrossEntropyLossFlat,DataLoaders,Learner
+    from cekd_fastai.cli import OPTS
+    x,y = torch.randn(8,4, generator=torch.Generator().manual_seed(0)),torch.arange(8)%3
+    dl = torch.utils.data.DataLoader([(a,b) for a,b in zip(x, y)], batch_size=8)
+    net = torch.nn.Linear(4,3)
+    other = torch.nn.Linear(4,3)
+    other.load_state_dict(net.state_dict())
+    learn = Learner(DataLoaders(dl, dl, device='cpu'), net, loss_func=CrossEntropyLossFlat(), opt_func=OPTS[name], wd=.1)
+    with learn.no_bar(), learn.no_logging(): learn.fit(10, .1)
+    opt = torch.optim.SGD(other.parameters(), lr=.1, momentum=.9, weight_decay=.1, nesterov=nest)
+    for _ in range(10):
+        opt.zero_grad()
+        torch.nn.functional.cross_entropy(other(x), y).backward()
+        opt.step()
+    assert torch.allclose(net.weight, other.weight, atol=1e-6)
+
+def test_no_picture_costs_no_run(birds, tmp_path):
+    "Pictures of 32 pixels leave the last map one place, and a class may be called like a formula: the results are there"
+    for old,new in zip(sorted((birds/'images').iterdir()), ('a$_{b$','c$frac$','d','e')): shutil.copytree(old, tmp_path/'data'/new)
+    for size in (32,56):
+        out = tmp_path/f'run{size}'
+        p = command('--data', tmp_path/'data', *small, '--arch', 'resnet18', '--size', size, '--method', 'plain', '--epochs', 1, '--out', out)
+        text,err = p.communicate(timeout=300)
+        assert p.returncode==0, err
+        assert sorted(o.name for o in out.iterdir()) == ['history.csv','model.pkl','model.pt','report.png','result.json']
+
+def test_a_failing_report_costs_no_run(birds, tmp_path, monkeypatch):
+    from cekd_fastai import cli
+    def fail(*args): raise RuntimeError('no ink')
+    monkeypatch.setattr(cli, 'report', fail)
+    with pytest.warns(UserWarning, match='no report.png, since it could not be drawn .no ink'):
+        cli.cekd_train(data=birds, arch='test_resnet', method='plain', size=56, bs=16, epochs=1, no_pretrained=True, num_workers=0, out=tmp_path/'run')
+    assert sorted(o.name for o in (tmp_path/'run').iterdir()) == ['history.csv','model.pkl','model.pt','result.json']
+
+def test_interrupt_while_saving(done, birds, tmp_path, monkeypatch):
+    "Ctrl-C in the middle of writing leaves the old run whole, and of a new one nothing"
+    from cekd_fastai import cli
+    def stop(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(cli, 'deploy', stop)
+    shutil.copytree(done[0], tmp_path/'old')
+    before = {o.name:o.read_bytes() for o in (tmp_path/'old').iterdir()}
+    for out in ('old','new'):
+        with pytest.raises(SystemExit) as e:
+            cli.cekd_train(data=birds, arch='test_resnet', method='plain', size=56, bs=16, epochs=1, no_pretrained=True, num_workers=0, force=True, out=tmp_path/out)
+        assert e.value.code==130
+    assert {o.name:o.read_bytes() for o in (tmp_path/'old').iterdir()}==before and not (tmp_path/'new').exists()
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='says what to do without a GPU')
 def test_several_processes_without_gpu(birds, tmp_path):
     p = subprocess.run([exe, '--data', str(birds), *small, '--out', str(tmp_path/'run')], capture_output=True, text=True, env=env | dict(WORLD_SIZE='2', RANK='0'), timeout=300)
@@ -73,6 +123,22 @@ def test_dry_run(recipe, tmp_path):
     text,err = p.communicate(timeout=300)
     assert p.returncode==0, err
     assert 'dry run done' in text and ('94.3' in text or 'None' in text) and not (tmp_path/'run').exists()
+
+def test_options_beside_a_recipe(tmp_path):
+    "They win, also where they say what the command does anyway"
+    p = command('--recipe', 'css-cifar100', '--dry-run', '--epochs', 20, '--bs', 32, '--schedule', 'one-cycle', '--milestones', 10, '--out', tmp_path/'run')
+    text,err = p.communicate(timeout=300)
+    assert p.returncode==1 and 'add --schedule steps' in err
+    p = command('--recipe', 'css-cifar100', '--dry-run', '--epochs', 20, '--bs', 32, '--milestones', 10, '--out', tmp_path/'run')
+    text,err = p.communicate(timeout=300)
+    assert p.returncode==0, err
+    assert "'bs': 32, 'epochs': 20" in text and "'milestones': [10]" in text
+
+def test_rehearsal_of_meal(done, tmp_path):
+    "Teachers of the user's classes are stood in for, and pictures have the size of the benchmark"
+    p = command('--data', 'cifar100', '--arch', 'resnet18', '--method', 'meal', '--teachers', done[0]/'model.pt', 'resnet34', '--dry-run', '--out', tmp_path/'run')
+    text,err = p.communicate(timeout=300)
+    assert p.returncode==0 and 'dry run done' in text, err
 
 def test_model_size(done):
     "The export holds the network and little else: no optimiser, no batch, no teacher."
