@@ -15,7 +15,7 @@ from torch.func import functional_call
 from .mix import MixRecord,amp_context,box_mask,eval_mode,evidence_batches,map_logits,mixed_loss,oracle_weights,unwrap
 from .branches import BranchNet,branch_net,builder
 from .losses import soft_probs,cross_target,ramp_up
-from .distill import Distill,Components
+from .distill import Distill,Components,log_parts
 
 # %% ../nbs/06_cekd.ipynb #ce-teach
 TEACHERS,TARGETS = ('ensemble','branch','peer','ema'),('separate','both','fused')
@@ -556,4 +556,4 @@ def after_validate(self:Diagnose):
     res = {k:float(s)/n for k,(s,n) in self.sums.items()}
     if 'noise' in self.what: res |= self.cekd.target_noise(self.kind, self.n, batches=self.batches)
     self.values.append({k:res.get(k) for k in self.names})
-    if hasattr(self.learn, 'recorder'): self.learn.recorder.log += L(self.values[-1].values())
+    if hasattr(self.learn, 'recorder'): log_parts(self.learn.recorder, self.names, self.values[-1].values())

@@ -952,7 +952,7 @@ def fine_grained_dls(
     item_tfms=None,    # to replace those of the same class in `recipe_tfms`, or to add
     batch_tfms=None,   # to replace `Normalize`, or to add
     per_class=None,    # training images of each class; all if None
-    balanced=False,    # draw every class equally often in training
+    balanced=False,    # draw every class equally often in training; to predict the training images, pass `ds_idx=0`, since its loader repeats some
     crop_to_box=False, # cut every picture to the box around its object
     recipe=None,       # one of `RECIPES`; the data set's if None
     stats=None,        # mean and standard deviation to normalise with, or an architecture as for `norm_stats`; the data set's if None

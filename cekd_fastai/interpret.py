@@ -14,7 +14,7 @@ from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
 from types import SimpleNamespace
 from PIL import Image
-from .mix import Mix,box_share,eval_mode,loss_owner,place_logits,semantic_map,shown_images,unwrap,_body_head,_evidence,_panel
+from .mix import Mix,box_share,eval_mode,loss_owner,place_logits,semantic_map,shown_images,unwrap,_body_head,_evidence,_is_map,_panel
 from .branches import BranchNet,branch_preds
 from .css import joint_label
 
@@ -163,7 +163,7 @@ def _look_plain(model, x):
     "The same for a network without branches"
     body,head = _body_head(model)
     feat = body(x) if body else None
-    if feat is None or feat.ndim!=4 or getattr(model, 'output_fmt', 'NCHW')!='NCHW': return None,None,[None]
+    if not _is_map(model, feat, x): return None,None,[None]
     return head(feat)[None], [partial(place_logits, head, feat)], [feat]
 
 def _names(n):

@@ -243,8 +243,9 @@ class Mix(Callback):
 
     @property
     def over(self):
-        "Whether training is past `stop_at`"
-        return self.stop_at<1 and self.learn.pct_train+1e-6>=self.stop_at
+        "Whether training is past `stop_at`; a search for a learning rate is at its beginning all the time"
+        pct = 0. if hasattr(self.learn, 'lr_finder') else self.learn.pct_train
+        return self.stop_at<1 and pct+1e-6>=self.stop_at
 
     def before_batch(self):
         "Mix the images of the batch and publish the record"
@@ -384,6 +385,11 @@ def _body_head(model):
     if hasattr(model, 'forward_features') and hasattr(model, 'forward_head'): return model.forward_features,model.forward_head
     return None,None
 
+def _is_map(model, feat, x):
+    "Whether `feat` is a map of places (B, C, h, w), and not the images themselves or one with channels last"
+    return feat is not None and feat.ndim==4 and feat.shape!=x.shape and getattr(model, 'output_fmt', 'NCHW')=='NCHW'
+
+# %% ../nbs/02_mix.ipynb #maps-class
 @torch.no_grad()
 def class_maps(
     model:nn.Module, # A model of this library, a `vision_learner` model (body, head), or a timm model
@@ -396,7 +402,7 @@ def class_maps(
         if hasattr(model, 'class_maps'): return model.class_maps(model.branch_forward(x)[1], y)
         body,head = _body_head(model)
         feat = body(x) if body else None
-        if feat is None or feat.ndim!=4 or feat.shape[-1]*feat.shape[-2]==1:
+        if not _is_map(model, feat, x) or feat.shape[-1]*feat.shape[-2]==1:
             raise ValueError(f"`{type(model).__name__}` has no spatial feature map to look at: use a convolutional network made by "
                 "`branch_learner` or `vision_learner`, or mix with `CutMix` or `MixUp`.")
         return place_logits(head, feat, y)
@@ -455,7 +461,7 @@ def amp_context(
 
 class SnapMix(Mix):
     "Paste a resized box of the donor; the label weights follow the class activation maps (arXiv 2012.04846)"
-    needs_maps = True
+    needs_maps,shared = True,None # semantic maps of the batch that a `MixOneOf` has looked for already
     @delegates(Mix.__init__)
     def __init__(self,
         alpha:float=5.,       # Parameter of the Beta distribution, the paper's best is 5
@@ -490,8 +496,9 @@ def maps(self:SnapMix, x, y):
 @patch
 def weigh(self:SnapMix, x, y, rec):
     "Weigh both labels by where the network looks"
+    sem = semantic_map(self.maps(x, y), x.shape[-2:]) if self.shared is None else self.shared
     same = same_label(y, rec.perm) if self.same_label else torch.zeros_like(rec.perm, dtype=torch.bool)
-    return snap_weights(semantic_map(self.maps(x, y), x.shape[-2:]), rec.perm, rec.box_a, rec.box_b, same)
+    return snap_weights(sem, rec.perm, rec.box_a, rec.box_b, same)
 
 # %% ../nbs/02_mix.ipynb #oneof-code
 class MixOneOf(Mix):
@@ -544,8 +551,15 @@ def draw(self:MixOneOf, h, w, n):
 def weigh(self:MixOneOf, x, y, rec):
     "Weigh the labels of each sample as the mix does that made it"
     la,lb = rec.lam_a,rec.lam_b
+    same = [m for m in self.mixes if getattr(type(m), 'maps', None) is SnapMix.maps]
+    sem = semantic_map(same[0].maps(x, y), x.shape[-2:]) if len(same)>1 else None # one look serves them all
     for k,m in enumerate(self.mixes):
-        if m.needs_maps: la,lb = (torch.where(rec.pick==k, new, old) for new,old in zip(m.weigh(x, y, rec), (la,lb)))
+        if type(m).weigh is Mix.weigh: continue
+        if m in same: m.shared = sem
+        try: own = m.weigh(x, y, rec)
+        finally:
+            if m in same: m.shared = None
+        la,lb = (torch.where(rec.pick==k, new, old) for new,old in zip(own, (la,lb)))
     return la,lb
 
 # %% ../nbs/02_mix.ipynb #show-code
@@ -751,7 +765,9 @@ def label_noise(
     per_image:bool=False # A row for each mixed image, with `label` and `oracle` weight of the host
 )->pd.DataFrame:
     "How wrong the labels of mixed images are: mean absolute error between the host's weight in the label and in the evidence"
-    mixes = mixes if isinstance(mixes, dict) else {str(o.name): o for o in L(mixes)}
+    if not isinstance(mixes, dict): # by name, those of one class with a number
+        names = [str(o.name) for o in L(mixes)]
+        mixes = {n if names.count(n)==1 else f'{n} {names[:i].count(n)+1}':m for i,(n,m) in enumerate(zip(names, L(mixes)))}
     with no_random(seed): batches,res = list(evidence_batches(dls, kind, bs, n, seed)),[]
     for name,m in mixes.items():
         lent = m.learn is None and learn is not None

@@ -588,6 +588,22 @@ def test_diagnose_columns_and_values():
     assert 0<d.values[0]['conflict']<180 and 0<d.values[0]['trunk_conflict']<180 and 0<=d.values[0]['agreement']<=1
     assert not learn.model.trunk._forward_hooks
 
+class Every(Callback):
+    "Validate every second epoch only"
+    order = -100
+    def before_validate(self):
+        if self.epoch%2==0: raise CancelValidException
+
+def test_columns_of_a_cancelled_validation(tmp_path):
+    "Parts and diagnostics stay under their names, so nothing else is taken for the validation loss"
+    learn = quiet(learner(tiny(2), FixedMix(), CEKD(), Diagnose('agreement'), Every(), dls=toy_dls(16)), 4)
+    names = [o for o in learn.recorder.metric_names if o not in ('epoch','time')]
+    assert names[:3]==['train_loss','valid_loss','accuracy']
+    rows = [dict(zip(names, o)) for o in learn.recorder.values]
+    for i,r in enumerate(rows):
+        assert len(learn.recorder.values[i])==len(names) and (r['valid_loss'] is None)==(i%2==0) and all(r[k] is not None for k in ('ce_mix','cross','agreement'))
+    with pytest.raises(Exception): quiet(learner(tiny(2), FixedMix(), CEKD(), Every(), path=tmp_path), 2, cbs=SaveModelCallback())
+
 def test_diagnose_trunk_exact():
     "The angle at the trunk from a graph of its own"
     net = tiny(2)

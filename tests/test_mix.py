@@ -410,6 +410,50 @@ def test_stop_at():
         quiet(learn, 'fit', 4)
         assert [o[2] is not None for o in learn.steps.seen]==[True]*n+[False]*(8-n)
 
+def test_stop_at_in_a_search(dls):
+    "A search for a learning rate is the beginning of a run: it mixes all along, or with stop_at=0 not at all"
+    for stop,want in ((.5,{True}), (0.,{False})):
+        seen = []
+        class See(Callback):
+            order,run_valid = 90,False
+            def after_loss(self): seen.append(self.mix_up.record is not None)
+        learn = branch_learner(dls, 'test_resnet', pretrained=False, cbs=[MixUp(stop_at=stop),See()])
+        with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=12, show_plot=False)
+        assert set(seen)==want and len(seen)>=12
+
+def test_several_targets_of_branches():
+    "Branches pass all targets to the loss, as a plain learner does"
+    def lf(z, a, b, reduction='mean'): return F.cross_entropy(z, a, reduction=reduction)+.5*F.cross_entropy(z, b, reduction=reduction)
+    g = torch.Generator().manual_seed(0)
+    items = [(torch.randn(3,32,32, generator=g),tensor(i%3),tensor((i+1)%3)) for i in range(8)]
+    dls = DataLoaders.from_dsets(items, items, bs=8, num_workers=0, device='cpu', shuffle=False)
+    dls.c,dls.n_inp = 3,1
+    for cbs in ([],[CutMix()]):
+        learn = branch_learner(dls, 'test_resnet', 2, pretrained=False, loss_func=lf, cbs=cbs)
+        quiet(learn, 'fit', 1)
+        assert torch.isfinite(learn.recorder.losses[-1])
+
+class Half(CutMix):
+    "A CutMix with weights of its own"
+    def weigh(self, x, y, rec): return torch.full_like(rec.lam_a, .9),torch.full_like(rec.lam_b, .1)
+
+@pytest.mark.parametrize('per', ['batch','sample'])
+def test_one_of_asks_each(batch, per):
+    "`MixOneOf` asks a mix that weighs labels in its own way, however it chooses"
+    x,y = batch[0],batch[1]
+    assert (MixOneOf([Half()], per=per).mix(x, y)[1].lam_a==.9).all()
+
+def test_images_are_no_maps(dls):
+    "A network behind a layer that normalises, and one with channels last, are refused instead of looked at pixel by pixel"
+    from timm.models.swin_transformer import SwinTransformer
+    from cekd_fastai.interpret import show_cam
+    plain = nn.Sequential(nn.Identity(), nn.Sequential(nn.Conv2d(3,4,3,2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, dls.c)))
+    last = SwinTransformer(img_size=56, embed_dim=8, depths=(1,1), num_heads=(1,1), window_size=7, num_classes=dls.c)
+    for net in (plain,last):
+        learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), cbs=SnapMix())
+        with pytest.raises(ValueError, match='no spatial feature map'): quiet(learn, 'fit', 1)
+        with pytest.raises(ValueError, match='no spatial feature map'): show_cam(learn, [0])
+
 def test_multi_label_images(dls):
     "SnapMix with several labels for each image: the map is that of all its labels"
     files = list(dls.train_ds.items)
@@ -507,7 +551,7 @@ def test_snapmix_alone_leaves_the_model_untouched(dls, make):
     cb.mix(x.as_subclass(Tensor), y.as_subclass(Tensor))
     assert all(torch.equal(before[k], v) for k,v in learn.model.state_dict().items()) and all(m.training for m in learn.model.modules())
 
-@pytest.mark.parametrize('mix,owner,passes', [(CutMix,None,1), (SnapMix,None,2), (CutMix,CEKD,2), (SnapMix,CEKD,2), (lambda: MixOneOf([SnapMix()], per='sample'),CEKD,2)])
+@pytest.mark.parametrize('mix,owner,passes', [(CutMix,None,1), (SnapMix,None,2), (CutMix,CEKD,2), (SnapMix,CEKD,2), (lambda: MixOneOf([SnapMix()], per='sample'),CEKD,2), (lambda: MixOneOf([SnapMix(),SnapMix(two_draws=False)], per='sample'),None,2)])
 def test_passes_of_a_step(dls, mix, owner, passes):
     "The maps cost one pass alone, and none where the clean pass exists"
     learn = branch_learner(dls, 'test_resnet', pretrained=False, cbs=[mix()]+([owner()] if owner else []))
@@ -561,6 +605,9 @@ def test_the_meta_check_bites():
         with pytest.raises(Exception): bad()
 
 # Label noise
+
+def test_mixes_of_one_class_have_rows_of_their_own(dls):
+    assert list(label_noise([CutMix(alpha=1.),MixUp(),CutMix(alpha=5.)], dls, n=16, rounds=1).index)==['cut_mix 1','mix_up','cut_mix 2']
 
 def loop_oracle(rec, ev, h, w):
     "Evidence laid out on pixels and counted one by one; rectangles of whole pixels"
