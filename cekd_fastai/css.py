@@ -22,8 +22,9 @@ def joint_label(
     i:int,    # Index of the branch
     n:int,    # Number of branches of a network
 )->Tensor:
-    "Label of class `y` at branch `i`, out of `n` times as many"
-    return y*n + i
+    "Label of class `y` at branch `i`, out of `n` times as many; a negative class, such as the -100 of an image that does not count, stays as it is"
+    y = y.long()
+    return torch.where(y<0, y, y*n + i)
 
 def split_label(
     j:Tensor, # Joint labels
@@ -171,6 +172,7 @@ class CSSNet(BranchNet):
     def which(self, v):
         if v not in NETWORKS: raise ValueError(f"`which` is {v!r}: CSS has {', '.join(map(repr, NETWORKS))}.")
         self._which = v
+        if self.recipe: self.recipe = self.recipe | dict(which=v) # so that a file of `save_net` knows
 
     @property
     def trunk(self): return nn.ModuleList([self.t.trunk,self.s.trunk])
@@ -243,7 +245,7 @@ def pick(self:CSSNet,
     res = CSSNet(self.t, self.s, which) # refuses an unknown name
     if which!='both': return getattr(self, which)
     if self.which=='both': return self
-    res.recipe = getattr(self, 'recipe', None)
+    res.recipe = self.recipe and self.recipe | dict(which=which)
     return res.train(self.training)
 
 # %% ../nbs/09_css.ipynb #cs-net
@@ -265,6 +267,7 @@ def css_net(
     pretrained:bool=True, # Download ImageNet weights; ignored with `weights` or a module
     weights=None,         # Local checkpoint to load instead; a pair for different ones
     arch_args:dict=None,  # Passed to the functions that build the backbones; a pair for different ones
+    which:str='both',     # What evaluation runs: 't', 's', or 'both'
 )->CSSNet:
     "The two networks of CSS around any two convolutional backbones"
     if not isinstance(archs, (list,tuple)) or len(archs)!=2:
@@ -274,7 +277,7 @@ def css_net(
     if n_out<1: raise ValueError(f"`n_out` is {n_out}, but CSS needs the number of classes: set `dls.c` if it cannot be told from the data.")
     nets = [css_branch_net(a, n_out, n_branches, sp, transform, seed, freeze_bn, pretrained=pretrained, weights=w, **(kw or {}))
         for a,sp,w,kw in zip(archs, _pair(split, 'split'), _pair(weights, 'weights'), _pair(arch_args, 'arch_args'))]
-    return CSSNet(*nets)
+    return CSSNet(*nets, which)
 
 # %% ../nbs/09_css.ipynb #cs-loss
 def joint_loss(
@@ -282,6 +285,9 @@ def joint_loss(
     n:int,     # Number of branches of a network
 ):
     "`loss_func` for joint labels: class weights, where it has some, are repeated for each branch"
+    if isinstance(loss_func, partial):
+        w = loss_func.keywords.get('weight')
+        return loss_func if w is None else partial(loss_func, weight=w.repeat_interleave(n))
     w = getattr(getattr(loss_func, 'func', loss_func), 'weight', None)
     if w is None: return loss_func
     res = deepcopy(loss_func)

@@ -319,7 +319,9 @@ class OKDDip(OnlineKD):
     def __init__(self, alpha:float=1., T:float=3., ramp:float=.27, detach:bool=False): super().__init__(alpha, T, ramp, detach)
     def soft(self, z, e, net):
         peers = z[:-1]
-        return dict(kd=self.kd(peers, net.gate.targets(z, self.feats)), kd_lead=self.kd(z[-1], peers.mean(0)))
+        if self.detach: mine = net.gate.targets(z.detach(), [o.detach() for o in self.feats]) # the attention itself learns in any case
+        else: mine = net.gate.targets(z, self.feats)
+        return dict(kd=kd_logits(peers, mine, self.T, False), kd_lead=self.kd(z[-1], peers.mean(0)))
 
 class FFL(OnlineKD):
     "Feature fusion learning: two branches and a fused classifier teach each other (arXiv 1904.09058)"
@@ -458,6 +460,7 @@ def diversity(
     model,dl = unwrap(learn.model),learn.dls.valid if dl is None else dl
     if not isinstance(model, BranchNet):
         raise ValueError(f"`diversity` compares the branches of a network, but the model is a `{type(model).__name__}`: make the learner with `branch_learner` or `online_learner`.")
+    if getattr(model, 'which', 'both')!='both': model = model.pick() # one network of CSS is compared within itself
     device,res = next(model.parameters()).device,[]
     with eval_mode(model):
         for x,y in dl:

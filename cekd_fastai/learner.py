@@ -48,14 +48,15 @@ def meal_learner(
     dls:DataLoaders,   # Data with classes, e.g. from `fine_grained_dls`
     arch,              # The student's backbone, as for `branch_learner`
     teachers,          # Teachers, each as for `as_teacher`
-    n_branches:int=1,  # Number of branches of the student
+    n_branches:int=None, # Number of branches of the student, by default one, or one for each peer
     cbs=None,          # Further callbacks, e.g. a mix
     **kwargs
 )->Learner:
     "A `Learner` of a student that learns from the outputs of trained teachers"
     names = inspect.signature(MEAL).parameters
     meal = MEAL(teachers, **{k:v for k,v in kwargs.items() if k in names})
-    return branch_learner(dls, arch, n_branches, cbs=[meal]+L(cbs), **{k:v for k,v in kwargs.items() if k not in names})
+    n = n_branches or (len(arch) if is_listy(arch) else 1)
+    return branch_learner(dls, arch, n, cbs=[meal]+L(cbs), **{k:v for k,v in kwargs.items() if k not in names})
 
 # %% ../nbs/10_learner.ipynb #le-ckpt
 class CheckpointTrunk(Callback):

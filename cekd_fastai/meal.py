@@ -16,6 +16,7 @@ from fastai.vision.all import *
 from .mix import eval_mode,unwrap,amp_context,mixed_loss
 from .branches import BranchNet,make_arch,load_net
 from .distill import Distill
+from .cekd import PeerNet
 
 # %% ../nbs/07_meal.ipynb #al-code
 def align(
@@ -127,7 +128,9 @@ class Adversary(nn.Module):
         if [v.shape for v in saved['nets'].values()]!=[v.shape for v in self.nets.state_dict().values()]:
             return warn("The discriminators of the checkpoint are of other sizes, so those of this learner are kept: pass the same `taps`, `dims` and `reduce` to go on with them.")
         self.nets.load_state_dict(saved['nets'])
+        lr = self.opt.param_groups[0]['lr']
         self.opt.load_state_dict(saved['opt'])
+        for g in self.opt.param_groups: g['lr'] = lr # that of this learner
 
 # %% ../nbs/07_meal.ipynb #adv-step
 @patch
@@ -367,8 +370,9 @@ def block_weights(
 
 class MEAL(Distill):
     "Multi-Model Ensemble via Adversarial Learning (arXiv 1812.02425): learn from the outputs of trained teachers"
-    teachers,unlabeled,wired,student,listeners,targets,spare,spare_dl,answers,rng = (),None,None,None,(),None,None,None,None,None
-    _stateattrs = Distill._stateattrs + ('teachers','unlabeled','wired','student','listeners','targets','spare','spare_dl','answers','rng')
+    teachers,unlabeled,wired,wired_to,student,listeners,targets = (),None,None,None,None,(),None
+    spare,spare_dl,answers,rng,own = None,None,None,None,None
+    _stateattrs = Distill._stateattrs + ('teachers','unlabeled','wired','student','listeners','targets','spare','spare_dl','answers','rng','own','wired_to')
     def __init__(self,
         teachers,                  # Teachers, each as for `as_teacher`
         choose:str='random',       # Which teach in a step: 'random' (one), 'mean' of all, or 'each'
@@ -423,6 +427,7 @@ def check_args(self:MEAL, teachers):
     n = self.taps if isinstance(self.taps, int) else len(self.taps)
     if n<0: raise ValueError(f"MEAL: `taps` is {n}, but a number of feature maps is 0 or more.")
     self.sizes = [self.dims]*n if self.dims is None or isinstance(self.dims, int) else list(self.dims)
+    self.asked = self.sizes
     self.gammas = block_weights(n) if self.gammas is None else list(self.gammas)
     for k,o,m,of in (('dims',self.sizes,n,'feature map'),('gammas',self.gammas,n+1,'feature map, and one for the logits')):
         if len(o)!=m: raise ValueError(f"MEAL: `{k}` has {len(o)} entries, but it takes {m}, one for each {of}.")
@@ -477,7 +482,7 @@ def wire(self:MEAL):
     x,y = peek(dls)
     if self.hard and not y: raise ValueError(f"MEAL: `hard` is {self.hard}, but the training images have no labels: leave `hard` at 0.")
     self.multi = isinstance(getattr(self.learn.loss_func, 'func', self.learn.loss_func), nn.BCEWithLogitsLoss)
-    x = x.to(next(model.parameters()).device)
+    x,self.sizes = x.to(next(model.parameters()).device),self.asked
     with eval_mode(model), torch.no_grad():
         self.n_out,self.paths = model(x).shape[1],pick_taps(model, self.taps, x)
         student = Taps(model, self.paths, self.sizes)
@@ -493,7 +498,7 @@ def wire(self:MEAL):
     self.unhook()
     self.spare_dl = None if self.unlabeled is None else unlabeled_dl(dls, self.unlabeled)
     model.adversary = Adversary([*self.sizes,self.n_out], self.lr_disc, self.reduce, self.last_relu).to(x.device) if self.adversarial else None
-    self.wired = model
+    self.wired,self.wired_to,self.answers = model,dls,None
 
 @patch
 def each_taps(self:MEAL):
@@ -517,6 +522,23 @@ def meet(self:MEAL, t, taps, x):
 
 # %% ../nbs/07_meal.ipynb #mc-step
 @patch
+def reset_step(self:MEAL):
+    "Let go of the tensors of the step"
+    Distill.reset_step(self)
+    self.targets = None
+    if self.student: self.student.clear()
+
+@patch
+def check(self:MEAL):
+    "Refuse a learner that this method cannot train, in one sentence"
+    Distill.check(self)
+    if isinstance(unwrap(self.learn.model), PeerNet) and isinstance(self.taps, int) and self.taps:
+        raise ValueError(f"MEAL: `taps` is {self.taps}, but peers have no stages in common: pass `taps=0`, which compares their outputs.")
+    if self.online and self.mixer is not None and self.mixer.stop_at<1:
+        raise ValueError(f"MEAL: `online` repeats its epochs, but `{self.mixer}` stops at {self.mixer.stop_at} of the run: leave `stop_at` or `online` out.")
+
+# %% ../nbs/07_meal.ipynb #mc-begin
+@patch
 def after_create(self:MEAL):
     "Check the learner and its teachers when it is built"
     self.check()
@@ -526,17 +548,16 @@ def after_create(self:MEAL):
 def before_fit(self:MEAL):
     "Start clean, whatever an interrupted run left behind"
     self.unhook()
-    if self.rng is not None: set_random_states(**self.rng)
     self.rng = None
     Distill.before_fit(self)
     if self.teachers: self.wire()
 
 @patch
-def reset_step(self:MEAL):
-    "Let go of the tensors of the step"
-    Distill.reset_step(self)
-    self.targets = None
-    if self.student: self.student.clear()
+def after_fit(self:MEAL):
+    "Let go, also where the run was ended within an epoch"
+    self.unhook()
+    if self.rng is not None: set_random_states(**self.own)
+    self.rng = None
 
 # %% ../nbs/07_meal.ipynb #mc-train
 @patch
@@ -546,6 +567,9 @@ def before_train(self:MEAL):
     self.hook()
     if num_distrib()>1 and self.adversarial:
         for p in unwrap(self.learn.model).adversary.nets.parameters(): torch.distributed.broadcast(p.data, 0)
+    if self.wired_to is not self.learn.dls: # other data than before, of another size perhaps
+        self.wired_to,self.answers = self.learn.dls,None
+        if self.unlabeled is not None: self.spare_dl = unlabeled_dl(self.learn.dls, self.unlabeled)
     if self.spare_dl is not None: self.spare = iter(())
     if self.online: self.start_view()
 
@@ -564,6 +588,7 @@ def before_batch(self:MEAL):
     if self.spare_dl is not None: x = torch.cat([x, self.next_spare().to(x.device)])
     self.learn.xb = (x, *self.learn.xb[1:])
     self.targets = self.recall(x) if self.online else self.answer(x)
+    if self.online: set_random_states(**self.own) # what the student draws, for dropout say, is not repeated
     self.student.on = True
 
 @patch
@@ -588,7 +613,9 @@ def after_pred(self:MEAL):
 def after_batch(self:MEAL):
     "Add up the parts of the loss, and seed the next batch of a repeated epoch"
     Distill.after_batch(self)
-    if self.rng is not None: self.reseed(self.learn.iter+1)
+    if self.rng is None: return
+    self.own = get_random_states()
+    self.reseed(self.learn.iter+1)
 
 # %% ../nbs/07_meal.ipynb #mc-loss
 @patch
@@ -670,12 +697,20 @@ def _crc(model):
     for v in model.state_dict().values(): res = zlib.crc32(v.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), res)
     return res
 
+def _plain_settings(mix):
+    "Name and arguments of a mix, those of its parts included, None without one"
+    if mix is None: return None
+    own = {k:v for k,v in vars(mix).items() if isinstance(v, (int,float,str))}
+    return [type(mix).__name__, own, [_plain_settings(o) for o in getattr(mix, 'mixes', ())]]
+
 @patch
 def open_answers(self:MEAL):
     "The file for these teachers and these data"
     dl,n = self.learn.dls.train,len(self.teachers) if self.choose=='each' else 1
+    def differs(t): return [None if o is None else o.flatten().tolist() for o in (t.order,t.scale,t.shift)]
     key = dict(seed=self.seed, choose=self.choose, T=self.T, multi=self.multi, space=self.space, channels=self.channels, sizes=self.sizes,
-        vocab=data_vocab(self.learn.dls), rank=rank_distrib(), teachers=[[_crc(t.model),p] for t,p in zip(self.teachers, self.teacher_paths)])
+        vocab=data_vocab(self.learn.dls), rank=rank_distrib(), mix=_plain_settings(self.mixer),
+        teachers=[[_crc(t.model),p,differs(t)] for t,p in zip(self.teachers, self.teacher_paths)])
     rows = len(dl)*(dl.bs + (self.spare_dl.bs if self.spare_dl is not None else 0))
     return Answers(self.cache or Path(self.learn.path)/'meal_targets', key, (self.views, rows, n*(sum(self.sizes)+2*self.n_out)+1))
 
@@ -690,6 +725,7 @@ def start_view(self:MEAL):
     "Begin an epoch that can be repeated"
     if self.answers is None: self.answers = self.open_answers()
     self.view,self.pos,self.seen,self.wrong,self.rng = self.learn.epoch%self.views,0,0,None,get_random_states()
+    self.own = self.rng
     self.reseed(0)
     for dl in (getattr(self.learn.dl, 'dl', self.learn.dl),self.spare_dl):
         if dl is not None: dl.rng = random.Random(self.seed+self.view)
@@ -697,8 +733,8 @@ def start_view(self:MEAL):
 @patch
 def end_view(self:MEAL):
     "Note a view that is complete, and refuse one whose images were others"
-    rng,self.rng = self.rng,None
-    set_random_states(**rng)
+    self.rng = None
+    set_random_states(**self.own)
     if self.wrong is not None and self.wrong.item():
         self.answers.mark(self.view, done=False)
         raise ValueError(f"MEAL: the images of this epoch are not those that the answers in `{self.answers.folder}` were given for: the data has changed, or a transform "
@@ -706,6 +742,8 @@ def end_view(self:MEAL):
     if self.seen==len(self.learn.dl) and self.view not in self.answers.done: self.answers.mark(self.view)
 
 # %% ../nbs/07_meal.ipynb #on-recall
+def _alike(a, b): return (a-b).abs() <= 1e-3*(1+b.abs())
+
 @patch
 def recall(self:MEAL,
     x:Tensor, # Images, shape (B, 3, H, W)
@@ -713,12 +751,15 @@ def recall(self:MEAL,
     "Read the teachers' answers for a batch, or ask for them and write them down"
     rows,mark = slice(self.pos, self.pos+len(x)),fingerprint(x)
     self.pos,self.seen = rows.stop,self.seen+1
+    if self.seen==1 and self.view in self.answers.done and not _alike(torch.from_numpy(np.array(self.answers.data[self.view,rows,-1])), mark.cpu()).all():
+        warn(f"MEAL: the images are not those that the answers in `{self.answers.folder}` were given for, so the teachers are asked anew.")
+        self.answers.mark(self.view, done=False)
     if self.view not in self.answers.done:
         res = self.answer(x)
         self.answers.data[self.view,rows] = torch.cat([o for t in res for o in (*t.blocks,t.p)]+[mark[:,None]], 1).cpu().numpy()
         return res
     saved = torch.from_numpy(np.array(self.answers.data[self.view,rows])).to(x.device, non_blocking=True)
-    bad = ((saved[:,-1]-mark).abs() > 1e-3*(1+mark.abs())).any()
+    bad = ~_alike(saved[:,-1], mark).all()
     self.wrong = bad if self.wrong is None else self.wrong|bad
     sizes = [*self.sizes,self.n_out,self.n_out]
     parts = saved[:,:-1].split(sizes*(saved.shape[1]//sum(sizes)), 1)

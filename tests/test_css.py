@@ -1,5 +1,6 @@
 "CSS against references written as loops, as a citizen of fastai, and what it refuses."
 import math, subprocess, sys
+from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelBatchException,CancelEpochException,CancelFitException,CancelTrainException,
     CancelValidException,CrossEntropyLossFlat,DataLoader,DataLoaders,Learner,Path,SGD,accuracy,nn,set_seed,tensor,Tensor)
@@ -10,7 +11,7 @@ from cekd_fastai.data import fine_grained_dls
 from cekd_fastai.synthetic import make_birds
 from cekd_fastai.cekd import CEKD
 from cekd_fastai.distill import BranchLoss
-from cekd_fastai.css import (CSS,CSSBranchNet,CSSNet,aggregate,css_branch_net,css_learner,css_losses,css_net,css_ratios,joint_label,
+from cekd_fastai.css import (CSS,CSSBranchNet,CSSNet,aggregate,css_branch_net,css_learner,css_losses,css_net,css_ratios,joint_label,joint_loss,
     remove_corner,split_label)
 
 pair = ('test_resnet','test_efficientnet')
@@ -343,6 +344,38 @@ def test_mixed_batches_have_the_joint_labels_of_both(dls, mix):
     kt,ks = (loop_total(t.double(), s.double(), c.targ)[1][k] for k in ('kd_t','kd_s'))
     ct,cs = parts['ce_t'].item(),parts['ce_s'].item()
     assert abs(c.total-(ct+cs+ct/cs*kt+cs/ct*ks))<1e-3
+
+def test_classes_of_any_kind(rand):
+    "Small integers do not overflow in joint labels, and an image with the class -100 does not count"
+    t,s,y = torch.randn(3,4,300),torch.randn(3,4,300),tensor([90,99,3,0])
+    want = css_losses(t, s, y, lf)
+    for kind in (torch.uint8,torch.int8,torch.int32): assert {k:v.item() for k,v in css_losses(t, s, y.to(kind), lf).items()}=={k:v.item() for k,v in want.items()}
+    off = css_losses(t, s, tensor([90,99,3,-100]), lf)['ce_t']
+    assert torch.allclose(off, css_losses(t[:,:3], s[:,:3], y[:3], lf)['ce_t'])
+
+def test_weights_of_a_function(dls):
+    "Class weights of a `partial` are repeated like those of a module"
+    w = torch.rand(dls.c)
+    z,y = torch.randn(6,3*dls.c),torch.randint(0, 3*dls.c, (6,))
+    assert torch.allclose(joint_loss(partial(F.cross_entropy, weight=w), 3)(z, y), joint_loss(CrossEntropyLossFlat(weight=w), 3)(z, y))
+
+def test_which_is_kept_in_a_file(tmp_path):
+    "A network that evaluates one of two does so after `save_net` and `load_net`"
+    net = css_net(pair, 3, 2, pretrained=False).eval()
+    x = torch.randn(2,3,64,64)
+    for which in ('s','both','t'):
+        net.which = which
+        save_net(net, tmp_path/'n.pt')
+        again = load_net(tmp_path/'n.pt')[0]
+        assert again.which==which and torch.allclose(again(x), net(x), atol=1e-5)
+
+def test_diversity_of_one_network(dls):
+    "With `which` the branches that are compared are those that predict"
+    from cekd_fastai.diversity import diversity
+    learn = make(dls)
+    learn.model.which = 't'
+    d = diversity(learn)
+    assert len(d.branches)==2 and d.gain==pytest.approx(diversity(learn).ensemble-sum(d.branches)/2)
 
 def test_class_weights_in_a_fit(dls):
     c = first_step(dls, loss_func=CrossEntropyLossFlat(weight=tensor([1.,.1,4.])))

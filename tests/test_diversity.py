@@ -209,7 +209,7 @@ def test_diversification_trains(dls, form):
     quiet(learn, 2, 1e-2)
     assert cd_loss(ws(), form)<.9*before
 
-@pytest.mark.parametrize('method,detach', [(m,d) for m in methods if m!='kdcl' for d in (True,False)])
+@pytest.mark.parametrize('method,detach', [(m,d) for m in methods if m not in ('kdcl','okddip') for d in (True,False)])
 def test_detach(dls, method, detach):
     "Whether the soft terms reach what made the target"
     gate = lambda o, net: list(net.gate.parameters())
@@ -221,6 +221,13 @@ def test_detach(dls, method, detach):
         return
     gs = [g for g in grad_of('kd', method, gate, dls, detach=detach) if g is not None]
     assert (sum(g.abs().sum() for g in gs)>1e-8 if gs else False)!=detach
+
+@pytest.mark.parametrize('detach', [True,False])
+def test_attention_always_learns(dls, detach):
+    "Queries and keys of OKDDip get their gradient with detached targets as well, the branches get none through them"
+    gate = lambda o, net: list(net.gate.parameters())
+    gs = [g for g in grad_of('kd', 'okddip', gate, dls, detach=detach) if g is not None]
+    assert gs and sum(g.abs().sum() for g in gs)>1e-8
 
 def test_official_detach_and_ramp():
     cbs = {k:v() for k,v in ONLINE.items()}

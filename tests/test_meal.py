@@ -537,17 +537,94 @@ def test_online_unfinished(dls, modules, tmp_path):
     assert len(calls)==3 and learn.meal.answers.done==[0] and learn.meal.rng is None
 
 def test_online_changed_pixels(birds, modules, tmp_path):
-    "Answers for other pixels are refused, and asked for again the next time"
+    "Where an epoch begins with other pixels, the teachers are asked anew, and the answers are those of the new pixels; where it goes on with others it is refused"
     d = fine_grained_dls(birds, size=56, bs=8, num_workers=0)
     learn = learner(d, MEAL(modules, online=True, cache=tmp_path))
     quiet(learn)
     class Flip(Callback):
         order = 3
         def before_batch(self): self.learn.xb = (self.learn.xb[0].flip(-1),)
-    with pytest.raises(ValueError, match='the images of this epoch are not those that the answers in'): quiet(learn, cbs=Flip())
     calls = counted(learn)
-    quiet(learn)
+    with pytest.warns(UserWarning, match='the teachers are asked anew'): quiet(learn, cbs=Flip())
+    quiet(learn, cbs=Flip())
     assert len(calls)==3
+    class Late(Flip):
+        def before_batch(self):
+            if self.iter: return
+            super().before_batch()
+    with pytest.raises(ValueError, match='the images of this epoch are not those that the answers in'): quiet(learn, cbs=Late())
+    quiet(learn)
+    assert len(calls)==6
+
+def test_online_corrected_teacher(dls, modules, tmp_path):
+    "A teacher whose classes turn out to be in another order, or whose statistics are others, is asked again"
+    runs = []
+    for t in (modules[0], Teacher(modules[0], vocab=list(dls.vocab)[::-1]), Teacher(modules[0], stats=([.5]*3,[.5]*3))):
+        learn = learner(dls, MEAL([t], online=True, cache=tmp_path), Keep())
+        calls = counted(learn)
+        quiet(learn)
+        runs.append((len(calls),learn.keep.said[0]))
+    assert [n for n,_ in runs]==[3,3,3] and not torch.allclose(runs[0][1], runs[1][1]) and not torch.allclose(runs[0][1], runs[2][1])
+
+def test_online_other_data(birds, modules, tmp_path):
+    "Another mix has answers of its own, a mix that stops is refused, and loaders of another size are asked about, unlabelled images too"
+    d = [fine_grained_dls(birds, size=s, bs=8, num_workers=0) for s in (56,40)]
+    plain,mixed = (learner(d[0], *cbs, MEAL(modules, online=True, cache=tmp_path, unlabeled=birds/'images')) for cbs in ((),(CutMix(),)))
+    quiet(plain)
+    calls = counted(mixed)
+    quiet(mixed)
+    assert len(calls)==3
+    with pytest.raises(ValueError, match='stops at 0.5 of the run'): learner(d[0], CutMix(stop_at=.5), MEAL(modules, online=True, cache=tmp_path))
+    plain.dls = d[1]
+    calls = counted(plain)
+    with pytest.warns(UserWarning, match='asked anew'): quiet(plain)
+    assert len(calls)==3
+
+def test_online_student_is_free(dls, modules, tmp_path):
+    "The data repeats, the dropout of the student does not"
+    seen = []
+    learn = learner(dls, MEAL(modules, online=True, cache=tmp_path), Keep(), model=net('test_resnet', drop_rate=.5))
+    class Draw(Callback):
+        order,run_valid = 20,False
+        def after_pred(self): seen.append(torch.rand(4))
+    quiet(learn, 3, cbs=Draw())
+    x = learn.keep.ims
+    assert torch.equal(x[0], x[3]) and torch.equal(x[0], x[6]) and len({tuple(o.tolist()) for o in seen})==9
+
+def test_online_gives_the_generators_back(dls, modules, tmp_path):
+    "After lr_find and early ends the generators go on from where they were, and a seed that is set afterwards holds"
+    learn = learner(dls, MEAL(modules, online=True, cache=tmp_path))
+    def drawn(seed):
+        set_seed(seed)
+        with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=12, show_plot=False)
+        assert not any(m._forward_hooks for m in learn.model.modules())
+        return torch.rand(1).item()
+    assert drawn(9)!=drawn(11)
+    def after_validation():
+        set_seed(5)
+        learn.validate()
+        return torch.rand(1)
+    want = after_validation()
+    class Stop(Callback):
+        def before_step(self): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): quiet(learn, cbs=Stop())
+    learn.remove_cbs([o for o in learn.cbs if isinstance(o, Stop)])
+    assert torch.equal(after_validation(), want)
+
+def test_peers_and_second_learner(birds, dls, modules, tmp_path):
+    "Peers learn from outputs, one branch each; a callback that is used again starts with its own arguments; a new rate of the discriminators holds after a load"
+    from cekd_fastai.learner import meal_learner
+    with pytest.raises(ValueError, match='pass `taps=0`'): meal_learner(dls, ['test_resnet','test_efficientnet'], modules, pretrained=False)
+    quiet(meal_learner(dls, ['test_resnet','test_efficientnet'], modules, taps=0, pretrained=False))
+    cb = MEAL(modules, dims=None)
+    first = learner(fine_grained_dls(birds, size=112, bs=8, num_workers=0), cb).meal.sizes
+    assert learner(dls, cb).meal.sizes==learner(dls, MEAL(modules, dims=None)).meal.sizes!=first
+    old,new = (learner(dls, MEAL(modules, lr_disc=o), path=tmp_path) for o in (1e-3,1e-5))
+    quiet(old)
+    old.save('m')
+    new.create_opt()
+    new.load('m')
+    assert new.model.adversary.opt.param_groups[0]['lr']==1e-5
 
 @pytest.mark.parametrize('kind', ['memory','aug','workers'])
 def test_online_any_loader(birds, modules, kind, tmp_path):
