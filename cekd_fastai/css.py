@@ -348,6 +348,8 @@ class CSS(Distill):
         super().check()
         if model.t.n_branches<2: raise ValueError("`CSS` tells the branches of a network apart, but each network has only one: pass `n_branches=2` or more.")
         if isinstance(getattr(lf, 'func', lf), nn.BCEWithLogitsLoss): raise ValueError(_one_class('the loss is for several labels'))
+        ignored = getattr(getattr(lf, 'func', lf), 'ignore_index', -100)
+        if ignored>=0: raise ValueError(f"`CSS` has {model.t.n_branches} labels for each class, but the loss ignores class {ignored}: leave its images out of the data, or give them the label -100.")
         if cb := first(o for o in self.learn.cbs if isinstance(o, MixHandler)):
             raise ValueError(f"fastai's `{cb}` mixes labels that have no branch: use `MixUp`, `CutMix` or `SnapMix` of cekd_fastai with `CSS`.")
 

@@ -359,6 +359,10 @@ def test_weights_of_a_function(dls):
     z,y = torch.randn(6,3*dls.c),torch.randint(0, 3*dls.c, (6,))
     assert torch.allclose(joint_loss(partial(F.cross_entropy, weight=w), 3)(z, y), joint_loss(CrossEntropyLossFlat(weight=w), 3)(z, y))
 
+def test_ignored_class_is_refused(dls):
+    with pytest.raises(ValueError, match='the loss ignores class 1'): make(dls, loss_func=CrossEntropyLossFlat(ignore_index=1))
+    make(dls, loss_func=CrossEntropyLossFlat(ignore_index=-1))
+
 def test_which_is_kept_in_a_file(tmp_path):
     "A network that evaluates one of two does so after `save_net` and `load_net`"
     net = css_net(pair, 3, 2, pretrained=False).eval()
