@@ -731,7 +731,8 @@ def asks(*cbs, net=None):
     assert len(w.mode.names)>100
     return [o for o in w.mode.names if any(k in o for k in ('_local_scalar_dense','nonzero','masked_select','unique','is_nonzero'))]
 
-@pytest.mark.parametrize('kw', [dict(), dict(teacher='ema', validate_ema=True), dict(fuse='maps', confident=True), dict(target='fused', joint=True), dict(teacher='peer', target='both', detach=False)])
+@pytest.mark.parametrize('kw', [dict(), dict(teacher='ema', validate_ema=True), dict(fuse='maps', confident=True), dict(target='fused', joint=True),
+    dict(teacher='peer', target='both', detach=False)])
 def test_a_step_asks_nothing(kw):
     "From the mixed batch to the end of the step, the update of the average with it, no number is read from the device"
     assert not asks(CEKD(**kw), Diagnose(('conflict','trunk','agreement')))

@@ -551,7 +551,8 @@ def test_snapmix_alone_leaves_the_model_untouched(dls, make):
     cb.mix(x.as_subclass(Tensor), y.as_subclass(Tensor))
     assert all(torch.equal(before[k], v) for k,v in learn.model.state_dict().items()) and all(m.training for m in learn.model.modules())
 
-@pytest.mark.parametrize('mix,owner,passes', [(CutMix,None,1), (SnapMix,None,2), (CutMix,CEKD,2), (SnapMix,CEKD,2), (lambda: MixOneOf([SnapMix()], per='sample'),CEKD,2), (lambda: MixOneOf([SnapMix(),SnapMix(two_draws=False)], per='sample'),None,2)])
+@pytest.mark.parametrize('mix,owner,passes', [(CutMix,None,1), (SnapMix,None,2), (CutMix,CEKD,2), (SnapMix,CEKD,2),
+    (lambda: MixOneOf([SnapMix()], per='sample'),CEKD,2), (lambda: MixOneOf([SnapMix(),SnapMix(two_draws=False)], per='sample'),None,2)])
 def test_passes_of_a_step(dls, mix, owner, passes):
     "The maps cost one pass alone, and none where the clean pass exists"
     learn = branch_learner(dls, 'test_resnet', pretrained=False, cbs=[mix()]+([owner()] if owner else []))
