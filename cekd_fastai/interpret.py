@@ -416,7 +416,7 @@ def plot_reliability(
 # %% ../nbs/11_interpret.ipynb #report-code
 def _has_maps(learn):
     "Whether the network of `learn` has maps to draw"
-    try: return bool(_Look(learn, learn.dls.valid.one_batch()[0][:1]))
+    try: return bool(_Look(learn, _item_batch(learn, [0]).x))
     except ValueError: return False
 
 def report(
