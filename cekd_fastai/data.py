@@ -756,6 +756,9 @@ def recipe_tfms(
     first = [ResizeSquare(size), CropPad(size+2*(size//8))] if recipe in ('pad','digits') else [(ResizeShort if recipe=='crop' else ResizeSquare)(round(size*8/7))]
     return first + [RandomCrop(size)] + [FlipItem()]*(recipe != 'digits')
 
+# %% ../nbs/01_data.ipynb #scaling
+def _scaling(tfms): return [o for o in tfms if not isinstance(o, (RandomCrop,FlipItem))] # what comes before the crop
+
 # %% ../nbs/01_data.ipynb #stats
 def norm_stats(
     arch # name of a timm or torchvision architecture, a torchvision function, or a timm model
@@ -870,7 +873,7 @@ class PixelStore:
         boxes=None     # {path: box} to cut out
     ):
         tfms = recipe_tfms(size, recipe)
-        scale = [o for o in tfms if not isinstance(o, (RandomCrop,FlipItem))]
+        scale = _scaling(tfms)
         steps = Pipeline([OpenImage(2*scale[0].size, boxes), *scale])
         def read(fn): return np.asarray(steps(fn))
         with ThreadPoolExecutor(os.cpu_count()) as ex: ims = list(progress_bar(ex.map(read, files), total=len(files), leave=False, display=len(files)>1000))

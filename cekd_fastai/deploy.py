@@ -9,7 +9,7 @@ __all__ = ['deploy', 'Deployed']
 
 # %% ../nbs/12_deploy.ipynb #dp-imports
 from fastai.vision.all import *
-from .data import ResizeSquare,open_image,recipe_tfms
+from .data import ResizeSquare,open_image,recipe_tfms,_scaling
 from .mix import unwrap
 from .branches import BranchNet,save_net,load_net
 from .meal import data_stats
@@ -45,8 +45,7 @@ class Deployed:
         self.net,info = load_net(file)
         if lack := {'vocab','mean','std','size'}-set(info): raise ValueError(f"`{file}` lacks {', '.join(sorted(lack))}: write it with `deploy`.")
         self.vocab,self.size,self.device = info['vocab'],info['size'],device
-        scale = [o for o in recipe_tfms(max(self.size), info.get('recipe', 'crop')) if not isinstance(o, (RandomCrop,FlipItem))]
-        self.scale = compose(open_image, *scale, CropPad(tuple(self.size)))
+        self.scale = compose(open_image, *_scaling(recipe_tfms(max(self.size), info.get('recipe', 'crop'))), CropPad(tuple(self.size)))
         self.mean,self.std = (tensor(info[o], device=device)[:,None,None] for o in ('mean','std'))
         self.net.to(device)
 
