@@ -2,7 +2,9 @@
 import inspect,json,re
 from pathlib import Path
 import pandas as pd
-from cekd_fastai.cli import about,cekd_train,run,write_whole
+from cekd_fastai.cli import cekd_train,run
+from cekd_fastai.core import write_whole
+from cekd_fastai.train import about
 
 here = Path(__file__).resolve().parent
 defaults = {k:p.default for k,p in inspect.signature(cekd_train.__wrapped__).parameters.items()}

@@ -7,7 +7,8 @@ Each run is a copy of the notebook in a process of its own, so the seconds hold 
 import json,os,shutil,subprocess,sys,tempfile,time
 from pathlib import Path
 from fastcore.script import call_parse
-from cekd_fastai.cli import about,write_whole
+from cekd_fastai.core import write_whole
+from cekd_fastai.train import about
 from common import here
 
 course = here.parent/'nbs'/'course'

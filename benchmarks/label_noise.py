@@ -8,7 +8,8 @@ import json
 from fastai.vision.all import *
 from fastcore.script import call_parse
 from cekd_fastai.all import *
-from cekd_fastai.cli import about,write_whole
+from cekd_fastai.core import write_whole
+from cekd_fastai.train import about
 from common import here
 
 @call_parse

@@ -10,9 +10,13 @@ import torch
 from concurrent.futures import ThreadPoolExecutor
 from fastcore.script import call_parse
 from fastai.vision.all import *
-from cekd_fastai.data import fine_grained_dls,open_image,presize,read_table
-from cekd_fastai.synthetic import make_birds
-from cekd_fastai.cli import about,write_whole
+from cekd_fastai.data.benchmarks import read_table
+from cekd_fastai.data.check import presize
+from cekd_fastai.data.image import open_image
+from cekd_fastai.data.loaders import fine_grained_dls
+from cekd_fastai.drawing.dataset import make_birds
+from cekd_fastai.core import write_whole
+from cekd_fastai.train import about
 from common import here
 
 def enlarged(birds, dest, short):

@@ -5,7 +5,8 @@ import sys,time
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from cekd_fastai.all import *
-from cekd_fastai.cli import one_sentence,run,write_whole
+from cekd_fastai.cli import run
+from cekd_fastai.core import one_sentence,write_whole
 from common import defaults,here,table # after fastai, which has a `defaults` of its own
 
 net = dict(channels=(24,48,96,128), num_classes=28)

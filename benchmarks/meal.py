@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from cekd_fastai.all import *
-from cekd_fastai.meal import MEAL
-from cekd_fastai.cli import about,write_whole
+from cekd_fastai.meal.callback import MEAL
+from cekd_fastai.core import write_whole
+from cekd_fastai.train import about
 from common import here,result_table,status # after fastai
 
 runs = here.parent/'runs'/'meal'

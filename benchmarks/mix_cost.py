@@ -12,8 +12,10 @@ from fastcore.script import call_parse
 from fastai.callback import mixup as stock
 from timm.data import Mixup
 from torchvision.transforms import v2
-from cekd_fastai.cli import about,write_whole
-from cekd_fastai.mix import CutMix,MixUp,SnapMix
+from cekd_fastai.core import write_whole
+from cekd_fastai.train import about
+from cekd_fastai.mix.callback import CutMix,MixUp
+from cekd_fastai.mix.snapmix import SnapMix
 from common import here
 
 def from_fastai(cls, alpha, clone=False):

@@ -16,9 +16,11 @@ from torch.func import functional_call,stack_module_state,vmap
 from torch.utils.flop_counter import FlopCounterMode
 from fastai.vision.all import *
 from cekd_fastai.all import *
-from cekd_fastai.css import css_learner
-from cekd_fastai.diversity import diversity,online_learner
-from cekd_fastai.cli import about,write_whole
+from cekd_fastai.learner import css_learner
+from cekd_fastai.learner import online_learner
+from cekd_fastai.online.diversity import diversity
+from cekd_fastai.core import write_whole
+from cekd_fastai.train import about
 from common import here,result_table # after fastai
 
 # function of data and backbone that gives a learner
@@ -68,7 +70,7 @@ def one_run(label, seed, a):
     if hasattr(net, 'by_network'):
         _,each,y = branch_preds(learn)
         d['networks'] = {k:accuracy(z, y).item() for k,z in net.by_network(each).items()}
-    sizes = dict(parameters=n_params(net), deployed=n_params(net.pick()))
+    sizes = dict(parameters=n_params(net), deployed=n_params(net.subnet()))
     return dict(method=label, seed=seed, **d, valid_loss=loss, **sizes, seconds=round(secs, 1), args=said(a))
 
 def said(a): return json.loads(json.dumps(a | {k:Path(a[k]).name for k in ('data','weights') if a[k]}))

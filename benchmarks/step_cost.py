@@ -13,7 +13,8 @@ from fastcore.script import call_parse
 from torch.utils.flop_counter import FlopCounterMode
 from fastai.vision.all import *
 from cekd_fastai.all import *
-from cekd_fastai.cli import about,write_whole
+from cekd_fastai.core import write_whole
+from cekd_fastai.train import about
 from common import here
 
 # branches, callbacks, forward passes that a step is worth

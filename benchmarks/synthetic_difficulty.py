@@ -17,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import cekd_fastai
-from cekd_fastai.synthetic import make_birds
+from cekd_fastai.drawing.dataset import make_birds
 
 def load(path, f):
     "The second column onwards of one of CUB's tables"

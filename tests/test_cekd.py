@@ -5,13 +5,19 @@ import pytest,torch,torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastai.vision.all import (CancelBatchException,CancelFitException,CancelStepException,CancelTrainException,CancelValidException,Callback,
     CrossEntropyLossFlat,DataLoaders,L,Learner,SaveModelCallback,SGD,accuracy,load_learner,nn,set_seed,tensor)
-from cekd_fastai.branches import branch_net,branch_splitter,load_weights
-from cekd_fastai.cekd import CEKD,Diagnose,PeerNet,TARGETS,TEACHERS,cekd_losses,peer_net,shown_logits,target_angle,teacher_logits
-from cekd_fastai.data import fine_grained_dls
+from cekd_fastai.arch import load_weights
+from cekd_fastai.branches import branch_net,branch_splitter
+from cekd_fastai.branches import PeerNet,peer_net
+from cekd_fastai.cekd import CEKD,TARGETS,TEACHERS,cekd_losses,shown_logits,teacher_logits
+from cekd_fastai.diagnose import Diagnose,target_angle
+from cekd_fastai.data.loaders import fine_grained_dls
 from cekd_fastai.distill import BranchLoss,Components
 from cekd_fastai.losses import cross_target,soft_probs
-from cekd_fastai.mix import CutMix,Mix,MixRecord,SnapMix,mix_pixels,mixed_loss
-from cekd_fastai.synthetic import make_birds
+from cekd_fastai.losses import mixed_loss
+from cekd_fastai.mix.callback import CutMix,Mix
+from cekd_fastai.mix.core import MixRecord,mix_pixels
+from cekd_fastai.mix.snapmix import SnapMix
+from cekd_fastai.drawing.dataset import make_birds
 
 lf = CrossEntropyLossFlat()
 
@@ -248,7 +254,7 @@ def test_shown_mixup_and_resized():
     feat,perm = torch.randn(2,5,4,4, generator=g),tensor([1,0])
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5,6))
     z = head(feat)
-    mixup = MixRecord(perm, torch.ones(2), torch.ones(2), keep=.3)
+    mixup = MixRecord(perm, torch.ones(2), torch.ones(2), host_share=.3)
     assert torch.allclose(shown_logits(head, feat, mixup, (8,8)), .3*z+.7*z[perm], atol=1e-6)
     snap = MixRecord(perm, torch.ones(2), torch.ones(2), (0,0,8,4), (4,4,8,8))
     want = (head(feat[...,2:,:])+head(feat[perm][...,2:,2:]))/2
@@ -347,7 +353,7 @@ class Track(Callback):
 def test_average_exact_and_cancelled():
     learn = learner(tiny(2), FixedMix(), CEKD(teacher='ema', decay=.9), dls=toy_dls(32))
     quiet(learn, 6, cbs=[CancelSome(),t:=Track()])
-    avg = learn.model.average
+    avg = learn.model.ema
     assert avg.n==t.n==12
     for k,v in t.ref.items(): assert torch.allclose(avg.tensors()[k], v, atol=1e-6), k
 
@@ -359,7 +365,7 @@ def test_average_teaches():
     x,y = learn.dls.one_batch()
     xm,rec = FixedMix().mix(x, y)
     ref = tiny(2)
-    ref.load_state_dict(net.average.tensors())
+    ref.load_state_dict(net.ema.tensors())
     want = cekd_losses(net.train()(xm)[0], net(x)[0], y, rec, lf, logits=ref.eval()(x)[None])['cross'].item()
     quiet(learn, 1, cbs=(g:=CatchStep()))
     assert g.parts['cross']==pytest.approx(want, rel=1e-4)
@@ -368,11 +374,11 @@ def test_average_teaches():
 def test_average_of_batch_norm():
     learn = learner(tiny(2, bn=True), FixedMix(), CEKD(teacher='ema'), dls=toy_dls(size=64))
     quiet(learn, 2)
-    k,mean = next((k,v) for k,v in learn.model.named_buffers() if k.endswith('running_mean') and not k.startswith('average'))
-    avg = learn.model.average.tensors()
+    k,mean = next((k,v) for k,v in learn.model.named_buffers() if k.endswith('running_mean') and not k.startswith('ema'))
+    avg = learn.model.ema.tensors()
     assert not torch.equal(avg[k], mean) and avg[k].abs().sum()>0
     assert avg[k.replace('running_mean','num_batches_tracked')]==learn.model.state_dict()[k.replace('running_mean','num_batches_tracked')]
-    assert len(list(learn.model.average.parameters()))==0
+    assert len(list(learn.model.ema.parameters()))==0
 
 def test_average_save_load_resume(tmp_path):
     "A run that is saved, loaded into a new learner and continued ends where an uninterrupted one does"
@@ -385,13 +391,13 @@ def test_average_save_load_resume(tmp_path):
     b.load('half')
     quiet(b, 3)
     for (k,u),v in zip(whole.model.state_dict().items(), b.model.state_dict().values()): assert torch.allclose(u, v, atol=1e-6), k
-    assert b.model.average.n==6
+    assert b.model.ema.n==6
     plain = learner(tiny(2, seed=5), FixedMix(), path=tmp_path)
     plain.save('plain')
     b.load('plain', with_opt=False)
-    assert b.model.average.n==0
+    assert b.model.ema.n==0
     quiet(b, 1)
-    assert torch.allclose(b.model.average.tensors()['heads.0.2.weight'], plain.model.heads[0][2].weight, atol=.05)
+    assert torch.allclose(b.model.ema.tensors()['heads.0.2.weight'], plain.model.heads[0][2].weight, atol=.05)
 
 def test_average_not_exported(tmp_path):
     big,small = (learner(tiny(2), FixedMix(), CEKD(teacher=o), path=tmp_path) for o in ('ema','ensemble'))
@@ -402,17 +408,17 @@ def test_average_not_exported(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         again = load_learner(tmp_path/'a.pkl')
-    assert not again.model.average._buffers
+    assert not again.model.ema._buffers
     again.dls = big.dls
     assert torch.allclose(again.get_preds()[0], big.get_preds()[0], atol=1e-6)
     quiet(again, 1)
-    assert again.model.average.n==1 and big.model.average._buffers
+    assert again.model.ema.n==1 and big.model.ema._buffers
 
 def test_validate_ema(tmp_path):
     "The table, SaveModelCallback, predictions and exports see the average; training goes on from the weights of the last step"
     make = lambda **kw: learner(tiny(2), FixedMix(), CEKD(decay=.95, **kw), path=tmp_path)
     raw,ema = quiet(make(), 5),quiet(make(validate_ema=True), 5, cbs=SaveModelCallback(every_epoch=True, fname='m'))
-    avg,shown = ema.model.average,ema.recorder.values[-1][1]
+    avg,shown = ema.model.ema,ema.recorder.values[-1][1]
     assert avg.swapped and shown!=raw.recorder.values[-1][1]
     for k,v in raw.model.state_dict().items(): assert torch.allclose(avg.tensors()[k], v, atol=1e-6), k
     assert ema.validate()[0]==pytest.approx(shown, rel=1e-5)
@@ -422,15 +428,15 @@ def test_validate_ema(tmp_path):
         again = load_learner(tmp_path/'e.pkl')
     again.dls = ema.dls
     assert torch.allclose(again.get_preds()[0], ema.get_preds()[0], atol=1e-6)
-    ema.cekd.use_average(False)
+    ema.cekd.use_ema(False)
     assert torch.allclose(ema.model.heads[0][2].weight, raw.model.heads[0][2].weight, atol=1e-6)
-    ema.cekd.use_average()
+    ema.cekd.use_ema()
     for l in (raw,ema): quiet(l, 1)
-    ema.cekd.use_average(False)
+    ema.cekd.use_ema(False)
     for k,v in raw.model.state_dict().items(): assert torch.allclose(ema.model.state_dict()[k], v, atol=1e-5), k
     old = make(validate_ema=True)
     old.load('m_2', with_opt=False)
-    assert old.model.average.swapped and old.model.average.n==3
+    assert old.model.ema.swapped and old.model.ema.n==3
 
 def test_average_without_owner(tmp_path):
     "Training without a callback that keeps the average goes on from what the network holds, and later training from there"
@@ -439,14 +445,14 @@ def test_average_without_owner(tmp_path):
     held = copy.deepcopy(learn.model.state_dict())
     learn.remove_cb(cb)
     learn.validate()
-    assert learn.model.average.swapped
+    assert learn.model.ema.swapped
     class Start(Callback):
         order = 200
         def before_batch(self):
             if self.training and self.iter==0 and self.epoch==0: self.state = {k:v.clone() for k,v in self.learn.model.state_dict().items()}
-    same = lambda a,b: all(torch.equal(a[k], b[k]) for k in a if not k.startswith('average'))
+    same = lambda a,b: all(torch.equal(a[k], b[k]) for k in a if not k.startswith('ema'))
     quiet(learn, 2, cbs=(s:=Start()))
-    assert same(s.state, held) and not hasattr(learn.model, 'average')
+    assert same(s.state, held) and not hasattr(learn.model, 'ema')
     plain = copy.deepcopy(learn.model.state_dict())
     learn.add_cb(make())
     quiet(learn, 1, cbs=(s:=Start()))
@@ -470,22 +476,22 @@ def test_average_into_a_plain_network(tmp_path):
     again.save('shell', with_opt=False)
     new = learner(tiny(2, seed=4), FixedMix(), CEKD(teacher='ema'), path=tmp_path)
     new.load('shell', with_opt=False)
-    assert new.model.average.n==0 and torch.equal(new.get_preds()[0], ema.get_preds()[0])
+    assert new.model.ema.n==0 and torch.equal(new.get_preds()[0], ema.get_preds()[0])
 
 @pytest.mark.parametrize('event', ['after_batch','before_validate'])
 def test_average_after_an_early_end(event):
     "Where a callback ends the run, the network holds the average as well, until one asks for the weights of the last step"
     learn = learner(tiny(2), FixedMix(), CEKD(validate_ema=True), dls=toy_dls(24))
     quiet(learn, 2, cbs=Raise(event, CancelFitException))
-    assert learn.model.average.swapped
-    shown,z = learn.get_preds()[0],learn.cekd.average_logits(learn.dls.valid.one_batch()[0])
+    assert learn.model.ema.swapped
+    shown,z = learn.get_preds()[0],learn.cekd.ema_logits(learn.dls.valid.one_batch()[0])
     assert torch.allclose(z, learn.model.eval()(learn.dls.valid.one_batch()[0]))
-    learn.cekd.use_average(False)
+    learn.cekd.use_ema(False)
     raw = learn.get_preds()[0]
     learn.validate()
-    assert not learn.model.average.swapped and not torch.equal(raw, shown)
+    assert not learn.model.ema.swapped and not torch.equal(raw, shown)
     quiet(learn, 1)
-    assert learn.model.average.swapped
+    assert learn.model.ema.swapped
 
 def test_average_that_has_not_begun(tmp_path):
     "Before training the average says what the network says, whatever was loaded"
@@ -493,16 +499,16 @@ def test_average_that_has_not_begun(tmp_path):
     learner(tiny(2, seed=5), path=tmp_path).save('plain', with_opt=False)
     learn.load('plain', with_opt=False)
     x = learn.dls.one_batch()[0]
-    assert torch.equal(learn.cekd.average_logits(x), learn.model.eval()(x))
+    assert torch.equal(learn.cekd.ema_logits(x), learn.model.eval()(x))
 
 def test_use_average_of_teacher():
     learn = quiet(learner(tiny(2), FixedMix(), CEKD(teacher='ema')), 3)
-    assert not learn.model.average.swapped
+    assert not learn.model.ema.swapped
     before = learn.get_preds()[0]
-    learn.cekd.use_average()
+    learn.cekd.use_ema()
     assert not torch.allclose(learn.get_preds()[0], before, atol=1e-4)
     quiet(learn, 1)
-    assert not learn.model.average.swapped
+    assert not learn.model.ema.swapped
 
 # A good citizen of fastai
 
@@ -541,7 +547,7 @@ def test_lr_find_leaves_no_trace(kw, tmp_path):
     "Not even meanwhile does the average follow the steps of the search"
     class Watch(Callback):
         order,run_valid,seen = 100,False,()
-        def after_batch(self): self.seen = (*self.seen, getattr(getattr(self.learn.model, 'average', None), 'n', 0))
+        def after_batch(self): self.seen = (*self.seen, getattr(getattr(self.learn.model, 'ema', None), 'n', 0))
     learn = learner(tiny(2), FixedMix(), CEKD(**kw), dls=toy_dls(24), path=tmp_path)
     quiet(learn, 2)
     before = {k:v.clone() for k,v in learn.model.state_dict().items()}
@@ -662,7 +668,7 @@ def birds(tmp_path_factory):
 
 def test_target_noise(birds):
     "The label's error is that of the mix; a teacher that knows nothing says half and half, and one that knows all says what the label says"
-    from cekd_fastai.mix import label_noise
+    from cekd_fastai.mix.noise import label_noise
     learn = Learner(birds, branch_net('test_resnet', birds.c, 2, pretrained=False), cbs=[BranchLoss(),CutMix(5.),CEKD()])
     table = label_noise(CutMix(5.), birds, n=64, rounds=1, seed=42)
     res = learn.cekd.target_noise(n=64)
@@ -672,7 +678,7 @@ def test_target_noise(birds):
             if isinstance(o, nn.Linear): o.weight.data.zero_(), o.bias.data.zero_()
     assert learn.cekd.target_noise(n=64)['cross_noise']==pytest.approx(table.half.iloc[0], abs=1e-4)
     learn.cekd.teach = lambda x, rec: cross_target(F.one_hot(next(ys), birds.c).float(), rec)
-    from cekd_fastai.mix import evidence_batches
+    from cekd_fastai.mix.noise import evidence_batches
     batches = list(evidence_batches(birds, n=64))
     ys = (y for _,y,_ in batches)
     sure = learn.cekd.target_noise(n=64, batches=batches)
@@ -680,7 +686,7 @@ def test_target_noise(birds):
 
 def test_noise_of_the_mixed_only(birds):
     "Where each image is mixed or not for itself, those that were not do not count"
-    from cekd_fastai.mix import label_noise
+    from cekd_fastai.mix.noise import label_noise
     mix = lambda: CutMix(5., prob=.3, per='sample')
     learn = Learner(birds, branch_net('test_resnet', birds.c, 2, pretrained=False), cbs=[BranchLoss(),mix(),CEKD()])
     assert learn.cekd.target_noise(n=64)['label_noise']==pytest.approx(label_noise(mix(), birds, n=64, rounds=1, seed=42).error.iloc[0], abs=1e-5)
@@ -771,7 +777,7 @@ for name,(make,mix,kw) in ddp_cases().items():
         with learn.distrib_ctx(sync_bn=False, cpu=True):
             if name=='random': set_seed(int(os.environ['RANK']))
             quiet(learn, 2, cbs=g)
-    res[name] = dict(sent=g.sent, grads={{k.removeprefix('module.'):v for k,v in g.grads.items()}}, params=dict(net.named_parameters()), average=net.average.tensors() if hasattr(net,'average') else {{}})
+    res[name] = dict(sent=g.sent, grads={{k.removeprefix('module.'):v for k,v in g.grads.items()}}, params=dict(net.named_parameters()), average=net.ema.tensors() if hasattr(net,'ema') else {{}})
 torch.save(res, {out!r}+os.environ.get('RANK', 'one'))
 '''
 
@@ -809,7 +815,7 @@ def _same(a, b, tol=0.):
 @pytest.mark.parametrize('name', ddp_cases())
 def test_ranks_agree(two_and_one, name):
     a,b,_ = two_and_one
-    for k in ('grads','params','average'): _same(a[name][k], b[name][k])
+    for k in ('grads','params','ema'): _same(a[name][k], b[name][k])
 
 def test_average_is_not_sent_each_step(two_and_one):
     "Each process averages by itself; only the running statistics of the network itself travel with every forward pass"
@@ -818,5 +824,5 @@ def test_average_is_not_sent_each_step(two_and_one):
 @pytest.mark.parametrize('name', [o for o in ddp_cases() if o not in ('random','soft_only')])
 def test_two_processes_are_one(two_and_one, name):
     a,_,one = two_and_one
-    for k in ('grads','params','average'): _same(a[name][k], one[name][k], 1e-5)
+    for k in ('grads','params','ema'): _same(a[name][k], one[name][k], 1e-5)
     assert max(v.abs().max() for v in one[name]['grads'].values())>1e-3

@@ -2,7 +2,7 @@
 import json,os,shutil,signal,subprocess,sys,time
 from pathlib import Path
 import pytest,torch
-from cekd_fastai.synthetic import make_birds
+from cekd_fastai.drawing.dataset import make_birds
 
 small = '--arch test_resnet --no-pretrained --size 56 --bs 16 --num-workers 0'.split()
 env = os.environ | dict(PYTHONUNBUFFERED='1', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='2')
@@ -65,7 +65,7 @@ assert all(abs(a[o]-b[i].item())<1e-3 for i,o in enumerate(learn.dls.vocab))"""
 def test_optimisers_are_torchs(name, nest):
     "Momentum and weight decay work together as in the papers' code: the same weights after ten steps as torch's own loop"
     from fastai.vision.all import CrossEntropyLossFlat,DataLoaders,Learner
-    from cekd_fastai.cli import OPTS
+    from cekd_fastai.train import OPTS
     x,y = torch.randn(8,4, generator=torch.Generator().manual_seed(0)),torch.arange(8)%3
     dl = torch.utils.data.DataLoader([(a,b) for a,b in zip(x, y)], batch_size=8)
     net = torch.nn.Linear(4,3)
@@ -91,18 +91,18 @@ def test_no_picture_costs_no_run(birds, tmp_path):
         assert sorted(o.name for o in out.iterdir()) == ['history.csv','model.pkl','model.pt','report.png','result.json']
 
 def test_a_failing_report_costs_no_run(birds, tmp_path, monkeypatch):
-    from cekd_fastai import cli
+    from cekd_fastai import cli,train
     def fail(*args): raise RuntimeError('no ink')
-    monkeypatch.setattr(cli, 'report', fail)
+    monkeypatch.setattr(train, 'report', fail)
     with pytest.warns(UserWarning, match='no report.png, since it could not be drawn .no ink'):
         cli.cekd_train(data=birds, arch='test_resnet', method='plain', size=56, bs=16, epochs=1, no_pretrained=True, num_workers=0, out=tmp_path/'run')
     assert sorted(o.name for o in (tmp_path/'run').iterdir()) == ['history.csv','model.pkl','model.pt','result.json']
 
 def test_interrupt_while_saving(done, birds, tmp_path, monkeypatch):
     "Ctrl-C in the middle of writing leaves the old run whole, and of a new one nothing"
-    from cekd_fastai import cli
+    from cekd_fastai import cli,train
     def stop(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, 'deploy', stop)
+    monkeypatch.setattr(train, 'deploy', stop)
     shutil.copytree(done[0], tmp_path/'old')
     before = {o.name:o.read_bytes() for o in (tmp_path/'old').iterdir()}
     for out in ('old','new'):

@@ -5,14 +5,17 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelBatchException,CancelEpochException,CancelFitException,CancelTrainException,
     CancelValidException,CrossEntropyLossFlat,DataLoader,DataLoaders,Learner,Path,SGD,accuracy,nn,set_seed,tensor,Tensor)
 from fastai.callback.mixup import MixUp as FastaiMixUp
-from cekd_fastai.mix import CutMix,MixUp,SnapMix,class_maps
+from cekd_fastai.cam import model_cam
+from cekd_fastai.mix.callback import CutMix,MixUp
+from cekd_fastai.mix.snapmix import SnapMix
 from cekd_fastai.branches import branch_net,branch_splitter,load_net,save_net
-from cekd_fastai.data import fine_grained_dls
-from cekd_fastai.synthetic import make_birds
+from cekd_fastai.data.loaders import fine_grained_dls
+from cekd_fastai.drawing.dataset import make_birds
 from cekd_fastai.cekd import CEKD
 from cekd_fastai.distill import BranchLoss
-from cekd_fastai.css import (CSS,CSSBranchNet,CSSNet,aggregate,css_branch_net,css_learner,css_losses,css_net,css_ratios,joint_label,joint_loss,
-    remove_corner,split_label)
+from cekd_fastai.css.callback import CSS,css_losses,css_ratios,joint_loss
+from cekd_fastai.css.net import CSSBranchNet,CSSNet,aggregate,css_branch_net,css_net,joint_label,remove_corner,split_label
+from cekd_fastai.learner import css_learner
 
 pair = ('test_resnet','test_efficientnet')
 lf = CrossEntropyLossFlat()
@@ -217,11 +220,11 @@ def test_each_splits_the_networks():
     net = css_net(pair, 4, n_branches=3, pretrained=False).eval()
     x = torch.randn(2,3,64,64)
     logits,feats = net.branch_forward(x)
-    each = net.each(logits)
+    each = net.class_logits(logits)
     assert logits.shape==(6,2,12) and each.shape==(6,2,4) and len(feats)==6
     for j in range(6): assert torch.equal(each[j], logits[j][:,j%3::3])
     nets = net.by_network(each)
-    for k in ('t','s','both'): assert torch.allclose(net.pick(k)(x), nets[k], atol=1e-6)
+    for k in ('t','s','both'): assert torch.allclose(net.subnet(k)(x), nets[k], atol=1e-6)
 
 @pytest.mark.parametrize('which', ['t','s'])
 def test_what_is_not_asked_does_not_run(which):
@@ -238,8 +241,8 @@ def test_maps_of_unlike_backbones():
     x,y = torch.randn(2,3,128,128),tensor([1,3])
     feats = net.branch_forward(x)[1]
     assert feats[0].shape[-1]!=feats[-1].shape[-1]
-    maps = class_maps(net, x, y)
-    t,s = (class_maps(net.pick(k), x, y) for k in 'ts')
+    maps = model_cam(net, x, y)
+    t,s = (model_cam(net.subnet(k), x, y) for k in 'ts')
     assert maps.shape==t.shape!=s.shape
     assert torch.allclose(maps, (t+F.interpolate(s[None], t.shape[1:], mode='bilinear', align_corners=False)[0])/2, atol=1e-6)
 
@@ -250,9 +253,9 @@ def test_maps_average_to_the_logits_of_what_is_deployed(which):
     net.which = which
     x,y = torch.randn(3,3,64,64),tensor([1,3,0])
     z = net(x)
-    assert torch.allclose(class_maps(net, x, y).mean((1,2)), z[range(3),y], atol=1e-5)
+    assert torch.allclose(model_cam(net, x, y).mean((1,2)), z[range(3),y], atol=1e-5)
     w = torch.rand(3,4)
-    assert torch.allclose(class_maps(net, x, w).mean((1,2)), (z*w).sum(1), atol=1e-5)
+    assert torch.allclose(model_cam(net, x, w).mean((1,2)), (z*w).sum(1), atol=1e-5)
     assert torch.allclose(net.ensemble(*net.branch_forward(x)), z, atol=1e-6)
 
 @pytest.mark.parametrize('transform', ['corner','permute'])
@@ -261,9 +264,9 @@ def test_picked_networks_round_trip_through_a_file(tmp_path, which, transform):
     set_seed(0)
     net = css_net(pair, 4, n_branches=2, transform=transform, seed=3, pretrained=False).eval()
     x = torch.randn(2,3,64,64)
-    save_net(net.pick(which), tmp_path/'n.pt', vocab=['a','b','c','d'])
+    save_net(net.subnet(which), tmp_path/'n.pt', vocab=['a','b','c','d'])
     got,info = load_net(tmp_path/'n.pt')
-    assert got(x).shape==(2,4) and torch.allclose(got(x), net.pick(which)(x), atol=1e-6) and info['vocab']==['a','b','c','d']
+    assert got(x).shape==(2,4) and torch.allclose(got(x), net.subnet(which)(x), atol=1e-6) and info['vocab']==['a','b','c','d']
 
 def test_groups_cover_every_parameter_once():
     net = css_net(pair, 4, n_branches=2, pretrained=False)
@@ -377,7 +380,7 @@ def test_which_is_kept_in_a_file(tmp_path):
 
 def test_diversity_of_one_network(dls):
     "With `which` the branches that are compared are those that predict"
-    from cekd_fastai.diversity import diversity
+    from cekd_fastai.online.diversity import diversity
     learn = make(dls)
     learn.model.which = 't'
     d = diversity(learn)
@@ -400,7 +403,7 @@ def test_valid_loss_is_that_of_what_is_deployed(dls):
         with learn.no_bar(): loss,acc = learn.validate()
         z,y = [],[]
         for xb,yb in dls.valid:
-            with torch.no_grad(): z.append(learn.model.eval().pick(which)(xb.as_subclass(Tensor)))
+            with torch.no_grad(): z.append(learn.model.eval().subnet(which)(xb.as_subclass(Tensor)))
             y.append(yb.as_subclass(Tensor))
         z,y = torch.cat(z),torch.cat(y)
         assert abs(loss-F.cross_entropy(z, y).item())<1e-4 and abs(acc-(z.argmax(1)==y).float().mean().item())<1e-6

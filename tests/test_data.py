@@ -11,9 +11,17 @@ from torch import nn
 from torchvision import datasets as tvd
 from fastai.vision.all import (CrossEntropyLossFlat, FlipItem, Interpretation, Learner, Normalize, Pipeline, PILImage, RandomCrop, RandomErasing,
     Resize, Transform, URLs, accuracy, load_learner)
-from cekd_fastai import data
-from cekd_fastai.data import *
-from cekd_fastai.synthetic import make_birds
+from cekd_fastai.core import *
+from cekd_fastai.data import check,image,loaders,readers
+from cekd_fastai.data.benchmarks import *
+from cekd_fastai.data.check import *
+from cekd_fastai.data.download import *
+from cekd_fastai.data.image import *
+from cekd_fastai.data.loaders import *
+from cekd_fastai.data.readers import *
+from cekd_fastai.data.table import *
+from cekd_fastai import synthetic
+from cekd_fastai.drawing.dataset import make_birds
 
 NAMES = ['Zebra Finch', 'Ant_Bird', 'Mallard'] # their order by number is not the alphabet's
 
@@ -398,7 +406,7 @@ def server(tmp_path, fastai_home, monkeypatch):
     srv = http.server.ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=str(tmp_path/'serve')))
     threading.Thread(target=srv.serve_forever, daemon=True).start()
     monkeypatch.setattr(URLs, 'CUB_200_2011', f'http://127.0.0.1:{srv.server_port}/CUB_200_2011.tgz')
-    monkeypatch.setitem(data.BENCHMARKS, 'cub', dataclasses.replace(data.BENCHMARKS['cub'], n_classes=3, n_train=12, n_test=6))
+    monkeypatch.setitem(BENCHMARKS, 'cub', dataclasses.replace(BENCHMARKS['cub'], n_classes=3, n_train=12, n_test=6))
     yield srv
     srv.shutdown()
     srv.server_close()
@@ -431,7 +439,7 @@ def test_archive_cut_short(tmp_path, server, fastai_home):
 
 def test_counts_are_checked(tmp_path, server, monkeypatch):
     archive(tmp_path, False)
-    monkeypatch.setitem(data.BENCHMARKS, 'cub', dataclasses.replace(data.BENCHMARKS['cub'], n_classes=3, n_train=14, n_test=5))
+    monkeypatch.setitem(BENCHMARKS, 'cub', dataclasses.replace(BENCHMARKS['cub'], n_classes=3, n_train=14, n_test=5))
     with raises(ValueError, "not the whole of 'cub': 2 training images missing, 1 test images too many; delete the folder"): fine_grained_dls('cub')
     with raises(ValueError, 'check root'): fine_grained_dls('cub', root=tmp_path/'make')
 
@@ -441,24 +449,23 @@ def test_archive_of_another_size_is_used_as_it_is(tmp_path, fastai_home, monkeyp
     (fastai_home/'archive').mkdir(parents=True)
     shutil.copy(arch, fastai_home/'archive')
     monkeypatch.setattr('fastai.data.external.untar_data', None)
-    monkeypatch.setattr(data, 'untar_data', None)
-    assert read_cub(data.fetch_url('CUB_200_2011')).n_train == 12
+    assert read_cub(fetch_url('CUB_200_2011')).n_train == 12
 
 def test_synthetic_is_drawn_once(fastai_home, monkeypatch):
     n = inspect.signature(make_birds).parameters
-    b = data.BENCHMARKS['synthetic']
+    b = BENCHMARKS['synthetic']
     per = n['n_train'].default,n['n_images'].default-n['n_train'].default
     assert (b.n_classes, b.n_train, b.n_test) == (n['n_species'].default, *(o*n['n_species'].default for o in per))
     small = partial(make_birds, n_species=4, n_images=4, n_train=3, size=32, n_workers=0, progress=False)
-    monkeypatch.setattr(data, 'make_birds', small)
-    monkeypatch.setitem(data.BENCHMARKS, 'synthetic', dataclasses.replace(b, n_classes=4, n_train=12, n_test=4))
+    monkeypatch.setattr(synthetic, 'make_birds', small)
+    monkeypatch.setitem(BENCHMARKS, 'synthetic', dataclasses.replace(b, n_classes=4, n_train=12, n_test=4))
     t = mini_dls('synthetic').table
     when = t.files[0].stat().st_mtime_ns
     assert t.root.is_relative_to(fastai_home/'data') and mini_dls('synthetic').table.files[0].stat().st_mtime_ns == when
 
 def test_benchmarks_lists_all():
     df = benchmarks()
-    assert list(df.index) == list(data.BENCHMARKS) and {'cub','synthetic'} <= set(df.index)
+    assert list(df.index) == list(BENCHMARKS) and {'cub','synthetic'} <= set(df.index)
     assert df.loc['cub', ['n_classes','n_train','n_test']].tolist() == [200, 5994, 5794]
 
 # Real photographs
@@ -585,7 +592,7 @@ def svhn_mini(path, monkeypatch):
 
 def expect(monkeypatch, name, *counts):
     "The named benchmark with the counts of a miniature."
-    monkeypatch.setitem(data.BENCHMARKS, name, dataclasses.replace(data.BENCHMARKS[name], **dict(zip(('n_classes','n_train','n_test'), counts))))
+    monkeypatch.setitem(BENCHMARKS, name, dataclasses.replace(BENCHMARKS[name], **dict(zip(('n_classes','n_train','n_test'), counts))))
 
 def in_parts(t): return {p:[(f.name, o) for f,o,v in zip(t.files, t.labels, t.is_valid) if v==(p=='valid')] for p in ('train','valid')}
 
@@ -654,7 +661,7 @@ def test_cifar(tmp_path, monkeypatch, name, cls):
     expect(monkeypatch, name, 2, 6 if name=='cifar100' else 10, 4)
     dls = fine_grained_dls(name, root=tmp_path, bs=2, num_workers=0)
     t = dls.table
-    assert (t.classes, t.recipe, t.stats) == (['apple','bear'], 'pad', data.STATS[name])
+    assert (t.classes, t.recipe, t.stats) == (['apple','bear'], 'pad', STATS[name])
     assert dls.one_batch()[0].shape == (2,3,32,32)
     raw = [cls(tmp_path, train=o) for o in (True, False)]
     for f,o,v in zip(t.files, t.labels, t.is_valid):
@@ -698,7 +705,7 @@ def test_cinic_has_three_parts(tmp_path, monkeypatch):
     expect(monkeypatch, 'cinic10', 2, 6, 3)
     dls = fine_grained_dls('cinic10', root=tmp_path, bs=2, num_workers=0)
     assert dls.table.counts().values.tolist() == [[3,2,2],[3,2,1]] and dls.table.recipe == 'pad'
-    assert {o.parent.parent.name for o in dls.valid.items} == {'valid'} and {o.parent.parent.name for o in official_test(dls).items} == {'test'}
+    assert {o.parent.parent.name for o in dls.valid.items} == {'valid'} and {o.parent.parent.name for o in official_test_dl(dls).items} == {'test'}
     with raises(ValueError, 'has a validation part and a test part already'): read_table('cinic10', root=tmp_path, valid_pct=.2)
 
 @pytest.mark.parametrize('name', ['imagenet','imagewoof'])
@@ -734,13 +741,13 @@ def test_holdout_leaves_the_test_part_alone(tmp_path):
     assert t.counts().values.tolist() == [[6,2,2]]*3
     assert {f for f,o in zip(t.files, t.is_test) if o} == {f for f,o in zip(full.files, full.is_valid) if o}
     seen = set(dls.train.items) | set(dls.valid.items)
-    assert len(seen) == 24 and not seen & set(official_test(dls).items)
-    x,y = official_test(dls).one_batch()
-    assert len(y) == 4 and [dls.vocab[o] for o in y] == [f.parent.name for f in official_test(dls).items[:4]]
+    assert len(seen) == 24 and not seen & set(official_test_dl(dls).items)
+    x,y = official_test_dl(dls).one_batch()
+    assert len(y) == 4 and [dls.vocab[o] for o in y] == [f.parent.name for f in official_test_dl(dls).items[:4]]
     assert list(mini_dls(root, valid_pct=.25).valid.items) == list(dls.valid.items) != list(mini_dls(root, valid_pct=.25, seed=1).valid.items)
     learn = tiny(dls, path=tmp_path)
-    with learn.no_bar(): assert len(learn.validate(dl=official_test(dls))) == 2
-    assert t.to_df().is_test.sum() == 6 and official_test(mini_dls(root)).n == 6
+    with learn.no_bar(): assert len(learn.validate(dl=official_test_dl(dls))) == 2
+    assert t.to_df().is_test.sum() == 6 and official_test_dl(mini_dls(root)).n == 6
     with raises(ValueError, 'class 001.Zebra Finch (1)', 'valid_pct needs'): read_table(cub_mini(tmp_path/'one', n_train=1), valid_pct=.2)
 
 def test_holdout_of_split_folders(tmp_path):
@@ -778,13 +785,13 @@ def test_balanced(tmp_path, memory):
     assert list(dls.train.new(shuffle=False).get_idxs()) == list(range(27)) and sorted(map(drawn(dls.train.new()).count, range(3))) == [9,9,9]
     plain = mini_dls(tmp_path, bs=9, in_memory=memory)
     assert sorted(plain.train.get_idxs()) == list(range(27))
-    with raises(ValueError, 'balanced=True has a dl_type of its own'): make(dl_type=data.BalancedDL)
+    with raises(ValueError, 'balanced=True has a dl_type of its own'): make(dl_type=BalancedDL)
 
 def boxed(path, size=(80,60)):
     "CUB's layout with a white object in the box of a black picture; class i's object has width 20+4i."
     root = cub_mini(path)
     lines = []
-    for k,o in data._id_lines(root/'images.txt').items():
+    for k,o in readers._id_lines(root/'images.txt').items():
         box = (7+int(k)%5, 9, 20+4*int(o[:3]), 30)
         a = np.zeros((size[1],size[0],3), np.uint8)
         a[box[1]:box[1]+box[3],box[0]:box[0]+box[2]] = 255
@@ -863,7 +870,7 @@ def test_in_memory_is_the_recipe(tmp_path, recipe):
     for (x,y),(u,v) in zip(a.valid, b.valid): assert torch.allclose(x, u, atol=1e-6) and (y==v).all()
     ramp = Image.fromarray(np.tile(np.linspace(60, 255, 40).astype(np.uint8)[None,:,None], (30,1,3)))
     ramp.save(tmp_path/'r.png')
-    got = data.PixelStore([tmp_path/'r.png'], 28, recipe=recipe).crops(torch.zeros(100, dtype=torch.long), random=True)
+    got = PixelStore([tmp_path/'r.png'], 28, recipe=recipe).crops(torch.zeros(100, dtype=torch.long), random=True)
     flips = sum(int(o[0,14,4]) > int(o[0,14,-5]) for o in got)
     assert flips == 0 if recipe=='digits' else 30 < flips < 70
     assert (0 in got.unique().tolist()) == (recipe in ('pad','digits'))
@@ -944,7 +951,7 @@ def test_presize_quality(tmp_path):
     assert n[0] < n[1]
 
 def test_presize_interrupted(tmp_path, monkeypatch):
-    root,before = cub_mini(tmp_path/'cub'),data._shrink
+    root,before = cub_mini(tmp_path/'cub'),check._shrink
     def broken(src, *args):
         if src.name == 'pic 3.jpg': raise KeyboardInterrupt
         return before(src, *args)
@@ -994,12 +1001,12 @@ def test_decompression_bomb(tmp_path, monkeypatch):
 
 def test_verify_works_in_parallel(tmp_path, monkeypatch):
     "All threads are inside at once, else the barrier breaks."
-    root,gate,before = folders(tmp_path, a=4, b=4),threading.Barrier(2, timeout=20),data.open_image
+    root,gate,before = folders(tmp_path, a=4, b=4),threading.Barrier(2, timeout=20),image.open_image
     def meet(*args, **kwargs):
         gate.wait()
         return before(*args, **kwargs)
-    monkeypatch.setattr(data.defaults, 'cpus', 2)
-    monkeypatch.setattr(data, 'open_image', meet)
+    monkeypatch.setattr(defaults, 'cpus', 2)
+    monkeypatch.setattr(image, 'open_image', meet)
     assert len(verify(root)) == 0
 
 @pytest.mark.parametrize('mode,ext', [('RGB','jpg'),('L','png'),('P','png'),('RGBA','png'),('CMYK','jpg'),('1','png')])
@@ -1117,7 +1124,7 @@ def test_archive_that_reaches_outside(tmp_path, server, fastai_home, files, says
 
 def test_links_inside_are_kept(tmp_path):
     a = serve(tmp_path, 'x.tar.gz', {'d/1.txt':b'one', 'd/2.txt':(tarfile.SYMTYPE, '1.txt'), 'd/3.txt':(tarfile.LNKTYPE, 'd/1.txt')})
-    assert [o.read_text() for o in sorted((data.unpack(a, tmp_path/'out')/'d').iterdir())] == ['one']*3
+    assert [o.read_text() for o in sorted((unpack(a, tmp_path/'out')/'d').iterdir())] == ['one']*3
 
 @pytest.mark.parametrize('name', ['../evil.txt', '/evil.txt', 'a/../../evil.txt', 'link'])
 def test_zip_that_reaches_outside(tmp_path, name):
@@ -1125,15 +1132,15 @@ def test_zip_that_reaches_outside(tmp_path, name):
         info = zipfile.ZipInfo(name)
         if name == 'link': info.external_attr = (0o120777) << 16
         f.writestr(info, '../evil.txt')
-    with raises(OSError, 'x.zip cannot be extracted', 'outside the folder'): data.unpack(tmp_path/'x.zip', tmp_path/'out')
+    with raises(OSError, 'x.zip cannot be extracted', 'outside the folder'): unpack(tmp_path/'x.zip', tmp_path/'out')
     assert sorted(o.name for o in tmp_path.iterdir()) == ['x.zip']
 
 def test_zip(tmp_path):
     with zipfile.ZipFile(tmp_path/'x.zip', 'w') as f: f.writestr('top/ü.txt', 'one')
-    assert (data.unpack(tmp_path/'x.zip', tmp_path/'out', flat=True)/'ü.txt').read_text() == 'one'
-    with raises(FileExistsError, 'out exists'): data.unpack(tmp_path/'x.zip', tmp_path/'out')
+    assert (unpack(tmp_path/'x.zip', tmp_path/'out', flat=True)/'ü.txt').read_text() == 'one'
+    with raises(FileExistsError, 'out exists'): unpack(tmp_path/'x.zip', tmp_path/'out')
     (tmp_path/'y.zip').write_bytes((tmp_path/'x.zip').read_bytes()[:-30])
-    with raises(OSError, 'y.zip cannot be extracted'): data.unpack(tmp_path/'y.zip', tmp_path/'out2')
+    with raises(OSError, 'y.zip cannot be extracted'): unpack(tmp_path/'y.zip', tmp_path/'out2')
 
 def test_partial_extraction_is_no_data_set(tmp_path, server, fastai_home, monkeypatch):
     archive(tmp_path, False)
@@ -1151,9 +1158,9 @@ def test_partial_extraction_is_no_data_set(tmp_path, server, fastai_home, monkey
 def test_two_processes_at_once(tmp_path):
     "The one that is later keeps the folder of the one that was faster."
     a = serve(tmp_path, 'x.tar.gz', {'1.txt':b'one'})
-    with data._whole(tmp_path/'out') as tmp:
+    with whole_folder(tmp_path/'out') as tmp:
         (tmp/'1.txt').write_text('late')
-        data.unpack(a, tmp_path/'out')
+        unpack(a, tmp_path/'out')
     assert (tmp_path/'out'/'1.txt').read_text() == 'one' and not hidden(tmp_path)
 
 # The other real packs
@@ -1175,7 +1182,7 @@ def test_real_cifar100(real_data, monkeypatch):
     dls = fine_grained_dls('cifar100', root=root, bs=64, in_memory=True)
     assert dls.one_batch()[0].shape == (64,3,32,32) and dls.table.classes[:2] == ['apple','aquarium_fish']
     a = np.stack([np.array(open_image(o)) for o in dls.train.items])/255
-    assert np.abs(a.mean((0,1,2))-data.STATS['cifar100'][0]).max() < .01 and np.abs(a.std((0,1,2))-data.STATS['cifar100'][1]).max() < .01
+    assert np.abs(a.mean((0,1,2))-STATS['cifar100'][0]).max() < .01 and np.abs(a.std((0,1,2))-STATS['cifar100'][1]).max() < .01
     x = torch.cat([x for x,_ in dls.valid])
     assert x.mean((0,2,3)).abs().max() < .1 and (x.std((0,2,3))-1).abs().max() < .1
     monkeypatch.undo()

@@ -7,9 +7,13 @@ from fastai.callback.training import GradientAccumulation
 from cekd_fastai.cekd import CEKD
 from cekd_fastai.branches import branch_net,branch_splitter,save_net
 from cekd_fastai.distill import BranchLoss,Components
-from cekd_fastai.mix import CutMix,MixUp,SnapMix
-from cekd_fastai.diversity import (CD_FORMS,FFMCD,ONE,ONLINE,FFMGate,LeaderGate,OnlineKD,SafeBN,cd_loss,classifier_weight,diversity,gate_net,kd_logits,
-    online_learner)
+from cekd_fastai.mix.callback import CutMix,MixUp
+from cekd_fastai.mix.snapmix import SnapMix
+from cekd_fastai.learner import online_learner
+from cekd_fastai.losses import kd_logits
+from cekd_fastai.online.callback import FFMCD,ONE,ONLINE,OnlineKD
+from cekd_fastai.online.diversity import diversity
+from cekd_fastai.online.gates import CD_FORMS,FFMGate,LeaderGate,SafeBN,cd_loss,classifier_weight,gate_net
 
 methods = list(ONLINE)
 
@@ -311,8 +315,8 @@ def test_habits(dls, method, tmp_path):
     ok(learn)
 
 def test_tta(tmp_path):
-    from cekd_fastai.synthetic import make_birds
-    from cekd_fastai.data import fine_grained_dls
+    from cekd_fastai.drawing.dataset import make_birds
+    from cekd_fastai.data.loaders import fine_grained_dls
     path = make_birds(tmp_path/'birds', n_species=2, n_images=8, n_train=6, size=64, progress=False)
     learn = online_learner(fine_grained_dls(path, size=56, bs=4, num_workers=0), 'test_resnet', pretrained=False)
     with learn.no_bar():
@@ -395,14 +399,14 @@ def test_no_graph_outlives_the_step(dls):
 
 @pytest.mark.parametrize('method', ['diversity','okddip','ffl'])
 def test_export_in_a_fresh_process(tmp_path, method):
-    from cekd_fastai.synthetic import make_birds
-    from cekd_fastai.data import fine_grained_dls
+    from cekd_fastai.drawing.dataset import make_birds
+    from cekd_fastai.data.loaders import fine_grained_dls
     path = make_birds(tmp_path/'birds', n_species=2, n_images=8, n_train=6, size=64, progress=False)
     learn = online_learner(fine_grained_dls(path, size=56, bs=4, num_workers=0), 'test_resnet', method, pretrained=False, cbs=CutMix())
     quiet(learn, 1, 1e-3)
     file = learn.dls.valid.items[0]
     learn.export(tmp_path/'net.pkl')
-    save_net(learn.model.eval().pick(), tmp_path/'net.pt')
+    save_net(learn.model.eval().subnet(), tmp_path/'net.pt')
     torch.manual_seed(0)
     torch.save(x:=torch.randn(2,3,56,56), tmp_path/'x.pt')
     with learn.no_bar(): want = learn.predict(file)[2]
@@ -437,7 +441,7 @@ def loop_diversity(learn):
     with torch.no_grad():
         for x,y in learn.dls.valid:
             logits,feats = net.branch_forward(x)
-            z,e = net.each(logits),net(x)
+            z,e = net.class_logits(logits),net(x)
             for b in range(len(y)):
                 p = [o[b].softmax(0) for o in z]
                 for i in range(len(p)):

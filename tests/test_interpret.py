@@ -10,11 +10,13 @@ from fastai.vision.all import (DataBlock,ImageBlock,ImageDataLoaders,L,Learner,M
     accuracy,load_learner,nn,resnet18,set_seed,tensor,vision_learner)
 from PIL import Image
 from timm.models.swin_transformer import SwinTransformer
-from cekd_fastai import interpret as I
-from cekd_fastai.all import (CEKD,CutMix,FFMCD,MixOneOf,MixUp,SnapMix,box_mass,branch_agreement,branch_learner,branch_preds,class_maps,confused_pairs,
+from cekd_fastai.core import decode_images
+from cekd_fastai.interpret.maps import _Look
+from cekd_fastai.all import (CEKD,CutMix,FFMCD,MixOneOf,MixUp,SnapMix,box_mass,branch_agreement,branch_learner,branch_preds,model_cam,confused_pairs,
     css_learner,ece,fine_grained_dls,history,item_cams,make_birds,map_place,meal_learner,mix_pixels,online_learner,plot_branch_agreement,plot_components,
     plot_confused_pairs,plot_history,plot_reliability,reliability,report,semantic_map,show_cam,show_mixed)
-from cekd_fastai.mix import Mix,MixRecord
+from cekd_fastai.mix.callback import Mix
+from cekd_fastai.mix.core import MixRecord
 
 @pytest.fixture(scope='module')
 def birds(tmp_path_factory): return make_birds(tmp_path_factory.mktemp('data')/'birds', n_species=3, n_images=12, n_train=6, size=73, progress=False)
@@ -88,7 +90,7 @@ def loop_map(head, feat, k, size):
 def test_maps_of_branches(dls, name):
     learn = shaken(branchy[name](dls))
     x = dls.valid.one_batch()[0].as_subclass(Tensor)
-    look,net = I._Look(learn, x),learn.model.eval()
+    look,net = _Look(learn, x),learn.model.eval()
     n = len(look.names)-1
     y = torch.arange(len(x))%3
     with torch.no_grad(): feats = net.branch_forward(x)[1]
@@ -96,15 +98,15 @@ def test_maps_of_branches(dls, name):
     for i in range(n):
         with torch.no_grad(): want = torch.cat([loop_map(net.heads[i], feats[i][j:j+1], k*per+i%per, (64,64)) for j,k in enumerate(y.tolist())])
         assert torch.allclose(look.maps(i, y), want, atol=1e-6)
-    assert torch.allclose(look.maps(n, y), semantic_map(class_maps(net, x, y), (64,64)), atol=1e-6)
+    assert torch.allclose(look.maps(n, y), semantic_map(model_cam(net, x, y), (64,64)), atol=1e-6)
 
 @pytest.mark.parametrize('name', single)
 def test_maps_of_one_network(dls, name):
     learn = shaken(single[name](dls))
     x,y = dls.valid.one_batch()[0].as_subclass(Tensor),torch.arange(8)%3
-    look = I._Look(learn, x)
+    look = _Look(learn, x)
     assert look.names==['network']
-    assert torch.allclose(look.maps(0, y), semantic_map(class_maps(learn.model, x, y), (64,64)), atol=1e-6)
+    assert torch.allclose(look.maps(0, y), semantic_map(model_cam(learn.model, x, y), (64,64)), atol=1e-6)
 
 @pytest.mark.parametrize('name', learners)
 def test_show_cam_says_what_every_network_predicts(dls, name):
@@ -122,7 +124,7 @@ def test_show_cam_says_what_every_network_predicts(dls, name):
 
 def test_show_cam_draws_what_it_says(dls, learn):
     df,pics = show_cam(learn, [3,7]),drawn()
-    look = I._Look(learn, dls.valid.new(get_idxs=lambda: [3,7], n=2, bs=2).one_batch()[0])
+    look = _Look(learn, dls.valid.new(get_idxs=lambda: [3,7], n=2, bs=2).one_batch()[0])
     for j in range(2):
         row,first = pics[4*j:4*j+4],pics[4*j][0]
         assert [len(o) for o in row]==[1,2,2,2] and all(np.array_equal(o[0], first) for o in row)
@@ -206,7 +208,7 @@ def test_item_cams(dls, learn):
     whole = branch_preds(learn)[0]
     x = dls.valid.new(get_idxs=lambda: [1,8], n=2, bs=2).one_batch()[0].as_subclass(Tensor)
     assert torch.equal(pred, whole.argmax(1)[[1,8]]) and ims.shape==(2,64,64,3)
-    assert torch.allclose(maps, semantic_map(class_maps(learn.model, x, pred), (64,64)), atol=1e-6)
+    assert torch.allclose(maps, semantic_map(model_cam(learn.model, x, pred), (64,64)), atol=1e-6)
 
 def test_one_pass(learn):
     "One pass through the trunk for all maps of a picture."
@@ -315,7 +317,7 @@ def test_mixed(dls, box, share, make):
     assert np.allclose(df.box, [i*64/64**2 for i in range(5)] if share is None else share)
     axs = [ax for ax in plt.gcf().axes if ax.images]
     assert len(axs)==5
-    ims = I.shown_images(dls.train, mixed).permute(0,2,3,1)
+    ims = decode_images(dls.train, mixed).permute(0,2,3,1)
     for i,ax in enumerate(axs):
         assert np.allclose(ax.images[0].get_array(), ims[i]) and df.host[i] in ax.get_title() and f'{df.weight_donor[i]:.2f} {df.donor[i]}' in ax.get_title()
         rects = [o.get_bbox().bounds for o in ax.patches]
@@ -426,7 +428,7 @@ def test_pairs_draw_both_maps(dls, learn):
     v = dls.vocab
     pairs = pd.DataFrame(dict(a=[v[0],v[2]], b=[v[1],v[0]], errors=[3,2], images=[12,12], item_a=[2,13], item_b=[8,1]), index=[5,9])
     df,pics = plot_confused_pairs(learn, pairs),drawn()
-    items,look = [2,8,13,1],I._Look(learn, dls.valid.new(get_idxs=lambda: [2,8,13,1], n=4, bs=4).one_batch()[0])
+    items,look = [2,8,13,1],_Look(learn, dls.valid.new(get_idxs=lambda: [2,8,13,1], n=4, bs=4).one_batch()[0])
     maps = [look.maps(-1, tensor(o)) for o in ([0,0,2,2],[1,1,0,0])]
     for j in range(4):
         three = pics[3*j:3*j+3]

@@ -7,13 +7,21 @@ from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelBatchExcepti
     CancelStepException,CancelTrainException,CategoryBlock,CrossEntropyLossFlat,DataBlock,DataLoader,DataLoaders,GradientAccumulation,
     ImageBlock,L,Learner,Normalize,SaveModelCallback,accuracy,aug_transforms,get_image_files,
     imagenet_stats,load_learner,parent_label,resnet18,set_seed,vision_learner)
-from cekd_fastai.synthetic import make_birds
-from cekd_fastai.data import TableSplitter,fine_grained_dls,read_table,recipe_tfms
-from cekd_fastai.mix import CutMix,MixUp,SnapMix
+from cekd_fastai.drawing.dataset import make_birds
+from cekd_fastai.data.benchmarks import read_table
+from cekd_fastai.data.image import recipe_tfms
+from cekd_fastai.data.loaders import TableSplitter,fine_grained_dls
+from cekd_fastai.mix.callback import CutMix,MixUp
+from cekd_fastai.mix.snapmix import SnapMix
 from cekd_fastai.branches import branch_net,branch_splitter,save_net
 from cekd_fastai.distill import BranchLoss,Components
-from cekd_fastai import meal as M
-from cekd_fastai.meal import MEAL,Adversary,Teacher,align,as_teacher,discriminator
+from cekd_fastai.meal.callback import peek
+from cekd_fastai.meal.align import Taps
+from cekd_fastai.meal.targets import unlabeled_dl
+from cekd_fastai.meal.adversary import Adversary,discriminator
+from cekd_fastai.meal.align import align
+from cekd_fastai.meal.callback import MEAL
+from cekd_fastai.meal.teachers import Teacher,as_teacher
 
 env = os.environ | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
 modes = ['joint','grl','alternate',None]
@@ -334,7 +342,7 @@ def test_channels_behind():
             self.conv = nn.Identity()
         def forward(self, x): return self.conv(x.permute(0,2,3,1)).mean((1,2))
     m,x = Behind(),torch.randn(2,3,6,4)
-    taps = M.Taps(m, [['conv']], [5])
+    taps = Taps(m, [['conv']], [5])
     taps.on = True
     m(x)
     assert torch.allclose(taps.read()[0][0], align(x, 5))
@@ -428,7 +436,7 @@ def test_unlabeled(birds, dls, modules, tmp_path):
 def test_unlabeled_is_augmented(birds, dls, modules):
     "Random crops and flips as in training, not the centre"
     torch.manual_seed(0)
-    dl = M.unlabeled_dl(dls, list(get_image_files(birds))[:1]*4)
+    dl = unlabeled_dl(dls, list(get_image_files(birds))[:1]*4)
     b = dl.one_batch()[0]
     assert b.shape==(4,3,56,56) and not all(torch.equal(b[0], o) for o in b[1:]) and abs(b.mean())<3
 
@@ -655,7 +663,7 @@ def test_building_draws_nothing(dls, modules):
     learner(dls, MEAL(modules, adversarial=None), model=(model := net()))
     torch.manual_seed(2)
     a,b = random.getstate(),np.random.get_state()[1].copy()
-    M.peek(dls)
+    peek(dls)
     assert random.getstate()==a and (np.random.get_state()[1]==b).all() and dls.train.rng.getstate()==rng
     assert torch.equal(torch.rand(2), torch.manual_seed(2) and torch.rand(2))
 

@@ -11,8 +11,15 @@ from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelFitException
     vision_learner)
 from torch.utils._python_dispatch import TorchDispatchMode
 from cekd_fastai.all import CEKD,CutMix,MixOneOf,MixUp,SnapMix,branch_learner,fine_grained_dls,make_birds
-from cekd_fastai import mix as M
-from cekd_fastai.mix import Evidence,MixRecord,evidence_batches,label_noise,mix_pixels,mixed_loss,noise_table,oracle_weights
+from cekd_fastai.cam import cam,model_cam
+from cekd_fastai.losses import _setting
+from cekd_fastai.mix import callback,snapmix
+from cekd_fastai.mix.callback import Mix
+from cekd_fastai.mix.noise import plot_label_noise
+from cekd_fastai.synthetic import bird_parts
+from cekd_fastai.losses import mixed_loss
+from cekd_fastai.mix.core import MixRecord,mix_pixels
+from cekd_fastai.mix.noise import Evidence,evidence_batches,label_noise,noise_table,oracle_weights
 
 edges = [(0,0,12,10), (0,0,4,3), (8,7,12,10), (3,2,4,3), (0,4,12,5), (5,0,6,10)]
 empty = (3,3,3,9)
@@ -21,13 +28,13 @@ every = [MixUp, CutMix, SnapMix, partial(MixUp, per='sample'), partial(CutMix, p
 
 # References: one image after the other, one pixel after the other
 
-def loop_image(host, donor, a, b, keep=0.):
+def loop_image(host, donor, a, b, host_share=0.):
     "Box `b` of `donor`, resized, in box `a` of `host`"
     out,(x1,y1,x2,y2) = host.clone(),a
     if x2<=x1 or y2<=y1: return out
     patch = F.interpolate(donor[None,:,b[1]:b[3],b[0]:b[2]], (y2-y1,x2-x1), mode='bilinear', align_corners=True)[0]
     for r in range(y1, y2):
-        for c in range(x1, x2): out[:,r,c] = keep*host[:,r,c] + (1-keep)*patch[:,r-y1,c-x1]
+        for c in range(x1, x2): out[:,r,c] = host_share*host[:,r,c] + (1-host_share)*patch[:,r-y1,c-x1]
     return out
 
 def loop_share(a, h, w): return sum(1 for r in range(h) for c in range(w) if a[0]<=c<a[2] and a[1]<=r<a[3])/(h*w)
@@ -59,8 +66,9 @@ perm = tensor([2,0,4,3,1])
 def fix(monkeypatch, boxes=(), lams=None, perm=perm):
     "Make the draws of the mix these boxes, these shares and this permutation"
     boxes,lams = iter(boxes),None if lams is None else iter(lams)
-    monkeypatch.setattr(M, 'rand_box', lambda *a: next(boxes))
-    if lams: monkeypatch.setattr(M, 'draw_lam', lambda *a: next(lams))
+    for m in (callback,snapmix):
+        monkeypatch.setattr(m, 'rand_box', lambda *a: next(boxes))
+        if lams: monkeypatch.setattr(m, 'draw_lam', lambda *a: next(lams))
     monkeypatch.setattr(torch, 'randperm', lambda n, device=None: perm)
 
 def same(got, want): return torch.allclose(got, want, atol=1e-6, rtol=0)
@@ -119,7 +127,7 @@ def test_per_sample_exact(batch, monkeypatch):
 def test_per_sample_edges(batch, a, b):
     x = batch[0]
     rec = MixRecord(perm, None, None, tensor([a]*5), tensor([b]*5), torch.linspace(0, 1, 5))
-    assert same(mix_pixels(x, rec), torch.stack([loop_image(x[i], x[j], a, b, rec.keep[i]) for i,j in enumerate(perm)]))
+    assert same(mix_pixels(x, rec), torch.stack([loop_image(x[i], x[j], a, b, rec.host_share[i]) for i,j in enumerate(perm)]))
 
 def test_large_images_exact():
     "Positions between pixels stay exact at the size of real crops"
@@ -146,7 +154,7 @@ def test_one_of_exact(batch, monkeypatch):
         elif pick[i]==1: img,w = loop_image(x[i], x[j], each_a[i], each_a[i]),(1-loop_share(each_a[i], 10, 12),loop_share(each_a[i], 10, 12))
         else: img,w = loop_image(x[i], x[j], each_a[i], each_b[i]),(la[i],lb[i])
         assert same(out[i], img) and same(rec.lam_a[i], torch.as_tensor(w[0])) and same(rec.lam_b[i], torch.as_tensor(w[1])), i
-    assert torch.equal(rec.pick, pick)
+    assert torch.equal(rec.mix_idx, pick)
 
 @pytest.mark.parametrize('mix', [CutMix,SnapMix])
 def test_empty_box_mixes_nothing(batch, mix, monkeypatch):
@@ -239,7 +247,7 @@ class Steps(Callback):
     run_valid,order = False,7
     def before_fit(self): self.seen = []
     def after_loss(self):
-        rec = next(cb for cb in self.learn.cbs if isinstance(cb, M.Mix)).record
+        rec = next(cb for cb in self.learn.cbs if isinstance(cb, Mix)).record
         self.seen.append((self.learn.xb[0], self.learn.yb[0], rec, self.learn.pred.detach(), self.learn.loss.detach()))
 
 def quiet(learn, f, *args, **kwargs):
@@ -262,7 +270,7 @@ def test_targets_and_losses(make, kind, loss):
     for x,y,rec,pred,loss in learn.steps.seen:
         if rec is None: continue
         own = [lf(pred[i:i+1], y[i:i+1]) for i in range(len(y))]
-        if weight is M._setting(lf, 'weight'): continue
+        if weight is _setting(lf, 'weight'): continue
         other = [lf(pred[i:i+1], y[j:j+1]) for i,j in enumerate(rec.perm)]
         want = sum(a*o+b*p for a,b,o,p in zip(rec.lam_a, rec.lam_b, own, other))/len(y)
         assert torch.allclose(loss, want, atol=1e-5)
@@ -301,7 +309,7 @@ def test_the_batch_is_not_written(make):
         order,run_valid = 3,False
         def before_batch(self): self.x,self.copy = self.learn.xb[0],self.learn.xb[0].clone()
         def after_loss(self):
-            cb = next(cb for cb in self.learn.cbs if isinstance(cb, M.Mix))
+            cb = next(cb for cb in self.learn.cbs if isinstance(cb, Mix))
             assert torch.equal(self.x, self.copy) and (cb.record is None or torch.equal(cb.host, self.copy))
     learn = Learner(pixel_dls(), net(), loss_func=nn.CrossEntropyLoss(), cbs=[make(),Keep()])
     quiet(learn, 'fit', 2)
@@ -387,7 +395,7 @@ def test_every_fastai_habit(dls, make, tmp_path):
         learn.export(tmp_path/'l.pkl')
         again = load_learner(tmp_path/'l.pkl')
         with again.no_bar(): assert torch.allclose(again.predict(dls.valid_ds.items[0])[2], p, atol=1e-5)
-        assert next(cb for cb in again.cbs if isinstance(cb, M.Mix)).record is None
+        assert next(cb for cb in again.cbs if isinstance(cb, Mix)).record is None
         again.dls = dls
         with again.no_bar(), again.no_logging(): again.fit(1)
 
@@ -395,7 +403,7 @@ def test_fit_cbs(dls):
     "A mix for one fit only, which `after_create` never sees"
     learn = Learner(dls, net(2), cbs=Steps())
     quiet(learn, 'fit', 1, cbs=SnapMix())
-    assert learn.steps.seen[0][2] is not None and not any(isinstance(cb, M.Mix) for cb in learn.cbs)
+    assert learn.steps.seen[0][2] is not None and not any(isinstance(cb, Mix) for cb in learn.cbs)
     with pytest.raises(ValueError, match='would mix the same batch twice'): quiet(learn, 'fit', 1, cbs=[MixUp(),StockCutMix()])
 
 def test_keeps_the_type_of_images(dls):
@@ -446,7 +454,7 @@ def test_one_of_asks_each(batch, per):
 def test_images_are_no_maps(dls):
     "A network behind a layer that normalises, and one with channels last, are refused instead of looked at pixel by pixel"
     from timm.models.swin_transformer import SwinTransformer
-    from cekd_fastai.interpret import show_cam
+    from cekd_fastai.interpret.maps import show_cam
     plain = nn.Sequential(nn.Identity(), nn.Sequential(nn.Conv2d(3,4,3,2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, dls.c)))
     last = SwinTransformer(img_size=56, embed_dim=8, depths=(1,1), num_heads=(1,1), window_size=7, num_classes=dls.c)
     for net in (plain,last):
@@ -462,8 +470,8 @@ def test_multi_label_images(dls):
     learn.create_opt()
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     m,x = net(),torch.rand(2,3,16,16)
-    both = M.class_maps(m, x, tensor([[1.,1,0],[0,0,1]]))
-    one = [M.class_maps(m, x, tensor(o)) for o in ([0,2],[1,2])]
+    both = model_cam(m, x, tensor([[1.,1,0],[0,0,1]]))
+    one = [model_cam(m, x, tensor(o)) for o in ([0,2],[1,2])]
     assert same(both[0], (one[0]+one[1])[0]) and same(both[1], one[0][1])
 
 # Interrupts
@@ -547,7 +555,7 @@ def test_snapmix_alone_leaves_the_model_untouched(dls, make):
     learn.model.train()
     before = {k:v.clone() for k,v in learn.model.state_dict().items()}
     x,y = dls.one_batch()
-    cb = next(cb for cb in learn.cbs if isinstance(cb, M.Mix))
+    cb = next(cb for cb in learn.cbs if isinstance(cb, Mix))
     cb.mix(x.as_subclass(Tensor), y.as_subclass(Tensor))
     assert all(torch.equal(before[k], v) for k,v in learn.model.state_dict().items()) and all(m.training for m in learn.model.modules())
 
@@ -565,7 +573,7 @@ def test_maps_of_the_ensemble(dls):
     "The mean of the map is the logit that is deployed"
     learn = branch_learner(dls, 'test_resnet', pretrained=False, cbs=SnapMix())
     x,y = (o.as_subclass(Tensor) for o in dls.one_batch())
-    maps = M.class_maps(learn.model.train(), x, y)
+    maps = model_cam(learn.model.train(), x, y)
     with torch.no_grad(): logits = learn.model.eval()(x)
     assert torch.allclose(maps.mean((1,2)), logits.gather(1, y[:,None])[:,0], atol=1e-4)
 
@@ -585,8 +593,8 @@ class Ops(TorchDispatchMode):
 @pytest.mark.parametrize('make', every)
 def test_nothing_asks_the_device(make, monkeypatch):
     "On torch's `meta` device, which holds no numbers, whatever would have to read one raises; all that goes to the device goes through `_send`"
-    count,send = [],M._send
-    monkeypatch.setattr(M, '_send', lambda t, d: count.append(t) or send(t, d))
+    count,send = [],callback._send
+    monkeypatch.setattr(callback, '_send', lambda t, d: count.append(t) or send(t, d))
     dev = torch.device('meta')
     cb,x,y,w = make(),torch.rand(8,3,16,16, device=dev),torch.zeros(8, dtype=torch.long, device=dev),torch.rand(3, device=dev)
     cb.learn = SimpleNamespace(model=net().to(dev), cbs=[])
@@ -614,7 +622,7 @@ def loop_oracle(rec, ev, h, w):
     "Evidence laid out on pixels and counted one by one; rectangles of whole pixels"
     n,P = ev.weights.shape
     boxes = lambda b: [(0,0,w,h)]*n if b is None else [b]*n if isinstance(b, tuple) else b.tolist()
-    a,b,keep = boxes(rec.box_a),boxes(rec.box_b),torch.as_tensor(rec.keep).expand(n).tolist()
+    a,b,keep = boxes(rec.box_a),boxes(rec.box_b),torch.as_tensor(rec.host_share).expand(n).tolist()
     def seen(i, box):
         res = 0.
         for p in range(P):
@@ -644,7 +652,7 @@ def test_parts_land_on_their_pixels(tmp_path):
     "A mark painted on the picture file at a part's location is found in the batch where the evidence says, for several crops and shapes of file"
     from PIL import Image
     path = make_birds(tmp_path/'birds', n_species=2, n_images=6, n_train=4, size=96, progress=False)
-    parts = M.bird_parts(path)
+    parts = bird_parts(path)
     for img,d in parts[parts.visible].groupby('image'):
         im = Image.open(path/'images'/img)
         for o in d.itertuples(): im.paste((255,0,255), (int(o.x)-1,int(o.y)-1,int(o.x)+2,int(o.y)+2))
@@ -664,7 +672,7 @@ def test_parts_land_on_their_pixels(tmp_path):
 def test_loaders_that_go_by_file_are_refused(dls, monkeypatch):
     "A loader that crops each file by its own box would move the evidence unseen"
     flip = lambda fn, *args: PILImage(PILImage.create(fn).transpose(0)) if not isinstance(fn, PILImage) else fn
-    monkeypatch.setattr('cekd_fastai.data.open_image', flip)
+    monkeypatch.setattr('cekd_fastai.data.loaders.open_image', flip)
     with pytest.raises(ValueError, match='treat a picture by its file'): next(evidence_batches(dls))
 
 def test_noise_needs_its_files(dls, tmp_path):
@@ -687,7 +695,7 @@ def test_label_noise(dls):
     assert t.error['right']<1e-6 and t.error['cut']>.1 and not right.learn and set(rows.method)=={'cut','snap','right'}
     cut = rows[(rows.method=='cut')&~rows.same]
     assert t.error['cut']==pytest.approx(np.nanmean(abs(cut.label-cut.oracle))) and t.blank['cut']==pytest.approx(cut.oracle.isna().mean())
-    assert len(M.plot_label_noise(rows).axes)==3
+    assert len(plot_label_noise(rows).axes)==3
 
 def test_label_noise_on_photographs(real_data):
     "Boxes of real birds: blending keeps all of both birds, pasting does not"

@@ -5,7 +5,11 @@ from itertools import combinations
 import numpy as np, pytest
 from PIL import Image
 
-import cekd_fastai.synthetic as syn
+from cekd_fastai.drawing import bird,dataset,shapes,species
+from cekd_fastai.drawing.bird import *
+from cekd_fastai.drawing.dataset import *
+from cekd_fastai.drawing.shapes import *
+from cekd_fastai.drawing.species import *
 from cekd_fastai.synthetic import *
 
 TINY = dict(n_species=5, n_images=4, n_train=3, size=48, progress=False)
@@ -38,7 +42,7 @@ def test_same_bytes_for_any_number_of_workers(birds, tmp_path, n_workers):
     assert contents(make_birds(tmp_path/'set', **TINY, n_workers=n_workers)) == contents(birds)
 
 def test_same_bytes_from_spawned_processes(birds, tmp_path, monkeypatch):
-    monkeypatch.setattr(syn, '_context', lambda: mp.get_context('spawn'))
+    monkeypatch.setattr(dataset, '_context', lambda: mp.get_context('spawn'))
     assert contents(make_birds(tmp_path/'set', **TINY, n_workers=1)) == contents(birds)
 
 def test_the_seed_matters_and_images_differ(birds, tmp_path):
@@ -58,7 +62,7 @@ def test_tables_agree_with_draw_bird(birds):
             else: assert np.isnan(row.x) and np.isnan(row.y)
 
 def test_hidden_parts_are_zero_in_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(syn, 'paint_front', lambda cv, rng: cv.front.paste(255, (0, 0, cv.n, cv.n//2)))
+    monkeypatch.setattr(bird, 'paint_front', lambda cv, rng: cv.front.paste(255, (0, 0, cv.n, cv.n//2)))
     rows = table(make_birds(tmp_path/'set', **TINY, n_workers=0), 'parts/part_locs.txt')
     assert {tuple(r[2:4]) for r in rows if r[4] == '0'} == {('0.0', '0.0')}
     assert 0 < sum(r[4] == '1' for r in rows) < len(rows) and all(float(r[3]) > 20 for r in rows if r[4] == '1')
@@ -74,10 +78,10 @@ def test_parts_lie_in_the_box_and_the_box_in_the_picture():
     assert .9 < seen/(40*11) < 1
 
 def test_the_pixel_at_a_part_has_its_colour(monkeypatch):
-    monkeypatch.setattr(syn, 'light', lambda im, bird, rng: im)
+    monkeypatch.setattr(bird, 'light', lambda im, bird, rng: im)
     marks = dict(bill=('curved', (58, 52, 50)), crown=('red', (206, 40, 34)), wing=('orange', (232, 120, 30)), tail=('rufous', (192, 84, 32)), eye=('plain', (22, 16, 14)))
     for part,(option,rgb) in marks.items():
-        spec,n = BirdSpec('x', syn.PLANS[0], **{part: option}),0
+        spec,n = BirdSpec('x', species.PLANS[0], **{part: option}),0
         for i in range(12):
             im,_,parts = draw_bird(spec, np.random.default_rng(i), 96)
             x,y,vis = parts[part]
@@ -101,15 +105,15 @@ def test_hidden_parts_and_parts_outside_are_not_visible(monkeypatch):
     spec = bird_species(2)[0]
     def leaf_over_all(cv, rng): cv.front.paste(255, (0, 0, cv.n, cv.n))
     with monkeypatch.context() as m:
-        m.setattr(syn, 'paint_front', leaf_over_all)
+        m.setattr(bird, 'paint_front', leaf_over_all)
         assert not any(v for *_,v in draw_bird(spec, np.random.default_rng(0), 48)[2].values())
-    rand = syn.Pose.random
+    rand = shapes.Pose.random
     def left_of_the_edge(rng):
         pose = rand(rng)
         pose.x,pose.flip = -.8,True
         return pose
-    monkeypatch.setattr(syn, 'paint_front', lambda cv, rng: None)
-    monkeypatch.setattr(syn.Pose, 'random', left_of_the_edge)
+    monkeypatch.setattr(bird, 'paint_front', lambda cv, rng: None)
+    monkeypatch.setattr(shapes.Pose, 'random', left_of_the_edge)
     parts = draw_bird(spec, np.random.default_rng(0), 48)[2]
     assert {p: v for p,(*_,v) in parts.items()} == {p: x >= 0 for p,(x,*_) in parts.items()}
     assert not parts['bill'][2] and parts['tail'][2]
@@ -119,11 +123,11 @@ def test_diagnostic_table(birds):
     names = [c for _,c in table(birds, 'classes.txt')]
     assert len(d) == 5*4
     for (a,sa),(b,sb) in combinations(zip(names, specs), 2): assert d[a,b] == d[b,a] == sa.differ(sb) == sb.differ(sa)
-    assert d['001.Common_Finch', names[1]] and set(d['001.Common_Finch', names[1]]) < set(syn.MARKS)
+    assert d['001.Common_Finch', names[1]] and set(d['001.Common_Finch', names[1]]) < set(species.MARKS)
     assert 'back' in d[names[0], names[4]]
 
 def _interrupt(exc, after):
-    real = syn.draw_bird
+    real = dataset.draw_bird
     def draw(spec, rng, size):
         if spec == bird_species(5)[after]: raise exc
         return real(spec, rng, size)
@@ -132,20 +136,20 @@ def _interrupt(exc, after):
 @pytest.mark.parametrize('n_workers', [0, pytest.param(2, marks=pytest.mark.skipif(sys.platform != 'linux', reason='a patched worker needs fork'))])
 @pytest.mark.parametrize('exc', [KeyboardInterrupt(), OSError('disk full')])
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, n_workers, exc):
-    monkeypatch.setattr(syn, 'draw_bird', _interrupt(exc, 2))
+    monkeypatch.setattr(dataset, 'draw_bird', _interrupt(exc, 2))
     with pytest.raises(type(exc)): make_birds(tmp_path/'set', **TINY, n_workers=n_workers)
     assert list(tmp_path.iterdir()) == []
 
 def test_an_interrupted_replacement_keeps_the_old_set(tmp_path, monkeypatch):
     p = make_birds(tmp_path/'set', **TINY, n_workers=0)
     before = contents(p)
-    monkeypatch.setattr(syn, 'draw_bird', _interrupt(KeyboardInterrupt(), 2))
+    monkeypatch.setattr(dataset, 'draw_bird', _interrupt(KeyboardInterrupt(), 2))
     with pytest.raises(KeyboardInterrupt): make_birds(p, **TINY, n_workers=0, seed=1, force=True)
     assert contents(p) == before and list(tmp_path.iterdir()) == [p]
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='a patched worker needs fork')
 def test_a_dead_worker_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(syn, 'draw_bird', lambda *a: os._exit(1))
+    monkeypatch.setattr(dataset, 'draw_bird', lambda *a: os._exit(1))
     with pytest.raises(RuntimeError, match='n_workers=0'): make_birds(tmp_path/'set', **TINY, n_workers=1)
     assert list(tmp_path.iterdir()) == []
 
@@ -153,7 +157,7 @@ def test_reuse_and_force(tmp_path, monkeypatch):
     p = make_birds(tmp_path/'a'/'set', **TINY, n_workers=0)
     before = contents(p)
     with monkeypatch.context() as m:
-        m.setattr(syn, 'draw_bird', _interrupt(AssertionError('drawn again'), 0))
+        m.setattr(dataset, 'draw_bird', _interrupt(AssertionError('drawn again'), 0))
         assert make_birds(str(p), **TINY, n_workers=0) == p
     with pytest.raises(ValueError, match='seed=42 instead of 7.*force=True'): make_birds(p, **TINY, n_workers=0, seed=7)
     assert contents(p) == before
@@ -164,7 +168,7 @@ def test_reuse_and_force(tmp_path, monkeypatch):
 
 def test_a_set_of_another_drawing_is_not_reused(tmp_path, monkeypatch):
     p = make_birds(tmp_path/'set', **TINY, n_workers=0)
-    monkeypatch.setattr(syn, '_DRAWING', syn._DRAWING+1)
+    monkeypatch.setattr(dataset, '_DRAWING', dataset._DRAWING+1)
     with pytest.raises(ValueError, match='force=True'): make_birds(p, **TINY, n_workers=0)
 
 def test_foreign_folders_are_never_touched(tmp_path):

@@ -4,7 +4,8 @@ import matplotlib, numpy as np
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 from PIL import Image
-from cekd_fastai.synthetic import bird_species,draw_bird
+from cekd_fastai.drawing.bird import draw_bird
+from cekd_fastai.drawing.species import bird_species
 
 size,red,green = 224,'#c0392b','#1e8449'
 a,b = bird_species(20)[0:2]

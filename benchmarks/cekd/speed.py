@@ -22,7 +22,8 @@ from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback import mixup as fastai_mixup
 from cekd_fastai.all import *
-from cekd_fastai.cli import about,write_whole
+from cekd_fastai.core import write_whole
+from cekd_fastai.train import about
 from common import status # after fastai
 
 here = Path(__file__).resolve().parents[1]
@@ -85,7 +86,7 @@ def ready(name, arch, arch_args, n_branches, cbs, x, y, precision, freeze_bn, n)
     if precision=='bf16': learn.to_bf16()
     if precision=='fp16': learn.to_fp16()
     net = learn.model
-    net.recompute = 'checkpointed' in name
+    net.grad_checkpoint = 'checkpointed' in name
     if 'compiled' in name:
         for m in (net.trunk,*net.branches): m.compile()
     if single: net.forward = lambda x: net.ensemble(*net.branch_forward(x))
