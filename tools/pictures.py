@@ -511,11 +511,11 @@ def data():
         (204,'Official test|where it is set apart')):
         s.arrow(f.right(), (589,152), (589,y+26), s.box(608, y, 168, 52, o, clean).left(), ink=clean)
     s.text(24, 285, 'Checked on the way', 13.5, 'start', plain.text, 1)
-    checks = ((24,160,'hashes of downloads,|safe unpacking,|official counts'),
-        (206,192,'each file once, in one part;|training images for|every class'),
-        (418,162,'pictures that cannot|be read; batch no larger|than the set'),
-        (600,176,'duplicates, leaks and|suspicious pictures,|when you ask'))
-    for x,w,o in checks: s.box(x, 304, w, 62, o, bold=0, size=12, dash=True)
+    check = lambda x,w,o: s.box(x, 304, w, 62, o, bold=0, size=12, dash=True)
+    check(24, 160, 'hashes of downloads,|safe unpacking,|official counts')
+    check(206, 192, 'each file once, in one part;|training images for|every class')
+    check(418, 162, 'pictures that cannot|be read; batch no larger|than the set')
+    check(600, 176, 'duplicates, leaks and|suspicious pictures,|when you ask')
     return s
 
 def room(s, x, ink, name, modules, does, never):
