@@ -216,7 +216,7 @@ def test_one_of_weights():
     x,y = torch.rand(4,1,8,8),torch.zeros(4).long()
     for kw in (dict(),dict(per='sample')):
         cb = MixOneOf([MixUp(),CutMix(),CutMix()], weights=[1,3,0], **kw)
-        picks = torch.cat([o[1].pick for o in (cb.mix(x, y) for _ in range(300)) if o is not None])
+        picks = torch.cat([o[1].mix_idx for o in (cb.mix(x, y) for _ in range(300)) if o is not None])
         assert not (picks==2).any() and .65<(picks==1).float().mean()<.85
 
 def test_refused():

@@ -151,10 +151,12 @@ def _resampled(x, rec):
     h,w = x.shape[-2:]
     perm = rec.perm[:,None]
     lo,hi,t = _between(rec.box_a[:,1::2], rec.box_b[:,1::2], h)
-    upper,lower = x[perm,:,lo].transpose(1, 2),x[perm,:,hi].transpose(1, 2)
+    upper = x[perm,:,lo].transpose(1, 2)
+    lower = x[perm,:,hi].transpose(1, 2)
     rows = upper.lerp_(lower, t[:,None,:,None].to(x.dtype))
     lo,hi,t = _between(rec.box_a[:,::2], rec.box_b[:,::2], w)
-    left,right = (rows.gather(3, o[:,None,None].expand(x.shape)) for o in (lo,hi))
+    left = rows.gather(3, lo[:,None,None].expand(x.shape))
+    right = rows.gather(3, hi[:,None,None].expand(x.shape))
     return left.lerp_(right, t[:,None,None].to(x.dtype))
 
 # %% ../../nbs/13_mix.core.ipynb #pix-each
@@ -167,8 +169,9 @@ def mix_pixels(
     moved = rec.per_sample and rec.box_b is not rec.box_a
     donor = _resampled(x, rec) if moved else _take(x, rec.perm) # a copy, which may be written
     share = rec.host_share
-    if isinstance(share, Tensor): donor.lerp_(x, share.to(x.dtype).reshape(-1, *[1]*(x.ndim-1)))
-    elif share: donor.lerp_(x, share)
+    if isinstance(share, Tensor): share = share.to(x.dtype).reshape(-1, 1, 1, 1)
+    if isinstance(share, Tensor) or share: donor.lerp_(x, share)
     if not rec.per_sample: return donor
     out = donor if donor.stride()==x.stride() else torch.empty_like(x) # keeps the memory format of `x`
-    return torch.where(box_mask(rec.box_a, *x.shape[-2:])[:,None], donor, x, out=out)
+    in_box = box_mask(rec.box_a, *x.shape[-2:])[:,None]
+    return torch.where(in_box, donor, x, out=out)
