@@ -11,7 +11,7 @@ from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelFitException
     vision_learner)
 from torch.utils._python_dispatch import TorchDispatchMode
 from cekd_fastai.all import CEKD,CutMix,MixOneOf,MixUp,SnapMix,branch_learner,fine_grained_dls,make_birds
-from cekd_fastai.cam import cam,model_cam
+from cekd_fastai.cam import model_cam
 from cekd_fastai.losses import _setting
 from cekd_fastai.mix import callback,snapmix
 from cekd_fastai.mix.callback import Mix

@@ -75,9 +75,10 @@ def before_batch(self:Mix):
 @patch
 def after_loss(self:Mix):
     "Train on both labels, unless another callback owns the loss"
-    if self.record is None or loss_owner(self.learn): return
-    self.learn.loss_grad = mixed_loss(self.learn.loss_func, self.learn.pred, tuple(self.learn.yb), self.record)
-    self.learn.loss = self.learn.loss_grad.detach().clone()
+    learn = self.learn
+    if self.record is None or loss_owner(learn): return
+    learn.loss_grad = mixed_loss(learn.loss_func, learn.pred, tuple(learn.yb), self.record)
+    learn.loss = learn.loss_grad.detach().clone()
 
 @patch
 def after_batch(self:Mix): self.host = None
@@ -182,19 +183,18 @@ class CutMix(Mix):
         return dict(lam=lam, box_a=box, box_b=box)
 
 # %% ../../nbs/16_mix.callback.ipynb #show-parts
-def _one_box(boxes, i):
-    "The box of sample `i`"
-    return tuple(boxes[i].tolist()) if isinstance(boxes, Tensor) else boxes
-
 def _label_names(dl, y):
     "Each label in words"
     if y.ndim==1: return [str(dl.vocab[i]) for i in y.tolist()]
     return [str(o) for o in y.tolist()]
 
-def _show_source(axs, im, sem, who, name, box, color):
-    "Draw the host or the donor with its box, and once more under its map where there is one"
-    show_panel(axs[0], im, f'{who}\n{name}', box, color)
-    if sem is not None: show_panel(axs[1], im, f'where it looks\n{who}', box, color, sem)
+def _show_source(axs, im, sem, title, boxes, i, color):
+    "Draw the host or the donor of sample `i` with its box, and once more under its map where there is one"
+    box = tuple(boxes[i].tolist()) if isinstance(boxes, Tensor) else boxes
+    show_panel(axs[0], im, title, box, color)
+    if sem is None: return
+    who = title.splitlines()[0]
+    show_panel(axs[1], im, f'where it looks\n{who}', box, color, sem)
 
 # %% ../../nbs/16_mix.callback.ipynb #show-code
 @patch
@@ -209,15 +209,18 @@ def show(self:Mix,
     x,y = (to_device(o, device).as_subclass(Tensor) for o in dl.one_batch()[:2])
     tries = (self.mix(x, y) for _ in range(100))
     mixed,rec = first(o for o in tries if o is not None)
-    sems = semantic_map(model_cam(model, x, y), x.shape[-2:]).cpu() if self.needs_maps else [None]*len(x)
+    sems = [None]*len(x)
+    if self.needs_maps: sems = semantic_map(model_cam(model, x, y), x.shape[-2:]).cpu()
     images,mixed = (decode_images(dl, o).permute(0, 2, 3, 1) for o in (x,mixed))
     names,n = _label_names(dl, y),min(n, len(x))
-    fig,axs = plt.subplots(n, 5 if self.needs_maps else 3, figsize=figsize or (9,1.9*n), squeeze=False)
+    n_cols = 5 if self.needs_maps else 3
+    fig,axs = plt.subplots(n, n_cols, figsize=figsize or (9,1.9*n), squeeze=False)
     for i,row in enumerate(axs):
         j = rec.perm[i].item()
-        _show_source(row[::2], images[i], sems[i], 'host', names[i], _one_box(rec.box_a, i), 'red')
-        _show_source(row[1::2], images[j], sems[j], 'donor', names[j], _one_box(rec.box_b, i), 'lime')
-        show_panel(row[-1], mixed[i], f'{rec.lam_a[i]:.2f} {names[i]}\n{rec.lam_b[i]:.2f} {names[j]}')
+        _show_source(row[::2], images[i], sems[i], f'host\n{names[i]}', rec.box_a, i, 'red')
+        _show_source(row[1::2], images[j], sems[j], f'donor\n{names[j]}', rec.box_b, i, 'lime')
+        label = f'{rec.lam_a[i]:.2f} {names[i]}\n{rec.lam_b[i]:.2f} {names[j]}'
+        show_panel(row[-1], mixed[i], label)
     fig.tight_layout()
     plt.close(fig)
     return fig

@@ -25,6 +25,10 @@ class Evidence:
     rects:Tensor   # `(x1,y1,x2,y2)` of each piece of evidence, shape (B, P, 4)
     weights:Tensor # How much each counts for the class of its image, 0 where it cannot be seen, shape (B, P)
 
+    def to(self, device):
+        "The same on another device"
+        return Evidence(self.rects.to(device), self.weights.to(device))
+
 def _covered(rects, box):
     "Share of each rectangle that lies in the box, shape (B, P); all of it without a box"
     if box is None: return torch.ones_like(rects[...,0])
@@ -43,9 +47,10 @@ def oracle_weights(
     share = rec.host_share
     if isinstance(share, Tensor): share = share[:,None]
     lost = (1-share)*_covered(ev.rects, rec.box_a)
-    gained = (1-share)*_covered(ev.rects[rec.perm], rec.box_b)
     host = (ev.weights*(1-lost)).sum(1)
-    donor = (ev.weights[rec.perm]*gained).sum(1)
+    rects,weights = ev.rects[rec.perm],ev.weights[rec.perm]
+    gained = (1-share)*_covered(rects, rec.box_b)
+    donor = (weights*gained).sum(1)
     return host/(host+donor)
 
 # %% ../../nbs/18_mix.noise.ipynb #parts-code
@@ -66,17 +71,26 @@ def part_weights(
     return res
 
 # %% ../../nbs/18_mix.noise.ipynb #frame-code
-def _through(dls, *ims):
-    "What the validation transforms make of some pictures of one size, black as 0 and white as 1, shape (n, 3, H, W)"
-    flat = [PILImage.create(np.full((32,32,3), o, np.uint8)) for o in (0,255)]
-    means = [dls.test_dl([o], num_workers=0).one_batch()[0][0].mean((1,2)) for o in flat]
-    black,white = torch.stack(means).cpu()[...,None,None]
-    x = dls.test_dl(ims, bs=len(ims), num_workers=0).one_batch()[0].as_subclass(Tensor).cpu()
-    return (x-black)/(white-black)
+def _one_batch(dls, ims):
+    "What the validation transforms make of some pictures of one size, shape (n, 3, H, W), on the CPU"
+    dl = dls.test_dl(ims, bs=len(ims), num_workers=0)
+    return dl.one_batch()[0].as_subclass(Tensor).cpu()
 
+def _flat_colour(dls, value):
+    "What becomes of the three channels of a grey picture, shape (3, 1, 1)"
+    im = PILImage.create(np.full((32,32,3), value, np.uint8))
+    return _one_batch(dls, [im])[0].mean((1,2))[:,None,None]
+
+def _through(dls, *ims):
+    "Pictures of one size after the validation transforms, without their normalisation: black is 0 and white is 1"
+    black,white = _flat_colour(dls, 0),_flat_colour(dls, 255)
+    return (_one_batch(dls, ims)-black)/(white-black)
+
+# %% ../../nbs/18_mix.noise.ipynb #frame-ramps
 def _ramps(w, h):
     "A picture with red from 0 on the left to 254 on the right, and green likewise from top to bottom"
-    red,green = np.linspace(0, 254, w),np.linspace(0, 254, h)[:,None]
+    red = np.linspace(0, 254, w)
+    green = np.linspace(0, 254, h)[:,None]
     ramps = np.stack(np.broadcast_arrays(red, green, 0), -1)
     dither = np.random.default_rng(0).random((h,w,3)) # whole numbers alone would make steps
     return PILImage.create(np.floor(ramps+dither).astype(np.uint8))
@@ -108,46 +122,54 @@ def batch_frame(
 def _rows(root, file, cols):
     "The table `file` of a set in the layout of CUB-200-2011, by the path of each image"
     for f in (root/'images.txt',root/file):
-        if not f.is_file():
-            raise FileNotFoundError(f"{f} is missing: this evidence needs a set in the layout of CUB-200-2011 with that file.")
+        if f.is_file(): continue
+        raise FileNotFoundError(f"{f} is missing: this evidence needs a set in the layout of CUB-200-2011 with that file.")
     lines = (root/'images.txt').read_text(encoding='utf-8').splitlines()
     names = dict(o.split(' ', 1) for o in lines)
     df = pd.read_csv(root/file, sep=' ', names=['id',*cols])
-    return df.set_index(df.id.astype(str).map(names))[cols]
+    df.index = df.id.astype(str).map(names)
+    return df[cols]
 
 def _part_rects(root, names, vocab):
     "The places of the parts of drawn birds, as rectangles without area, and their weights"
-    places = bird_parts(root).pivot(index='image', columns='part', values=['x','y']).loc[names]
-    x,y = (places[o][list(PARTS)].to_numpy() for o in 'xy')
-    labels = [list(vocab).index(Path(o).parts[0]) for o in names]
+    parts = bird_parts(root).pivot(index='image', columns='part', values=['x','y']).loc[names]
+    x,y = (parts[o][list(PARTS)].to_numpy() for o in 'xy')
+    folders = [Path(o).parts[0] for o in names]
+    labels = [list(vocab).index(o) for o in folders]
     weights = part_weights(root, vocab)[labels].numpy()
     return np.stack([x,y,x,y], -1), weights*~np.isnan(x)
 
 def _box_rects(root, names, vocab):
     "The bounding box of each bird, of weight 1"
-    x,y,w,h = _rows(root, 'bounding_boxes.txt', ['x','y','w','h']).loc[names].to_numpy().T
-    return np.stack([x,y,x+w,y+h], -1)[:,None], np.ones((len(names),1))
+    boxes = _rows(root, 'bounding_boxes.txt', ['x','y','w','h']).loc[names].to_numpy()
+    start,size = boxes[:,None,:2],boxes[:,None,2:]
+    return np.concatenate([start,start+size], -1), np.ones((len(names),1))
 
 # %% ../../nbs/18_mix.noise.ipynb #ev-place
+def _corners(rects): return rects[...,:2],rects[...,2:]
+
 def _place(rects, frames, grow):
     "Rectangles of picture files in pixels of the batch, each side moved out by `grow`; places that are not known are 0"
-    scale = np.tile(frames[...,0], 2)[:,None] # x, y, x, y of each picture
-    offset = np.tile(frames[...,1], 2)[:,None]
-    rects = rects*scale+offset
-    start = np.minimum(rects[...,:2], rects[...,2:]) # a loader that mirrors exchanges the corners
-    end = np.maximum(rects[...,:2], rects[...,2:])
-    return np.nan_to_num(np.concatenate([start-grow,end+grow], -1))
+    scale,offset = (np.tile(frames[...,i], 2)[:,None] for i in (0,1)) # x, y, x, y of each picture
+    a,b = _corners(rects*scale+offset)
+    start,end = np.minimum(a, b),np.maximum(a, b) # a loader that mirrors exchanges the corners
+    rects = np.concatenate([start-grow,end+grow], -1)
+    return np.nan_to_num(rects)
 
+# %% ../../nbs/18_mix.noise.ipynb #ev-see
 def _see_parts(rects, size):
     "Rectangles of parts, and whether the centre of each is inside the image"
-    centre = (rects[...,:2]+rects[...,2:])/2
-    return rects, ((centre>=0)&(centre<size)).all(-1)
+    start,end = _corners(rects)
+    centre = (start+end)/2
+    inside = (centre>=0)&(centre<size)
+    return rects, inside.all(-1)
 
 def _see_boxes(rects, size):
     "Boxes clipped to the image"
     return rects.clip(0, (*size,*size)), True
 
 # %% ../../nbs/18_mix.noise.ipynb #ev-find
+# How evidence is read, how it is seen in the batch, and by how many pixels each side moves out
 _KINDS = dict(parts=(_part_rects,_see_parts,.5), box=(_box_rects,_see_boxes,0.))
 
 def _image_size(dls, file):
@@ -172,8 +194,10 @@ def find_evidence(
     sizes = [Image.open(o).size for o in files]
     frame_of = {s:batch_frame(dls, s) for s in set(sizes)}
     frames = np.stack([frame_of[s] for s in sizes])
-    rects,inside = see(_place(rects, frames, grow), _image_size(dls, files[0]))
-    area = (rects[...,2:]-rects[...,:2]).prod(-1)
+    size = _image_size(dls, files[0])
+    rects,inside = see(_place(rects, frames, grow), size)
+    start,end = _corners(rects)
+    area = (end-start).prod(-1)
     weights = weights*inside*(area>0)
     return Evidence(torch.tensor(rects).float(), torch.tensor(weights).float())
 
@@ -191,14 +215,18 @@ def evidence_batches(
     files = files[:n]
     ev = find_evidence(dls, files, kind)
     dl = dls.test_dl(files, with_labels=True, bs=bs, num_workers=0)
-    for (x,y),rects,weights in zip(dl, ev.rects.split(bs), ev.weights.split(bs)):
-        yield x.as_subclass(Tensor), y.as_subclass(Tensor), Evidence(rects.to(x.device), weights.to(x.device))
+    parts = zip(ev.rects.split(bs), ev.weights.split(bs)) # as the loader splits the files
+    for (x,y),part in zip(dl, parts):
+        ev = Evidence(*part).to(x.device)
+        yield x.as_subclass(Tensor), y.as_subclass(Tensor), ev
 
 # %% ../../nbs/18_mix.noise.ipynb #noise-rows
 def _record_rows(rec, y, ev):
     "A row for each sample that was mixed: weights of the host, and whether both labels are the same"
     label = rec.lam_a/(rec.lam_a+rec.lam_b)
-    cols = dict(label=label, oracle=oracle_weights(rec, ev), same=y==y[rec.perm])
+    oracle = oracle_weights(rec, ev)
+    same = y==y[rec.perm]
+    cols = dict(label=label, oracle=oracle, same=same)
     return pd.DataFrame({k:v[rec.mixed].cpu().numpy() for k,v in cols.items()})
 
 @torch.no_grad()
@@ -207,8 +235,9 @@ def _mixed_rows(name, mix, batches, rounds, seed):
     res = []
     with no_random(seed):
         for x,y,ev in batches:
-            mixed = (mix.mix(x, y) for _ in range(rounds))
-            res += [_record_rows(o[1], y, ev) for o in mixed if o is not None]
+            for _ in range(rounds):
+                mixed = mix.mix(x, y)
+                if mixed is not None: res.append(_record_rows(mixed[1], y, ev))
     if not res: raise ValueError(f"`{name}` mixed nothing in {rounds} rounds: raise `alpha`, `prob` or `rounds`.")
     return pd.concat(res).assign(method=name)
 
@@ -228,10 +257,12 @@ def noise_table(
 def _by_name(mixes):
     "Mixes by their names, those of one class with a number"
     if isinstance(mixes, dict): return mixes
-    names = [str(o.name) for o in L(mixes)]
-    def numbered(i, name):
-        return name if names.count(name)==1 else f'{name} {names[:i].count(name)+1}'
-    return {numbered(i, name):m for i,(name,m) in enumerate(zip(names, L(mixes)))}
+    mixes = L(mixes)
+    names,res = [str(o.name) for o in mixes],{}
+    for i,(name,m) in enumerate(zip(names, mixes)):
+        number = f' {names[:i].count(name)+1}' if names.count(name)>1 else ''
+        res[name+number] = m
+    return res
 
 @contextmanager
 def _lend(learn, mix):
@@ -278,7 +309,8 @@ def plot_label_noise(
     "For each method, the host's weight in the label against its weight in the evidence, with the mean of the labels over ten bins"
     noise = noise_table(rows)
     by_method = rows[~rows.same].dropna().groupby('method', sort=False)
-    fig,axs = plt.subplots(1, len(noise), figsize=figsize or (2.4*len(noise),2.6), sharey=True, squeeze=False)
+    n = len(noise)
+    fig,axs = plt.subplots(1, n, figsize=figsize or (2.4*n,2.6), sharey=True, squeeze=False)
     for ax,(name,own) in zip(axs[0], by_method):
         _plot_weights(ax, own)
         ax.set(title=f'{name}: error {noise.error[name]:.2f}', xlabel='weight in the evidence')

@@ -75,7 +75,8 @@ def maps(self:SnapMix,
 )->Tensor:    # Shape (B, h, w)
     "Class activation maps of the unmixed batch, from the step's own clean pass where there is one"
     if self.learn is None:
-        raise ValueError("`SnapMix` weighs labels by where a network looks, but it belongs to no learner: pass it to one in `cbs`.")
+        raise ValueError("`SnapMix` weighs labels by where a network looks, but it belongs to no learner: "
+            "pass it to one in `cbs`.")
     model = unwrap_model(self.learn.model)
     in_step = self.features is not None and torch.is_grad_enabled()
     if in_step: return model.cam([f.detach() for f in self.features(x)], y)
@@ -86,7 +87,8 @@ def weigh(self:SnapMix, x, y, rec):
     "Weigh both labels by where the network looks"
     sem = self.shared
     if sem is None: sem = semantic_map(self.maps(x, y), x.shape[-2:])
-    same = same_label(y, rec.perm) if self.same_label else torch.zeros_like(rec.perm, dtype=torch.bool)
+    if self.same_label: same = same_label(y, rec.perm)
+    else: same = torch.zeros_like(rec.perm, dtype=torch.bool)
     return snap_weights(sem, rec.perm, rec.box_a, rec.box_b, same)
 
 # %% ../../nbs/17_mix.snapmix.ipynb #oneof-check
@@ -97,11 +99,12 @@ def _check_choice(mixes, weights):
             cls = type(m)
             raise ValueError(f"MixOneOf: `mixes` has a {cls.__module__}.{cls.__name__}, but it chooses among `MixUp`, "
                 "`CutMix` and `SnapMix` of this library.")
-        if m.prob<1 or m.stop_at<1:
-            raise ValueError(f"MixOneOf: `{m}` has its own `prob` or `stop_at`: give them to `MixOneOf` instead.")
+        own = m.prob<1 or m.stop_at<1
+        if own: raise ValueError(f"MixOneOf: `{m}` has its own `prob` or `stop_at`: give them to `MixOneOf` instead.")
     fits = mixes and len(weights)==len(mixes)
     if not fits or not (min(weights)>=0 and sum(weights)>0):
-        raise ValueError(f"MixOneOf: `weights` is {weights} for {len(mixes)} mixes: give each a number of 0 or more, not all 0.")
+        raise ValueError(f"MixOneOf: `weights` is {weights} for {len(mixes)} mixes: "
+            "give each a number of 0 or more, not all 0.")
 
 # %% ../../nbs/17_mix.snapmix.ipynb #oneof-code
 class MixOneOf(Mix):
