@@ -269,7 +269,7 @@ for method,f in METHODS.items():
 # ---- mixes
 
 for method in ('stock','branches','cekd'):
-    for o,mix in mixes(per='sample').items(): case(f'mix/{method}, {o} per sample', METHODS[method], mix)
+    for o in ('MixUp','CutMix','SnapMix'): case(f'mix/{method}, {o} per sample', METHODS[method], Later(o, per='sample'))
     for o,mix in mixes(prob=.5).items(): case(f'mix/{method}, {o}, half', METHODS[method], mix, epochs=2)
     for o,mix in mixes(prob=.5, per='sample').items(): case(f'mix/{method}, {o}, half per sample', METHODS[method], mix)
 for o,mix in mixes(stop_at=.5).items():
@@ -316,11 +316,11 @@ case('net/convnext', cekd, snapmix, arch='test_convnext')
 case('net/of cifar', cekd, snapmix, arch='cifar_resnet8')
 case('net/of torchvision', cekd, cutmix, arch='squeezenet1_1')
 case('net/one branch', branches, snapmix, n=1)
-case('net/three branches', cekd, snapmix, n=3)
 case('net/private classifiers', cekd, snapmix, net_args=dict(split='head'))
 case('net/split early', cekd, snapmix, net_args=dict(split='stem'), arch='cifar_resnet8')
-case('net/random depth', cekd, snapmix, arch='test_efficientnet', net_args=dict(arch_args=dict(drop_path_rate=.5, drop_rate=.3)))
-case('net/random depth, meal', meal, mixup, arch_args=dict(drop_rate=.5), n=2)
+deep = dict(arch_args=dict(drop_path_rate=.5))
+case('net/random depth', cekd, snapmix, net_args=deep)
+case('net/random depth, meal', meal, mixup, n=2, **deep)
 case('net/adam', cekd, snapmix, net_args=dict(opt_func=Adam))
 case('net/one cycle', cekd, snapmix, fit=lambda o: o.fit_one_cycle(2, .05))
 case('net/fine tune', branches, snapmix, fit=lambda o: o.fine_tune(1, .05))
@@ -402,8 +402,9 @@ case('meal/named taps', meal, taps=['layer2'], teacher_taps=[['layer3'],['blocks
 for kind in ('l1','l2','l1_soft','l2_soft'): case(f'meal/{kind}', meal, kind=kind, choose='mean')
 case('meal/labels too', meal, hard=.5, epochs=2)
 for o,mix in mixes(prob=.5).items(): case(f'meal/labels too, {o}', meal, mix, hard=.5, epochs=2)
-case('meal/greatest', meal, space='max', channels='max')
-case('meal/greatest channel', meal, channels='max')
+case('meal/greatest', meal, space='max', channels='max', dims=[9,4])
+case('meal/greatest channel', meal, channels='max', dims=[9,4])
+case('meal/greatest place', meal, space='max', dims=[9,4])
 case('meal/discriminators', meal, reduce=4, last_relu=True, lr_disc=.1, eta=.5)
 case('meal/sizes', meal, dims=[8,4], gammas=[.5,.2,.3], T=4.)
 case('meal/three branches', meal, n=3, choose='each')
@@ -429,6 +430,7 @@ def _():
 
 def caching(cbs, dls=None, **kw): return meal(cbs, dls, online=True, cache=fresh_folder(), **kw)
 case('meal/cached', caching, epochs=2)
+case('meal/cached, random depth', caching, epochs=2, **deep)
 case('meal/cached, two views', caching, epochs=4, views=2, choose='each')
 case('meal/cached, labels too', caching, snapmix, epochs=2, hard=.5, n=2)
 for o,mix in mixes(per='sample').items(): case(f'meal/cached, {o}', caching, mix, epochs=2, choose='mean')
@@ -447,7 +449,7 @@ case('meal/unlabelled, cached', caching_unlabeled, epochs=2)
 
 # ---- online distillation
 
-for o in ('ffm','one','fau','mean'): case(f'diversity/gate {o}', METHODS['diversity'], snapmix, net_args=dict(gate=o))
+for o in ('one','fau','mean'): case(f'diversity/gate {o}', METHODS['diversity'], snapmix, net_args=dict(gate=o))
 for o in ('fro','l1','cos'): case(f'diversity/{o}', METHODS['diversity'], form=o, cd=.01)
 for o in ('dml','one','okddip','ffl','diversity'):
     detach = o=='dml' or o=='okddip'
