@@ -8,7 +8,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/data.table.html.md"""
 __all__ = ['RECIPES', 'ImageTable']
 
 # %% ../../nbs/05_data.table.ipynb #imports
-import random,shutil
+import random
 from fastai.vision.all import *
 from ..core import check_count,few,near_hint
 
@@ -131,8 +131,8 @@ def _check_parts(self:ImageTable):
     if len(none):
         where = f'{few(n.valid[none])} in the validation part'
         raise ValueError(f'no training image for class {few(none)} ({where}) in {self.root}: add some, or leave the class out')
-    if not self.n_valid:
-        raise ValueError(f'no validation images in {self.root}: add some, or raise valid_pct if the split is made here')
+    if self.n_valid: return
+    raise ValueError(f'no validation images in {self.root}: add some, or raise valid_pct if the split is made here')
 
 # %% ../../nbs/05_data.table.ipynb #split
 def _check_pct(valid_pct):
