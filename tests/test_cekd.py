@@ -8,7 +8,7 @@ from fastai.vision.all import (CancelBatchException,CancelFitException,CancelSte
 from cekd_fastai.arch import load_weights
 from cekd_fastai.branches import branch_net,branch_splitter
 from cekd_fastai.branches import PeerNet,peer_net
-from cekd_fastai.cekd import CEKD,TARGETS,TEACHERS,cekd_losses,shown_logits,teacher_logits
+from cekd_fastai.cekd import CEKD,TARGETS,TEACHERS,cekd_losses,region_logits,teacher_logits
 from cekd_fastai.diagnose import Diagnose,target_angle
 from cekd_fastai.data.loaders import fine_grained_dls
 from cekd_fastai.distill import BranchLoss,Components
@@ -135,10 +135,10 @@ def test_other_teacher_exact(case):
     want = loop_cekd(mixed, clean[[1,0,2]], y, rec.lam_a, rec.lam_b, rec.perm, 3., 'branch', 'both')
     assert got['cross'].item()==pytest.approx(want['cross'].item(), rel=1e-5)
 
-@pytest.mark.parametrize('alpha,pct', [(1.,1.),(3.,1.),(1.,.1),(0.,1.)])
-def test_fused_target_exact(alpha, pct):
-    "The weighted parts are the cross-entropy towards the fused target; mu ends at alpha/(1+alpha)"
-    cb = CEKD(alpha=alpha, target='fused', ramp=.3, T=2.)
+@pytest.mark.parametrize('w_cross,pct', [(1.,1.),(3.,1.),(1.,.1),(0.,1.)])
+def test_fused_target_exact(w_cross, pct):
+    "The weighted parts are the cross-entropy towards the fused target; mu ends at w_cross/(1+w_cross)"
+    cb = CEKD(w_cross=w_cross, target='fused', ramp=.3, T=2.)
     learn = learner(tiny(), FixedMix(), cb)
     x,y = learn.dls.one_batch()
     rec = FixedMix().mix(x, y)[1]
@@ -147,7 +147,7 @@ def test_fused_target_exact(alpha, pct):
     net = learn.model.train()
     mixed,clean = net(FixedMix().mix(x, y)[0])[0],net(x)[0]
     parts,w = cekd_losses(mixed, clean, y, rec, lf, 2., target='fused'),cb.weights()
-    mu = alpha/(1+alpha)*(1. if pct>=.3 else torch.exp(tensor(-5*(1-pct/.3)**2)).item())
+    mu = w_cross/(1+w_cross)*(1. if pct>=.3 else torch.exp(tensor(-5*(1-pct/.3)**2)).item())
     q = cross_target(soft_probs(clean.mean(0), 2.), rec)
     t = (1-mu)*cross_target(F.one_hot(y, 3).float(), rec)+mu*q
     want = sum(-(t*z.log_softmax(-1)).sum(-1).mean() for z in mixed)
@@ -172,35 +172,35 @@ def test_gradient_into_clean(case, teacher, target):
         g = torch.autograd.grad(cekd_losses(m, c, y, rec, lf, 3., teacher, target, detach)['cross'], (m,c), allow_unused=True)
         assert g[0].abs().sum()>0 and (g[1] is None if detach else g[1].abs().sum()>0)
 
-def test_both_alpha_zero_is_mixed_loss():
-    "One head that hears everything, without distillation: the plain mixed loss, and with beta the clean loss beside it"
-    for beta in (0.,.5):
-        a = first_step(tiny(1), FixedMix(), CEKD(alpha=0, beta=beta, target='both'))
+def test_both_without_cross_loss_is_mixed_loss():
+    "One head that hears everything, without distillation: the plain mixed loss, and with `w_clean` the clean loss beside it"
+    for w_clean in (0.,.5):
+        a = first_step(tiny(1), FixedMix(), CEKD(w_cross=0, w_clean=w_clean, target='both'))
         net = tiny(1).train()
         x,y = toy_dls().one_batch()
         xm,rec = FixedMix().mix(x, y)
-        (mixed_loss(lf, net(xm)[0][0], y, rec)+beta*lf(net(x)[0][0], y)).backward()
+        (mixed_loss(lf, net(xm)[0][0], y, rec)+w_clean*lf(net(x)[0][0], y)).backward()
         for k,p in net.named_parameters(): assert torch.allclose(a.grads[k], p.grad, atol=1e-6), k
     b = first_step(tiny(1), FixedMix())
-    assert torch.allclose(flat(b), flat(first_step(tiny(1), FixedMix(), CEKD(alpha=0, beta=0, target='both'))), atol=1e-6)
+    assert torch.allclose(flat(b), flat(first_step(tiny(1), FixedMix(), CEKD(w_cross=0, w_clean=0, target='both'))), atol=1e-6)
 
 def test_roles():
     "Separate: the hard label has no gradient in the soft branch, nor the soft target in the label branch"
-    for kw,silent in ((dict(alpha=0, clean_on='label', target='both'),None),(dict(beta=0, ramp=0),None)):
+    for kw,silent in ((dict(w_cross=0, clean_on='label', target='both'),None),(dict(w_clean=0, ramp=0),None)):
         g = first_step(tiny(2), FixedMix(), CEKD(**kw)).grads
         assert all(v.abs().sum()>0 for v in g.values())
     alone = first_step(tiny(2), FixedMix()).grads
-    sep = first_step(tiny(2), FixedMix(), CEKD(beta=0, ramp=0)).grads
+    sep = first_step(tiny(2), FixedMix(), CEKD(w_clean=0, ramp=0)).grads
     assert all(torch.allclose(alone[k], sep[k], atol=1e-6) for k in sep if k.startswith(('branches.0','heads.0')))
     assert not torch.allclose(alone['heads.1.2.weight'], sep['heads.1.2.weight'], atol=1e-3)
 
 # Every option changes the step
 
 base = dict(ramp=0.)
-@pytest.mark.parametrize('a,b', [(base,dict(ramp=.5)), (base,dict(alpha=2., **base)), (base,dict(beta=.5, **base)), (base,dict(T=1., **base)),
+@pytest.mark.parametrize('a,b', [(base,dict(ramp=.5)), (base,dict(w_cross=2., **base)), (base,dict(w_clean=.5, **base)), (base,dict(T=1., **base)),
     (base,dict(teacher='branch', **base)), (base,dict(target='both', **base)), (base,dict(target='fused', **base)), (base,dict(detach=False, **base)),
     (base,dict(confident=True, **base)), (base,dict(clean_on='label', **base)), (dict(target='both', teacher='branch', **base),dict(target='both', teacher='peer', **base)),
-    (dict(target='both', **base),dict(target='both', teacher='peer', **base)), (dict(alpha=.5, target='fused', **base),dict(target='fused', **base))])
+    (dict(target='both', **base),dict(target='both', teacher='peer', **base)), (dict(w_cross=.5, target='fused', **base),dict(target='fused', **base))])
 def test_options_count(a, b):
     runs = [flat(first_step(tiny(2), FixedMix(), CEKD(**o))) for o in (a,a,b)]
     assert torch.equal(runs[0], runs[1])
@@ -214,12 +214,12 @@ def test_maps_change_the_target(kw):
 
 def test_maps_detach():
     "No gradient of a target from maps reaches the clean pass, unless it may"
-    runs = [flat(first_step(tiny(2), BoxMix(), CEKD(ramp=0, beta=0, fuse='maps', detach=o))) for o in (True,False)]
+    runs = [flat(first_step(tiny(2), BoxMix(), CEKD(ramp=0, w_clean=0, fuse='maps', detach=o))) for o in (True,False)]
     assert not torch.allclose(*runs, rtol=1e-3, atol=1e-5)
     seen = []
     class Keep(Callback):
         order = 90
-        def after_loss(self): seen.append((self.cekd.shown.requires_grad, self.cekd.shown.shape))
+        def after_loss(self): seen.append((self.cekd.region.requires_grad, self.cekd.region.shape))
     for o in (True,False): first_step(tiny(2), BoxMix(), CEKD(fuse='maps', detach=o), Keep())
     assert seen==[(False,(2,8,3)),(True,(2,8,3))]
 
@@ -232,33 +232,33 @@ def test_maps_leave_the_heads_alone(layer):
         class Keep(Callback):
             order = 90
             def after_loss(self):
-                if fuse=='maps': seen.append(torch.equal(self.cekd.shown, self.cekd.visible(self.cekd.clean[1][1], self.cekd.record, (16,16))))
+                if fuse=='maps': seen.append(torch.equal(self.cekd.region, self.cekd._region_logits(self.cekd.clean[1][1], self.cekd.record, (16,16))))
         first_step(net, BoxMix(), CEKD(fuse=fuse), Keep())
         return seen,dict(net.named_buffers()),net
     (seen,a,net),(_,b,_) = run('maps'),run('labels')
     assert seen==[True] and all(torch.equal(v, b[k]) for k,v in a.items()) and net.heads.training
 
 @pytest.mark.parametrize('box', [(2,0,8,4), tensor([[2,0,8,4],[0,0,0,0],[0,0,8,8]])])
-def test_shown_is_the_pasted_map(box):
+def test_region_is_the_pasted_map(box):
     "Boxes on the borders of the map's places: pasting the maps like pixels, then pooling, gives the same logits"
     g = torch.Generator().manual_seed(0)
     feat,perm = torch.randn(3,5,4,4, generator=g),tensor([2,0,1])
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5,6))
     rec = MixRecord(perm, torch.ones(3), torch.ones(3), box, box)
     small = MixRecord(perm, rec.lam_a, rec.lam_b, *[tuple(v//2 for v in box) if isinstance(box, tuple) else box//2]*2)
-    assert torch.allclose(shown_logits(head, feat, rec, (8,8)), head(mix_pixels(feat, small)), atol=1e-6)
+    assert torch.allclose(region_logits(head, feat, rec, (8,8)), head(mix_pixels(feat, small)), atol=1e-6)
 
-def test_shown_mixup_and_resized():
+def test_region_of_mixup_and_resized():
     "MixUp mixes the logits; a donor's box that is enlarged counts as much as the host's place that it fills"
     g = torch.Generator().manual_seed(0)
     feat,perm = torch.randn(2,5,4,4, generator=g),tensor([1,0])
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5,6))
     z = head(feat)
     mixup = MixRecord(perm, torch.ones(2), torch.ones(2), host_share=.3)
-    assert torch.allclose(shown_logits(head, feat, mixup, (8,8)), .3*z+.7*z[perm], atol=1e-6)
+    assert torch.allclose(region_logits(head, feat, mixup, (8,8)), .3*z+.7*z[perm], atol=1e-6)
     snap = MixRecord(perm, torch.ones(2), torch.ones(2), (0,0,8,4), (4,4,8,8))
     want = (head(feat[...,2:,:])+head(feat[perm][...,2:,2:]))/2
-    assert torch.allclose(shown_logits(head, feat, snap, (8,8)), want, atol=1e-6)
+    assert torch.allclose(region_logits(head, feat, snap, (8,8)), want, atol=1e-6)
 
 def test_joint():
     "Without batch norm one call or two are the same step; with it they are not; and the joint one runs the trunk once"
@@ -274,7 +274,7 @@ def test_joint():
 
 def test_no_pass_without_use():
     "Weights of 0 cost nothing: no clean pass, no column"
-    for kw,passes,cols in ((dict(alpha=0, beta=0, target='both'),1,['ce_mix']), (dict(beta=0),2,['ce_mix','cross']), (dict(alpha=0, target='both'),2,['ce_mix','ce_clean'])):
+    for kw,passes,cols in ((dict(w_cross=0, w_clean=0, target='both'),1,['ce_mix']), (dict(w_clean=0),2,['ce_mix','cross']), (dict(w_cross=0, target='both'),2,['ce_mix','ce_clean'])):
         net,calls = tiny(2),[]
         net.trunk.register_forward_hook(lambda m,i,o: calls.append(1))
         g = first_step(net, FixedMix(), CEKD(**kw))
@@ -539,7 +539,7 @@ def test_interrupts(event, exc, kw):
     assert torch.allclose(p.sum(1), torch.ones(len(p)), atol=1e-5) and learn.loss_func is lf
     assert learn.cekd.clean is None or exc in (KeyboardInterrupt,RuntimeError)
     quiet(learn, 2)
-    assert learn.cekd.clean is None and learn.cekd.taught is None and all(torch.isfinite(o).all() for o in learn.model.state_dict().values())
+    assert learn.cekd.clean is None and learn.cekd.ema_target is None and all(torch.isfinite(o).all() for o in learn.model.state_dict().values())
     assert torch.allclose(learn.get_preds()[0].sum(1), torch.ones(24), atol=1e-5)
 
 @pytest.mark.parametrize('kw', variants)
@@ -658,7 +658,7 @@ def test_diagnose_keeps_its_record(birds, tmp_path):
 
 def test_diagnose_refuses():
     with pytest.raises(ValueError, match='the learner has none'): quiet(learner(tiny(2), FixedMix(), Diagnose()))
-    with pytest.raises(ValueError, match='has no soft one'): quiet(learner(tiny(2), FixedMix(), CEKD(alpha=0), Diagnose()))
+    with pytest.raises(ValueError, match='has no soft one'): quiet(learner(tiny(2), FixedMix(), CEKD(w_cross=0), Diagnose()))
     with pytest.raises(ValueError, match='peers share none'): quiet(learner(peers(), FixedMix(), CEKD(teacher='peer', target='both'), Diagnose('trunk')))
 
 @pytest.fixture(scope='module')
@@ -677,7 +677,7 @@ def test_target_noise(birds):
         for o in h.modules():
             if isinstance(o, nn.Linear): o.weight.data.zero_(), o.bias.data.zero_()
     assert learn.cekd.target_noise(n=64)['cross_noise']==pytest.approx(table.half.iloc[0], abs=1e-4)
-    learn.cekd.teach = lambda x, rec: cross_target(F.one_hot(next(ys), birds.c).float(), rec)
+    learn.cekd.eval_target = lambda x, rec: cross_target(F.one_hot(next(ys), birds.c).float(), rec)
     from cekd_fastai.mix.noise import evidence_batches
     batches = list(evidence_batches(birds, n=64))
     ys = (y for _,y,_ in batches)
@@ -787,7 +787,7 @@ def ddp_cases():
         gradient=(lambda: tiny(2),FixedMix,dict(ramp=0, detach=False, target='both')),
         joint=(lambda: tiny(2),FixedMix,dict(ramp=0, joint=True)), ema=(lambda: tiny(2),FixedMix,dict(ramp=0, teacher='ema', validate_ema=True)),
         frozen_norm=(frozen_norm,FixedMix,dict(ramp=0, teacher='ema')),
-        soft_only=(lambda: tiny(2),lambda: FixedMix(prob=0),dict(beta=0)), random=(lambda: tiny(2, bn=True),lambda: CutMix(prob=.7),dict(teacher='ema')) )
+        soft_only=(lambda: tiny(2),lambda: FixedMix(prob=0),dict(w_clean=0)), random=(lambda: tiny(2, bn=True),lambda: CutMix(prob=.7),dict(teacher='ema')) )
 
 def frozen_norm():
     set_seed(0)
