@@ -232,7 +232,7 @@ def test_maps_leave_the_heads_alone(layer):
         class Keep(Callback):
             order = 90
             def after_loss(self):
-                if fuse=='maps': seen.append(torch.equal(self.cekd.region, self.cekd._region_logits(self.cekd.clean[1][1], self.cekd.record, (16,16))))
+                if fuse=='maps': seen.append(torch.equal(self.cekd.region, self.cekd._region_logits(self.cekd.clean.feats, self.cekd.record, (16,16))))
         first_step(net, BoxMix(), CEKD(fuse=fuse), Keep())
         return seen,dict(net.named_buffers()),net
     (seen,a,net),(_,b,_) = run('maps'),run('labels')
@@ -777,7 +777,7 @@ for name,(make,mix,kw) in ddp_cases().items():
         with learn.distrib_ctx(sync_bn=False, cpu=True):
             if name=='random': set_seed(int(os.environ['RANK']))
             quiet(learn, 2, cbs=g)
-    res[name] = dict(sent=g.sent, grads={{k.removeprefix('module.'):v for k,v in g.grads.items()}}, params=dict(net.named_parameters()), average=net.ema.tensors() if hasattr(net,'ema') else {{}})
+    res[name] = dict(sent=g.sent, grads={{k.removeprefix('module.'):v for k,v in g.grads.items()}}, params=dict(net.named_parameters()), ema=net.ema.tensors() if hasattr(net,'ema') else {{}})
 torch.save(res, {out!r}+os.environ.get('RANK', 'one'))
 '''
 
