@@ -11,7 +11,7 @@ __all__ = ['KINDS', 'align', 'similarity', 'stages', 'find_tap', 'pick_taps', 'T
 from fastai.vision.all import *
 from difflib import get_close_matches
 from ..core import eval_mode
-from ..losses import soften
+from ..losses import soft_probs
 from ..branches import BranchNet
 
 # %% ../../nbs/25_meal.align.ipynb #al-code
@@ -42,9 +42,9 @@ def similarity(
     "How far the student's block is from the teacher's"
     s = s.float()
     if kind in ('l1','l2'): return F.l1_loss(s, t) if kind=='l1' else F.mse_loss(s, t)
-    if p is None: p = soften(t, T, multi)
-    if kind=='l1_soft': return F.l1_loss(soften(s, T, multi), p)
-    if kind=='l2_soft': return F.mse_loss(soften(s, T, multi), p)
+    if p is None: p = soft_probs(t, T, multi)
+    if kind=='l1_soft': return F.l1_loss(soft_probs(s, T, multi), p)
+    if kind=='l2_soft': return F.mse_loss(soft_probs(s, T, multi), p)
     if multi: return T*T*F.binary_cross_entropy_with_logits(s/T, p)
     return -T*T*(p*(s/T).log_softmax(-1)).sum(-1).mean()
 

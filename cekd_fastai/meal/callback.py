@@ -10,7 +10,7 @@ __all__ = ['block_weights', 'MEAL', 'peek']
 # %% ../../nbs/29_meal.callback.ipynb #imports
 from fastai.vision.all import *
 from ..core import amp_context,data_stats,data_vocab,eval_mode,one_of,unwrap_model
-from ..losses import mixed_loss,soften
+from ..losses import mixed_loss,soft_probs
 from ..branches import PeerNet
 from ..distill import Distill
 from .align import KINDS,Taps,pick_taps,similarity
@@ -107,7 +107,7 @@ def ask(self:MEAL,
     taps = self.listeners[i]
     taps.on = True
     with torch.no_grad(), amp_context(self.learn): z = self.teachers[i](x)
-    return SimpleNamespace(blocks=[o.mean(0) for o in taps.read()]+[z.float()], p=soften(z, self.T, self.multi))
+    return SimpleNamespace(blocks=[o.mean(0) for o in taps.read()]+[z.float()], p=soft_probs(z, self.T, self.multi))
 
 @patch
 def hook(self:MEAL):
@@ -379,7 +379,7 @@ def teacher_accuracy(self:MEAL,
     try:
         for x,y,*_ in dl:
             x,y = (to_device(o, next(self.learn.model.parameters()).device).as_subclass(Tensor) for o in (x,y))
-            with amp_context(self.learn): p = torch.stack([soften(t(x), 1., self.multi) for t in self.teachers])
+            with amp_context(self.learn): p = torch.stack([soft_probs(t(x), 1., self.multi) for t in self.teachers])
             p = torch.cat([p, p.mean(0, keepdim=True)])
             hits = hits + (((p>.5)==y.bool()).float().mean(-1) if self.multi else (p.argmax(-1)==y).float()).sum(1).cpu()
             n += len(y)
