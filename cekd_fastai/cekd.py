@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch.func import functional_call
 from .core import amp_context,check_above,check_not_negative,check_share,eval_mode,one_of,unwrap_model
 from .mix.core import MixRecord,box_mask
-from .losses import cross_target,mixed_loss,ramp_up,soft_losses,soft_probs
+from .losses import cross_target,kd_loss,mixed_loss,ramp_up,soft_probs
 from .cam import cam_logits
 from .ema import ModelEMA
 from .distill import CleanPass,Distill
@@ -88,7 +88,8 @@ def cekd_losses(
     reduce = torch.sum if getattr(loss_func, 'reduction', 'mean')=='sum' else torch.mean
     cross = []
     for i in soft:
-        each = soft_losses(mixed[i], qs[i], None if fused else T)
+        if fused: each = F.cross_entropy(mixed[i].float(), qs[i], reduction='none')
+        else: each = kd_loss(mixed[i], qs[i], T, detach=detach, per_sample=True)
         if confident: each = each*label_prob(qs[i].detach(), y, rec)
         cross.append(reduce(each))
     if fused: rec = label_shares(rec)
