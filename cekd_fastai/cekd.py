@@ -1,4 +1,4 @@
-"""Train on mixed images with a second, softer target, and give each target a head of its own ([arXiv 2203.06551](https://arxiv.org/abs/2203.06551))
+"""Train on mixed images with a second, softer target, each on its own head ([arXiv 2203.06551](https://arxiv.org/abs/2203.06551))
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/cekd.html.md"""
 
@@ -77,7 +77,7 @@ def cekd_losses(
     detach:bool=True,       # Let no gradient of the cross loss into the teacher
     confident:bool=False,   # Weight the cross loss of each image by the probability that the target gives to its labels
     logits:Tensor=None,     # Logits of another teacher, shape (1, B, K)
-    region:Tensor=None,     # Branch logits of what the mixed images show, shape (n, B, K), see `region_logits`; None: fuse by label weights
+    region:Tensor=None,     # Branch logits (n, B, K) of what the mixed images show, see `region_logits`; None: fuse by labels
 )->dict:                    # `ce_mix`, `cross`, `ce_clean`: scalar tensors, unweighted
     "The parts of the CEKD loss (reconstructed from the abstract of arXiv 2203.06551)"
     n,fused = len(mixed),target=='fused'
@@ -100,7 +100,7 @@ def cekd_losses(
 class CEKD(Distill):
     "Cross Ensemble Knowledge Distillation, reconstructed from the abstract of arXiv 2203.06551; needs a mix"
     ema_target = None  # Logits of the averaged network for this step's sources, shape (1, B, K), with teacher='ema'
-    region = None      # Branch logits of what this step's images show of their sources, shape (n, B, K), with fuse='maps'
+    region = None      # Branch logits (n, B, K) of what this step's images show of their sources, with fuse='maps'
     joined = False     # Whether this step's batch holds the clean images too
     net_tensors = None # The network's own tensors by name, which the average follows
     cancelled = False  # Whether this step was cancelled, so that the average must not move
@@ -113,7 +113,7 @@ class CEKD(Distill):
         ramp:float=.3,           # Share of the run over which the weight of the cross loss rises; 0: no ramp
         teacher:str='ensemble',  # Source of the cross target: 'ensemble', 'branch', 'peer' or 'ema'
         target:str='separate',   # Which branches learn which target on mixed images: 'separate', 'both' or 'fused'
-        fuse:str='labels',       # How predictions for both sources become one target: 'labels' by their weights, 'maps' by what is visible
+        fuse:str='labels',       # Predictions for both sources are fused by the weights of the 'labels', or by what 'maps' show
         detach:bool=True,        # Let no gradient of the cross loss into the teacher
         confident:bool=False,    # Weight each image's cross loss by the probability that the target gives to its labels
         clean_on:str='all',      # Which branches learn the labels of clean images: 'all' or 'label' (the first)
@@ -148,13 +148,13 @@ class CEKD(Distill):
 @patch
 def _check_together(self:CEKD):
     "Refuse arguments that cannot work together"
-    if self.decay==1: raise ValueError("CEKD: `decay` is 1, so the average would never move: pass a share from 0 to below 1.")
+    if self.decay==1: raise ValueError("CEKD: with `decay` 1 the average would never move: pass a share from 0 to below 1.")
     soft_learn_labels = self.w_clean>0 and self.clean_on=='all'
     if self.target=='separate' and not self.w_cross and not soft_learn_labels:
         raise ValueError("CEKD: with target='separate' and these weights the soft branches would learn nothing: "
             "raise `w_cross` or `w_clean`, or use target='both'.")
     if self.teacher!='ema': return
-    if not self.detach: raise ValueError("CEKD: an average of weights takes no gradient: leave `detach=True` with teacher='ema'.")
+    if not self.detach: raise ValueError("CEKD: an average takes no gradient: leave `detach=True` with teacher='ema'.")
     if self.fuse=='maps':
         raise ValueError("CEKD: fuse='maps' needs the maps of the clean pass, which an average does not have: "
             "use fuse='labels' with teacher='ema'.")
@@ -166,15 +166,17 @@ def check(self:CEKD):
     loss = getattr(self.learn.loss_func, 'func', self.learn.loss_func)
     n_branches = unwrap_model(self.learn.model).n_branches
     if self.mixer is None:
-        raise ValueError("`CEKD` distils from clean to mixed images, but nothing mixes: add `SnapMix()`, `CutMix()` or `MixUp()` to `cbs`.")
+        raise ValueError("`CEKD` distils from clean to mixed images, but nothing mixes: "
+            "add `SnapMix()`, `CutMix()` or `MixUp()` to `cbs`.")
     if isinstance(loss, nn.BCEWithLogitsLoss):
-        raise ValueError("`CEKD` distils one class distribution per image, but the loss is for several labels: use a cross-entropy.")
+        raise ValueError("`CEKD` distils one class distribution per image, but the loss is for several labels: "
+            "use a cross-entropy.")
     if self.teacher=='peer' and self.target=='separate' and n_branches==2:
-        raise ValueError("`CEKD(teacher='peer')` with two branches of which only one learns the soft target is the same as teacher='branch': "
-            "pass target='both' or 'fused' for two that teach each other.")
+        raise ValueError("`CEKD(teacher='peer')` with two branches, one of them for the soft target, "
+            "is the same as teacher='branch': pass target='both' or 'fused' for two that teach each other.")
     if self.joint and self.mixer.needs_maps:
-        raise ValueError(f"`CEKD(joint=True)` runs clean and mixed images together, but `{self.mixer}` needs the clean pass before it can mix: "
-            "leave `joint` out.")
+        raise ValueError("`CEKD(joint=True)` runs clean and mixed images together, "
+            f"but `{self.mixer}` needs the clean pass before it can mix: leave `joint` out.")
 
 # %% ../nbs/23_cekd.ipynb #step
 @patch

@@ -1,4 +1,4 @@
-"""Do the two targets conflict, is the cross target nearer to the truth than the label, and do the branches agree? A column for each
+"""A column each for the conflict of the two targets, for their noise, and for the agreement of the branches
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/diagnose.html.md"""
 
@@ -54,7 +54,7 @@ def eval_target(self:CEKD,
 
 @patch
 def _host_errors(self:CEKD, x, y, ev):
-    "Errors of the host's share in the label and in the cross target, for each mixed image with evidence `ev`, shape (m, 2)"
+    "Errors (m, 2) of the host's share in the label and in the cross target, for each mixed image with evidence"
     mixed = self.mixer.mix(x, y)
     if mixed is None: return x.new_zeros(0, 2)
     rec = mixed[1]
@@ -73,7 +73,7 @@ def target_noise(self:CEKD,
     n:int=256,        # Number of images
     seed:int=42,      # Of images and mixes; the caller's random numbers are left alone
     batches:list=None # From `evidence_batches`, to use again
-)->dict:              # `label_noise`, `cross_noise`: mean absolute errors of the host's share; `images`: how many counted
+)->dict:              # `label_noise`, `cross_noise`: mean absolute errors of the host's share; number of `images`
     "Error of the mixed label and of the cross target against the evidence that the mixed images show"
     dev = next(unwrap_model(self.learn.model).parameters()).device
     with no_random(seed): batches = batches or list(evidence_batches(self.learn.dls, kind, n=n, seed=seed))
@@ -83,7 +83,7 @@ def target_noise(self:CEKD,
             ev = replace(ev, rects=ev.rects.to(dev), weights=ev.weights.to(dev))
             rows.append(self._host_errors(x.to(dev), y.to(dev), ev))
     rows = torch.cat(rows)
-    if not len(rows): raise ValueError(f"`{self.mixer}` made no mixed image with evidence of a source from {n} images: raise `n`.")
+    if not len(rows): raise ValueError(f"`{self.mixer}` left no evidence in its mixes of {n} images: raise `n`.")
     label,cross = rows.mean(0).tolist()
     return dict(label_noise=label, cross_noise=cross, images=len(rows))
 
@@ -100,7 +100,8 @@ class Diagnose(Callback):
     trained = False   # Whether this epoch trains
     started = False   # Whether `values` belong to this run
     _stateattrs = ('hook','trunk_map','batches','batches_of','sums')
-    cols = dict(conflict=['conflict'], trunk=['trunk_conflict'], agreement=['agreement'], noise=['label_noise','cross_noise'])
+    cols = dict(conflict=['conflict'], trunk=['trunk_conflict'], agreement=['agreement'],
+        noise=['label_noise','cross_noise'])
     def __init__(self,
         what=('conflict','agreement'), # Names among 'conflict', 'trunk', 'agreement' and 'noise'
         kind:str='parts',  # Evidence for the noise: 'parts' of drawn birds, or the bounding 'box'
@@ -121,11 +122,11 @@ class Diagnose(Callback):
 @patch
 def check(self:Diagnose):
     "Refuse a learner in which there is nothing to record, in one sentence"
-    if self.cekd is None: raise ValueError("`Diagnose` watches a `CEKD` callback, but the learner has none: add `CEKD()` to `cbs`.")
+    if self.cekd is None: raise ValueError("`Diagnose` records a `CEKD`, but the learner has none: add `CEKD()` to `cbs`.")
     two_targets = {'conflict','trunk'} & set(self.what)
     if two_targets and not self.cekd.w_cross:
-        raise ValueError("`Diagnose` compares the mixed label with the soft target, but `CEKD(w_cross=0)` has no soft one: "
-            "name 'agreement' only.")
+        raise ValueError("`Diagnose` compares the mixed label with the soft target, "
+            "but `CEKD(w_cross=0)` has no soft one: name 'agreement' only.")
     if 'trunk' in self.what and isinstance(unwrap_model(self.learn.model), PeerNet):
         raise ValueError("`Diagnose('trunk')` looks at a shared trunk, but peers share none: name 'conflict' instead.")
 
@@ -169,7 +170,7 @@ def _add(self:Diagnose, name, values):
 
 @patch
 def _angles(self:Diagnose, cb, clean):
-    "Angle between both targets of each mixed image at each head's logits, shape (n, B), from branch logits of the sources"
+    "Angles (n, B) between both targets at each head's logits, from branch logits of the sources"
     fused = cb.region is not None
     z = cb.ema_target
     if z is None: z = teacher_logits(cb.region if fused else clean, cb.teacher)
