@@ -134,8 +134,8 @@ class Items(list):
     "A data set of tensors, as fastai wants it"
     def new_empty(self): return Items()
 
-def noise(n=3*bs, bs=bs, multi=False):
-    "Loaders of random pictures, three batches of them by default"
+def noise(n=2*bs, bs=bs, multi=False):
+    "Loaders of random pictures, two batches of them by default"
     g = torch.Generator().manual_seed(0)
     y = torch.rand(n, n_out, generator=g).round() if multi else torch.randint(0, n_out, (n,), generator=g)
     items = Items(zip(torch.randn(n, 3, size, size, generator=g), y))
@@ -456,7 +456,7 @@ case('one/five branches', METHODS['one'], net_args=dict(n_branches=5))
 
 # ---- CSS
 
-for o in ('corner','permute',None): case(f'css/{o}', css, archs=(arch,arch), net_args=dict(transform=o), n=3)
+for o in ('corner','permute',None): case(f'css/{o}', css, archs=(arch,arch), net_args=dict(transform=o), n=5)
 case('css/detached', css, detach_targets=True, detach_ratio=True)
 case('css/ramp', css, ramp=.5, T=1.5)
 
@@ -604,6 +604,12 @@ COMMANDS |= dict(meal=dict(adversarial='grl', mix='mixup', mix_prob=.5, in_memor
 COMMANDS |= dict(css=dict(arch=f'{arch},test_efficientnet', opt='nesterov', checkpoint_trunk=True))
 COMMANDS |= dict(okddip=dict(mix='cutmix', per_class=4, freeze_bn=True, valid_pct=.25))
 for o,kw in COMMANDS.items(): result(f'command/{o}')(lambda o=o, kw=kw: command(o, **kw))
+
+@result('command/weights of a file')
+def _():
+    file = str(fresh_folder()/'net.pth')
+    torch.save(timm.create_model(arch).state_dict(), file)
+    return command('plain', weights=file, mix='snapmix')
 
 @result('command/recipes')
 def _():
