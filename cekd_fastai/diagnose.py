@@ -100,8 +100,7 @@ class Diagnose(Callback):
     trained = False   # Whether this epoch trains
     started = False   # Whether `values` belong to this run
     _stateattrs = ('hook','trunk_map','batches','batches_of','sums')
-    cols = dict(conflict=['conflict'], trunk=['trunk_conflict'], agreement=['agreement'],
-        noise=['label_noise','cross_noise'])
+    cols = dict(conflict=['conflict'], trunk=['trunk_conflict'], agreement=['agreement'], noise=['label_noise','cross_noise'])
     def __init__(self,
         what=('conflict','agreement'), # Names among 'conflict', 'trunk', 'agreement' and 'noise'
         kind:str='parts',  # Evidence for the noise: 'parts' of drawn birds, or the bounding 'box'
