@@ -2,7 +2,7 @@
 renames code leaves every digest as it is, bit for bit. Before you restructure, take a second checkout of the commit
 before your change, write its digests, and compare as often as you like:
 
-    git worktree add ../before main
+    git worktree add --detach ../before HEAD
     PYTHONPATH=../before .venv/bin/python tools/same_results.py write before.json
     PYTHONPATH=$PWD .venv/bin/python tools/same_results.py compare before.json
 
@@ -521,7 +521,8 @@ def _():
 def _(): return table(get('read_table')(birds(), classes=3, valid_pct=.25, seed=3, per_class=4))
 
 LOADERS = dict(whole={}, squeezed=dict(recipe='squeeze'), held=dict(valid_pct=.25), few=dict(per_class=2),
-    classes=dict(classes=2), balanced=dict(balanced=True, classes=3), boxes=dict(crop_to_box=True), network=dict(stats=arch))
+    classes=dict(classes=2), balanced=dict(balanced=True, classes=3))
+LOADERS |= dict(boxes=dict(crop_to_box=True), network=dict(stats=arch))
 LOADERS |= {o:dict(recipe=r, size=32) for o,r in (('padded','pad'), ('digits','digits'))}
 LOADERS |= dict(memory=dict(in_memory=True), memory_padded=dict(in_memory=True, recipe='pad', size=32),
     memory_boxes=dict(in_memory=True, balanced=True, crop_to_box=True))
@@ -609,7 +610,8 @@ def command(method, **kw):
     if method=='meal': kw |= dict(teachers=[str(teacher_file())])
     out = fresh_folder()/'run'
     f = inspect.unwrap(get('cekd_train'))
-    small = dict(data=str(birds()), arch=arch, method=method, epochs=1, size=size, bs=8, lr=.01, no_pretrained=True, num_workers=0, out=str(out))
+    small = dict(arch=arch, method=method, epochs=1, size=size, bs=8, lr=.01, no_pretrained=True, num_workers=0)
+    small |= dict(data=str(birds()), out=str(out))
     with redirect_stdout(io.StringIO()), patched.object(plt.Figure, 'savefig'): f(**renamed(f, small | kw))
     res = json.loads((out/'result.json').read_text())
     said = [res.get(o) for o in ('accuracy','branches','valid_loss','diversity','networks','teachers')]
