@@ -12,7 +12,7 @@ __all__ = ['Teacher', 'place_teachers', 'as_teacher', 'Answer', 'TappedTeachers'
 from typing import NamedTuple
 from fastai.vision.all import *
 from ..core import amp_context,data_stats,data_vocab,few,one_sentence,unwrap_model
-from ..losses import soften
+from ..losses import soft_probs
 from ..arch import make_arch
 from ..branches import load_net
 from .align import Taps,pick_taps
@@ -186,7 +186,7 @@ class TappedTeachers:
         taps.on = True
         z = self.teachers[i](x)
         maps = [o.mean(0) for o in taps.read()]
-        return Answer(maps+[z.float()], soften(z, self.T, self.multi))
+        return Answer(maps+[z.float()], soft_probs(z, self.T, self.multi))
 
 # %% ../../nbs/26_meal.teachers.ipynb #tt-call
 @patch
@@ -276,7 +276,7 @@ def ensemble_accuracy(
     n_right,n = 0.,0
     for x,y,*_ in dl or learn.dls.valid:
         x,y = (to_device(o, device).as_subclass(Tensor) for o in (x,y))
-        with amp_context(learn): p = torch.stack([soften(t(x), 1., multi) for t in teachers])
+        with amp_context(learn): p = torch.stack([soft_probs(t(x), 1., multi) for t in teachers])
         p = torch.cat([p, p.mean(0, keepdim=True)])
         n_right = n_right + _n_right(p, y, multi)
         n += len(y)
