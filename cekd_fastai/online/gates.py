@@ -10,9 +10,9 @@ __all__ = ['GATES', 'CD_FORMS', 'MeanGate', 'Maps', 'SafeBN', 'ONEGate', 'FFMGat
 
 # %% ../../nbs/30_online.gates.ipynb #imports
 from fastai.vision.all import *
-from ..core import eval_mode,lookup,one_of
+from ..core import eval_mode
 from ..cam import cam
-from ..branches import BranchNet,branch_net,builder
+from ..branches import BranchNet,branch_net,register_builder
 
 # %% ../../nbs/30_online.gates.ipynb #gate-mean
 class MeanGate(nn.Module):
