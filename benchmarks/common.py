@@ -50,12 +50,21 @@ def status(key):
     "A line of this process's status on Linux, such as `VmRSS` or the peak `VmHWM`, in GiB"
     return int(re.search(rf'{key}:\s+(\d+)', Path('/proc/self/status').read_text())[1])/2**20
 
-def result_table(name, only=()):
-    "The table of a committed result file, with the command and machine that it came from; with `only`, the rows that begin with one of these words"
+def result_table(
+    name,    # Of a result file, in benchmarks/results
+    only=(), # Keep the rows that begin with one of these words
+    having='', # Keep the rows that hold this text
+    cols=(), # Keep these columns
+):
+    "The table of a committed result file, with the command and machine that it came from"
     out = here/'results'/f'{name}.json'
     if not out.exists(): return f'(no `benchmarks/results/{name}.json` yet)'
     res = json.loads(out.read_text())
     where = f"{res['machine']['cores']} CPU cores, torch {res['versions']['torch']}"
     head,rule,*rows = (res['table'] if 'table' in res else table(res['runs'])).split('\n')
     if only: rows = [o for o in rows if o.startswith(tuple(f'| {k}' for k in only))]
+    rows = [o for o in rows if having in o]
+    names = [o.strip() for o in head.strip('|').split('|')]
+    idxs = [names.index(o) for o in cols or names]
+    head,rule,*rows = ('|'+'|'.join(o.strip('|').split('|')[i] for i in idxs)+'|' for o in (head,rule,*rows))
     return f"**{res['title']}** (`{res['command']}`, {where})\n\n" + '\n'.join([head,rule,*rows])

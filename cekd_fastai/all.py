@@ -1,4 +1,4 @@
-"""What `from cekd_fastai.all import *` gives
+"""What `from cekd_fastai.all import *` gives you: the names that you type in a notebook
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/all.html.md"""
 
@@ -7,45 +7,53 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/44_all.ipynb #imports
-from .core import *
-from .data.table import *
-from .data.image import *
-from .data.download import *
-from .data.readers import *
-from .data.benchmarks import *
-from .data.loaders import *
-from .data.check import *
+# %% ../nbs/44_all.ipynb #data-names
+# chkstyle: off
+from .core import decode_images,unwrap_model
 from .drawing.dataset import make_birds
-from .synthetic import diagnostic_parts,bird_parts
-from .mix.core import *
-from .losses import *
-from .cam import *
-from .mix.callback import *
-from .mix.snapmix import *
-from .mix.noise import *
-from .arch import *
-from .branches import *
-from .ema import *
-from .distill import *
-from .cekd import *
-from .diagnose import *
-from .meal.align import *
-from .meal.teachers import *
-from .meal.adversary import *
-from .meal.targets import *
-from .meal.callback import *
-from .online.gates import *
-from .online.callback import *
-from .online.diversity import *
-from .css.net import *
-from .css.callback import *
-from .learner import *
-from .interpret.history import *
-from .interpret.maps import *
-from .interpret.calibration import *
-from .interpret.confusion import *
-from .deploy import *
+from .data.table import ImageTable
+from .data.image import open_image
+from .data.benchmarks import BENCHMARKS,benchmarks,read_table
+from .data.loaders import fine_grained_block,fine_grained_dls,official_test_dl
+from .data.check import presize,verify
+from .synthetic import diagnostic_parts
 
-# %% ../nbs/44_all.ipynb #al-names
+# %% ../nbs/44_all.ipynb #mix-names
+# chkstyle: off
+from .mix.core import MixRecord,box_share,mix_pixels,rand_box
+from .losses import cross_target,kd_loss,mixed_loss,ramp_up,soft_probs
+from .cam import model_cam,semantic_map
+from .mix.callback import CutMix,Mix,MixUp
+from .mix.snapmix import MixOneOf,SnapMix,snap_weights
+from .mix.noise import label_noise,noise_table,plot_label_noise
+
+# %% ../nbs/44_all.ipynb #net-names
+# chkstyle: off
+from .arch import CIFAR_ARCHS,load_weights
+from .branches import BranchNet,branch_accuracy,branch_net,branch_preds,branch_splitter,load_net,peer_net,save_net
+from .ema import ModelEMA
+
+# %% ../nbs/44_all.ipynb #distil-names
+# chkstyle: off
+from .distill import BranchLoss,Components,Distill
+from .cekd import CEKD,cekd_losses
+from .diagnose import Diagnose
+from .meal.teachers import Teacher,as_teacher
+from .meal.callback import MEAL
+from .online.gates import gate_net
+from .online.callback import DML,FFL,FFMCD,KDCL,OKDDip,ONE,OnlineKD
+from .online.diversity import Diversity,diversity
+from .css.net import css_net
+from .css.callback import CSS
+
+# %% ../nbs/44_all.ipynb #use-names
+# chkstyle: off
+from .learner import GradCheckpoint,branch_learner,css_learner,meal_learner,online_learner
+from .interpret.history import history,plot_components,plot_history,show_mixed
+from .interpret.maps import item_cams,show_cam
+from .interpret.calibration import ece,plot_reliability,reliability
+from .interpret.confusion import branch_agreement,confused_pairs,plot_branch_agreement,plot_confused_pairs,report
+from .deploy import Deployed,deploy
+
+# %% ../nbs/44_all.ipynb #names
 __all__ = [o for o in globals() if not o.startswith('_')]

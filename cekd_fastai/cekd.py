@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch.func import functional_call
 from .core import amp_context,eval_mode,unwrap_model
 from .mix.core import MixRecord,box_mask
-from .losses import cross_target,mixed_loss,ramp_up,soft_losses,soft_probs
+from .losses import cross_target,kd_loss,mixed_loss,ramp_up,soft_probs
 from .cam import cam_logits
 from .ema import ModelEMA
 from .distill import CleanPass,Distill
@@ -96,7 +96,8 @@ def cekd_losses(
     qs = soft_probs(logits, T)
     qs = [cross_target(o, rec) for o in qs] if shown is None else list(qs)
     qs = qs*n if len(qs)==1 else qs
-    each = [soft_losses(mixed[i], qs[i], None if fused else T) for i in soft]
+    if fused: each = [F.cross_entropy(mixed[i].float(), qs[i], reduction='none') for i in soft]
+    else: each = [kd_loss(mixed[i], qs[i], T, detach=detach, per_sample=True) for i in soft]
     if confident: each = [o*label_prob(qs[i].detach(), y, rec) for o,i in zip(each, soft)]
     if fused: rec = label_shares(rec)
     total = torch.sum if getattr(loss_func, 'reduction', 'mean')=='sum' else torch.mean

@@ -10,7 +10,7 @@ from cekd_fastai.distill import BranchLoss,Components
 from cekd_fastai.mix.callback import CutMix,MixUp
 from cekd_fastai.mix.snapmix import SnapMix
 from cekd_fastai.learner import online_learner
-from cekd_fastai.losses import kd_logits
+from cekd_fastai.losses import kd_loss
 from cekd_fastai.online.callback import FFMCD,ONE,ONLINE,OnlineKD
 from cekd_fastai.online.diversity import diversity
 from cekd_fastai.online.gates import CD_FORMS,FFMGate,LeaderGate,SafeBN,cd_loss,classifier_weight,gate_net
@@ -280,7 +280,7 @@ def test_mixed_hard_losses(dls, method, mix):
     ce = lambda z: sum(one(z, i) for i in range(len(y)))/len(y)
     assert torch.allclose(s.parts['ce'], sum(ce(o) for o in s.z), atol=1e-4)
     if 'ce_ens' in s.parts: assert torch.allclose(s.parts['ce_ens'], ce(s.e), atol=1e-4)
-    if method=='kdcl': assert torch.allclose(s.parts['kd'], sum(kd_logits(o, s.z.mean(0)) for o in s.z), atol=1e-4)
+    if method=='kdcl': assert torch.allclose(s.parts['kd'], sum(kd_loss(o, s.z.mean(0), 3., logit_target=True) for o in s.z), atol=1e-4)
 
 # ---- citizen
 

@@ -19,6 +19,7 @@ import argparse,fastai,hashlib,importlib,inspect,io,json,sys,tempfile,time,timm,
 from contextlib import redirect_stdout
 from functools import cache
 from types import ModuleType
+from unittest.mock import patch as patched
 from fastai.vision.all import *
 import cekd_fastai
 
@@ -125,7 +126,7 @@ def folder_files(path):
 # ---- data, networks and learners
 
 root = Path()
-n_out,bs,size = 4,6,64
+n_out,bs,size = 4,4,64
 
 def fresh_folder(): return Path(tempfile.mkdtemp(dir=root))
 
@@ -133,8 +134,8 @@ class Items(list):
     "A data set of tensors, as fastai wants it"
     def new_empty(self): return Items()
 
-def noise(n=3*bs, bs=bs, multi=False):
-    "Loaders of random pictures, three batches of them by default"
+def noise(n=2*bs, bs=bs, multi=False):
+    "Loaders of random pictures, two batches of them by default"
     g = torch.Generator().manual_seed(0)
     y = torch.rand(n, n_out, generator=g).round() if multi else torch.randint(0, n_out, (n,), generator=g)
     items = Items(zip(torch.randn(n, 3, size, size, generator=g), y))
@@ -263,13 +264,14 @@ METHODS |= {o:partial(online, o) for o in ('dml','kdcl','one','okddip','ffl','di
 for method,f in METHODS.items():
     if method!='cekd': case(f'{method}/no mix', f)
     for o,mix in mixes().items(): case(f'{method}/{o}', f, mix)
-    for o,mix in mixes(per='sample').items(): case(f'{method}/{o} per sample', f, mix)
+    case(f'{method}/oneof per sample', f, Later('MixOneOf', [mixup,cutmix,snapmix], per='sample'))
 
 # ---- mixes
 
 for method in ('stock','branches','cekd'):
-    for per in ('batch','sample'):
-        for o,mix in mixes(prob=.5, per=per).items(): case(f'mix/{method}, {o}, half of each {per}', METHODS[method], mix, epochs=2)
+    for o in ('MixUp','CutMix','SnapMix'): case(f'mix/{method}, {o} per sample', METHODS[method], Later(o, per='sample'))
+    for o,mix in mixes(prob=.5).items(): case(f'mix/{method}, {o}, half', METHODS[method], mix, epochs=2)
+    for o,mix in mixes(prob=.5, per='sample').items(): case(f'mix/{method}, {o}, half per sample', METHODS[method], mix)
 for o,mix in mixes(stop_at=.5).items():
     case(f'mix/branches, {o} stops', branches, mix)
     case(f'mix/cekd, {o} stops', cekd, mix)
@@ -314,11 +316,11 @@ case('net/convnext', cekd, snapmix, arch='test_convnext')
 case('net/of cifar', cekd, snapmix, arch='cifar_resnet8')
 case('net/of torchvision', cekd, cutmix, arch='squeezenet1_1')
 case('net/one branch', branches, snapmix, n=1)
-case('net/three branches', cekd, snapmix, n=3)
 case('net/private classifiers', cekd, snapmix, net_args=dict(split='head'))
 case('net/split early', cekd, snapmix, net_args=dict(split='stem'), arch='cifar_resnet8')
-case('net/random depth', cekd, snapmix, arch='test_efficientnet', net_args=dict(arch_args=dict(drop_path_rate=.5, drop_rate=.3)))
-case('net/random depth, meal', meal, mixup, arch_args=dict(drop_rate=.5), n=2)
+deep = dict(arch_args=dict(drop_path_rate=.5))
+case('net/random depth', cekd, snapmix, net_args=deep)
+case('net/random depth, meal', meal, mixup, n=2, **deep)
 case('net/adam', cekd, snapmix, net_args=dict(opt_func=Adam))
 case('net/one cycle', cekd, snapmix, fit=lambda o: o.fit_one_cycle(2, .05))
 case('net/fine tune', branches, snapmix, fit=lambda o: o.fine_tune(1, .05))
@@ -400,8 +402,9 @@ case('meal/named taps', meal, taps=['layer2'], teacher_taps=[['layer3'],['blocks
 for kind in ('l1','l2','l1_soft','l2_soft'): case(f'meal/{kind}', meal, kind=kind, choose='mean')
 case('meal/labels too', meal, hard=.5, epochs=2)
 for o,mix in mixes(prob=.5).items(): case(f'meal/labels too, {o}', meal, mix, hard=.5, epochs=2)
-case('meal/greatest', meal, space='max', channels='max')
-case('meal/greatest channel', meal, channels='max')
+case('meal/greatest', meal, space='max', channels='max', dims=[9,4])
+case('meal/greatest channel', meal, channels='max', dims=[9,4])
+case('meal/greatest place', meal, space='max', dims=[9,4])
 case('meal/discriminators', meal, reduce=4, last_relu=True, lr_disc=.1, eta=.5)
 case('meal/sizes', meal, dims=[8,4], gammas=[.5,.2,.3], T=4.)
 case('meal/three branches', meal, n=3, choose='each')
@@ -427,6 +430,7 @@ def _():
 
 def caching(cbs, dls=None, **kw): return meal(cbs, dls, online=True, cache=fresh_folder(), **kw)
 case('meal/cached', caching, epochs=2)
+case('meal/cached, random depth', caching, epochs=2, **deep)
 case('meal/cached, two views', caching, epochs=4, views=2, choose='each')
 case('meal/cached, labels too', caching, snapmix, epochs=2, hard=.5, n=2)
 for o,mix in mixes(per='sample').items(): case(f'meal/cached, {o}', caching, mix, epochs=2, choose='mean')
@@ -445,7 +449,7 @@ case('meal/unlabelled, cached', caching_unlabeled, epochs=2)
 
 # ---- online distillation
 
-for o in ('ffm','one','fau','mean'): case(f'diversity/gate {o}', METHODS['diversity'], snapmix, net_args=dict(gate=o))
+for o in ('one','fau','mean'): case(f'diversity/gate {o}', METHODS['diversity'], snapmix, net_args=dict(gate=o))
 for o in ('fro','l1','cos'): case(f'diversity/{o}', METHODS['diversity'], form=o, cd=.01)
 for o in ('dml','one','okddip','ffl','diversity'):
     detach = o=='dml' or o=='okddip'
@@ -454,7 +458,7 @@ case('one/five branches', METHODS['one'], net_args=dict(n_branches=5))
 
 # ---- CSS
 
-for o in ('corner','permute',None): case(f'css/{o}', css, archs=(arch,arch), net_args=dict(transform=o), n=3)
+for o in ('corner','permute',None): case(f'css/{o}', css, archs=(arch,arch), net_args=dict(transform=o), n=5)
 case('css/detached', css, detach_targets=True, detach_ratio=True)
 case('css/ramp', css, ramp=.5, T=1.5)
 
@@ -590,18 +594,24 @@ def command(method, **kw):
     out = fresh_folder()/'run'
     f = inspect.unwrap(get('cekd_train'))
     small = dict(data=str(birds()), arch=arch, method=method, epochs=1, size=size, bs=8, lr=.01, no_pretrained=True, num_workers=0, out=str(out))
-    with redirect_stdout(io.StringIO()): f(**renamed(f, small | kw))
+    with redirect_stdout(io.StringIO()), patched.object(plt.Figure, 'savefig'): f(**renamed(f, small | kw))
     res = json.loads((out/'result.json').read_text())
     said = [res.get(o) for o in ('accuracy','branches','valid_loss','diversity','networks','teachers')]
     net = get('Deployed')(out/'model.pt')
     return dict(result=said, history=pd.read_csv(out/'history.csv'), weights=weights(net.net), probs=net(pictures()))
 
-STEPS = dict(opt='sgd', schedule='steps', epochs=2, milestones=[1], warmup=.5)
-COMMANDS = dict(plain=STEPS, cekd=dict(method_args=['T=4'], mix_args=['alpha=3'], balanced=True, freeze_trunk=True),
-    meal=dict(adversarial='grl', mix='mixup', mix_prob=.5, in_memory=True),
-    css=dict(arch=f'{arch},test_efficientnet', opt='nesterov', checkpoint_trunk=True),
-    okddip=dict(mix='cutmix', per_class=4, freeze_bn=True, valid_pct=.25))
+COMMANDS = dict(plain=dict(opt='sgd', schedule='steps', epochs=2, milestones=[1], warmup=.5))
+COMMANDS |= dict(cekd=dict(method_args=['T=4'], mix_args=['alpha=3'], balanced=True, freeze_trunk=True))
+COMMANDS |= dict(meal=dict(adversarial='grl', mix='mixup', mix_prob=.5, in_memory=True))
+COMMANDS |= dict(css=dict(arch=f'{arch},test_efficientnet', opt='nesterov', checkpoint_trunk=True))
+COMMANDS |= dict(okddip=dict(mix='cutmix', per_class=4, freeze_bn=True, valid_pct=.25))
 for o,kw in COMMANDS.items(): result(f'command/{o}')(lambda o=o, kw=kw: command(o, **kw))
+
+@result('command/weights of a file')
+def _():
+    file = str(fresh_folder()/'net.pth')
+    torch.save(timm.create_model(arch).state_dict(), file)
+    return command('plain', weights=file, mix='snapmix')
 
 @result('command/recipes')
 def _():

@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
 from ..core import unwrap_model
 from ..mix.core import MixRecord
-from ..losses import mixed_loss,ramp_up
+from ..losses import mixed_loss,ramp_up,soft_kl,soft_log_probs
 from ..distill import Distill
 from .net import CSSNet,joint_label
 
@@ -41,14 +41,13 @@ def css_losses(
     rec:MixRecord=None,  # How the batch was mixed, None if it was not
 )->dict:                 # `ce_t`, `ce_s`, `kd_t`, `kd_s`: scalar tensors, unweighted
     "The parts of the CSS loss (arXiv 2203.11660)"
-    n,b,_ = t.shape
+    n = len(t)
     lf = joint_loss(loss_func, n)
     task = lf if rec is None else lambda z,j: mixed_loss(lf, z, j, rec)
     ce = lambda m: sum(task(z, joint_label(y, i, n)) for i,z in enumerate(m))/n
-    logt,logs = ((m.float()/T).log_softmax(-1) for m in (t,s))
+    logt,logs = (soft_log_probs(m, T).flatten(0, 1) for m in (t,s)) # the branches join the batch, for the mean over both
     target = Tensor.detach if detach_targets else noop
-    kl = lambda own,other: T*T*F.kl_div(own, target(other), reduction='sum', log_target=True)/(n*b)
-    return dict(ce_t=ce(t), ce_s=ce(s), kd_t=kl(logt, logs), kd_s=kl(logs, logt))
+    return dict(ce_t=ce(t), ce_s=ce(s), kd_t=soft_kl(logt, target(logs), T), kd_s=soft_kl(logs, target(logt), T))
 
 # %% ../../nbs/34_css.callback.ipynb #cs-ratio
 def css_ratios(

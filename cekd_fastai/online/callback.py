@@ -10,7 +10,7 @@ __all__ = ['ONLINE', 'OnlineKD', 'DML', 'KDCL', 'ONE', 'OKDDip', 'FFL', 'FFMCD']
 # %% ../../nbs/31_online.callback.ipynb #imports
 from fastai.vision.all import *
 from ..core import unwrap_model
-from ..losses import kd_logits,mixed_loss,others_mean_kd,ramp_up
+from ..losses import kd_loss,mixed_loss,others_mean_kd,ramp_up
 from ..distill import Distill
 from .gates import CD_FORMS,GateNet,cd_loss,classifier_weight
 
@@ -46,7 +46,7 @@ class OnlineKD(Distill):
 
     def kd(self, z, t):
         "Distillation of `z` towards the logits `t`"
-        return kd_logits(z, t, self.T, self.detach)
+        return kd_loss(z, t, self.T, logit_target=True, detach=self.detach)
 
     def losses(self):
         z,e = self.logits.float(),self.learn.pred.float()
@@ -95,7 +95,8 @@ class OKDDip(OnlineKD):
         peers = z[:-1]
         if self.detach: mine = net.gate.targets(z.detach(), [o.detach() for o in self.feats]) # the attention itself learns in any case
         else: mine = net.gate.targets(z, self.feats)
-        return dict(kd=kd_logits(peers, mine, self.T, False), kd_lead=self.kd(z[-1], peers.mean(0)))
+        kd = kd_loss(peers, mine, self.T, logit_target=True, detach=False)
+        return dict(kd=kd, kd_lead=self.kd(z[-1], peers.mean(0)))
 
 class FFL(OnlineKD):
     "Feature fusion learning: two branches and a fused classifier teach each other (arXiv 1904.09058)"

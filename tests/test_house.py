@@ -1,0 +1,134 @@
+"The house: small rooms, seams that keep them apart, one of each helper, and a front door that a reader gets through."
+import ast,builtins,json,re,statistics,subprocess,sys
+from pathlib import Path
+import pytest
+import fastai.vision.all as fastai
+
+
+import cekd_fastai.all,pictures
+
+root = Path(__file__).resolve().parent.parent
+pkg = root/'cekd_fastai'
+rooms = {p.relative_to(pkg).with_suffix('').as_posix().replace('/', '.'): p.read_text(encoding='utf-8')
+    for p in sorted(pkg.rglob('*.py')) if p.name not in ('__init__.py', '_modidx.py')}
+
+def matching(*names):
+    "Sources of the rooms that are called so, or lie in a folder that is."
+    return {k:v for k,v in rooms.items() if k in names or k.split('.')[0] in names}
+
+def imports(src, room):
+    "Rooms that a module imports."
+    res = set()
+    for n in ast.walk(ast.parse(src)):
+        if not isinstance(n, ast.ImportFrom) or not (n.level or (n.module or '').startswith('cekd_fastai')): continue
+        base = room.split('.')[:-n.level] if n.level else []
+        res.add('.'.join(base + [(n.module or '').removeprefix('cekd_fastai.')]))
+    return res
+
+def words(src):
+    "Names and strings in the code of a module, without its comments and docstrings."
+    tree = ast.parse(src)
+    docs = {id(n.body[0].value) for n in ast.walk(tree) if isinstance(n, (ast.Module,ast.ClassDef,ast.FunctionDef)) and ast.get_docstring(n)}
+    res = set()
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Name): res.add(n.id)
+        elif isinstance(n, ast.Attribute): res.add(n.attr)
+        elif isinstance(n, (ast.FunctionDef,ast.ClassDef)): res.add(n.name)
+        elif isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in docs: res |= set(re.findall(r'\w+', n.value))
+    return {o.lower() for o in res}
+
+# Rooms
+
+def test_module_sizes():
+    "No module over 400 lines, and half of them under 200."
+    sizes = {k: len(v.splitlines()) for k,v in rooms.items()}
+    assert {k:n for k,n in sizes.items() if n>400}=={}
+    assert statistics.median(sizes.values())<=200
+
+def notebooks(): return [p for p in sorted((root/'nbs').glob('**/*.ipynb')) if not any(o[0] in '._' for o in p.relative_to(root).parts)]
+
+def test_notebook_cells():
+    "Reference notebooks have at most 60 cells, and each is under 150 KB."
+    cells = {p.name: len(json.loads(p.read_text(encoding='utf-8'))['cells']) for p in (root/'nbs').glob('[0-9]*.ipynb')}
+    assert {k:n for k,n in cells.items() if n>60}=={}
+    assert {p.name: p.stat().st_size for p in notebooks() if p.stat().st_size>=150_000}=={}
+
+def test_long_lines():
+    "At most 2 % of the lines of code have more than 120 columns."
+    lines = [o for k,v in rooms.items() for o in v.splitlines() if o.strip()]
+    assert sum(len(o)>120 and '#' not in o for o in lines)<=.02*len(lines)
+
+# Seams
+
+seams = [ # rooms, and rooms that they do not import
+    (('mix',), ('distill','cekd','diagnose','meal','online','css','branches','ema')),
+    (('arch','branches','ema','distill'), ('cekd','diagnose','meal','online','css','mix.noise','synthetic')),
+    (('data',), ('synthetic','drawing','mix','branches','cekd')),
+    (('deploy',), ('meal','online','css','cekd')),
+    (('losses','cam'), ('mix.callback','branches','distill'))]
+
+@pytest.mark.parametrize('who,what', seams)
+def test_seams(who, what):
+    faults = [f'{k} imports {o}' for k,v in matching(*who).items() for o in imports(v, k) if o in what or o.split('.')[0] in what]
+    assert faults==[]
+
+@pytest.mark.parametrize('who,what', [
+    (('mix',), ('distill','cekd','meal','css','clean_pass','needs_clean')),
+    (('branches','distill'), ('gate','ema','average','adversary','cekd','meal','css','css_learner','online_learner'))])
+def test_rooms_name_no_method(who, what):
+    faults = [f'{k} names {o}' for k,v in matching(*who).items() for o in sorted(words(v) & set(what))]
+    assert faults==[]
+
+def test_seams_can_fail():
+    "The two checks see an import and a name."
+    src = 'from ..cekd import CEKD\nfrom ..mix.core import x\nself.net.ema'
+    assert imports(src, 'mix.callback')=={'cekd','mix.core'}
+    assert {'ema','cekd'} & words(src)=={'ema'}
+
+def test_pure_rooms():
+    "Pure functions come without callbacks."
+    assert [k for k in ('mix.core','losses') if 'Callback' in rooms[k]]==[]
+
+# One of each
+
+@pytest.mark.parametrize('call,home', [('get_close_matches(','core'), ('os.replace(','core'), ('mkdtemp(','core'), ('kl_div(','losses')])
+def test_one_of_each(call, home):
+    "Hints, whole files and the temperature KL are written once."
+    found = {k for k,v in rooms.items() if call in v}
+    allowed = {home, *(('data.download',) if call=='mkdtemp(' else ()), *(('train',) if call=='os.replace(' else ())}
+    assert found<=allowed and home in found
+
+# Names
+
+same = {'MixUp','CutMix'} # mean what they mean in fastai, and work beside a distillation too
+
+def test_all_is_what_a_user_types():
+    names = set(cekd_fastai.all.__all__)
+    assert 60<=len(names)<=100, len(names)
+    assert {'fine_grained_dls','branch_learner','SnapMix','CEKD','MEAL','CSS','FFMCD','deploy','Deployed','label_noise'}<=names
+
+def test_all_hides_nothing():
+    "No exported name hides one of fastai's or a builtin, unless it means the same."
+    names = set(cekd_fastai.all.__all__)
+    own = {o for o in names if getattr(cekd_fastai.all, o) is not getattr(fastai, o, None)}
+    assert own & set(dir(fastai))<=same
+    assert own & set(dir(builtins))==set()
+
+# The front door
+
+def test_readme_is_short():
+    text = (root/'README.md').read_text(encoding='utf-8')
+    assert len(re.sub('<!--.*?-->', '', text).split())<=900
+
+def test_pictures_in_step(): assert subprocess.run([sys.executable, root/'tools'/'pictures.py', '--check'], cwd=root).returncode==0
+
+def test_picture_words():
+    "A drawn picture is shown with the words that are kept for it, wherever it is shown."
+    shown = [(p.name, m[2], m[1]) for p in [*notebooks(), root/'README.md'] for m in
+        re.finditer(r'!\[([^\]]*)\]\([./\w]*images/(\w+)\.svg\)', _markdown(p))]
+    faults = [f'{p}: {k}.svg' for p,k,alt in shown if alt!=(pictures.ALT.get(k) or pictures.ALT.get(f'{k}.svg'))]
+    assert faults==[] and {k for _,k,_ in shown}>={'cekd','mixing','branches','meal','online','css','data'}
+
+def _markdown(p):
+    text = p.read_text(encoding='utf-8')
+    return text if p.suffix=='.md' else '\n'.join(''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type']=='markdown')
