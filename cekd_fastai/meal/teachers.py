@@ -12,7 +12,7 @@ __all__ = ['Teacher', 'place_teachers', 'as_teacher', 'Answer', 'TappedTeachers'
 from typing import NamedTuple
 from fastai.vision.all import *
 from ..core import amp_context,data_stats,data_vocab,few,one_sentence,unwrap_model
-from ..losses import soften
+from ..losses import soft_probs
 from ..arch import make_arch
 from ..branches import load_net
 from .align import Taps,pick_taps
@@ -37,9 +37,8 @@ class Teacher(nn.Module):
         model = unwrap_model(model)
         if copy: model = deepcopy(model)
         self.model = model.requires_grad_(False)
-        self.name = name or _model_name(model)
-        self.vocab = None if vocab is None else [str(o) for o in vocab]
-        self.stats = stats
+        self.name,self.stats = name or _model_name(model),stats
+        self.vocab = vocab if vocab is None else [str(o) for o in vocab]
         for o in ('order','scale','shift'): self.register_buffer(o, None, persistent=False)
         self.train(False)
 
@@ -60,7 +59,9 @@ def reorder(self:Teacher,
     lacks = [repr(o) for o in vocab if o not in self.vocab]
     extra = [repr(o) for o in self.vocab if o not in vocab]
     if lacks or extra:
-        found = [f'it lacks {few(lacks)}']*bool(lacks) + [f'it alone knows {few(extra)}']*bool(extra)
+        found = []
+        if lacks: found.append(f'it lacks {few(lacks)}')
+        if extra: found.append(f'it alone has {few(extra)}')
         counts = f'has {len(self.vocab)} classes and the data has {len(vocab)}'
         raise ValueError(f"Teacher `{self.name}` {counts}, and they differ: {' and '.join(found)}. Take a teacher of the same classes.")
     device = next(self.model.parameters()).device
@@ -186,7 +187,7 @@ class TappedTeachers:
         taps.on = True
         z = self.teachers[i](x)
         maps = [o.mean(0) for o in taps.read()]
-        return Answer(maps+[z.float()], soften(z, self.T, self.multi))
+        return Answer(maps+[z.float()], soft_probs(z, self.T, self.multi))
 
 # %% ../../nbs/26_meal.teachers.ipynb #tt-call
 @patch
@@ -276,9 +277,10 @@ def ensemble_accuracy(
     n_right,n = 0.,0
     for x,y,*_ in dl or learn.dls.valid:
         x,y = (to_device(o, device).as_subclass(Tensor) for o in (x,y))
-        with amp_context(learn): p = torch.stack([soften(t(x), 1., multi) for t in teachers])
+        with amp_context(learn): p = torch.stack([soft_probs(t(x), 1., multi) for t in teachers])
         p = torch.cat([p, p.mean(0, keepdim=True)])
         n_right = n_right + _n_right(p, y, multi)
         n += len(y)
     *each,ensemble = (n_right/n).tolist()
-    return dict(teachers=[dict(name=t.name, accuracy=a) for t,a in zip(teachers, each)], ensemble=ensemble)
+    rows = [dict(name=t.name, accuracy=a) for t,a in zip(teachers, each)]
+    return dict(teachers=rows, ensemble=ensemble)
