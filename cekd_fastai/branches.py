@@ -251,7 +251,7 @@ def save_net(
     net,file = unwrap_model(net),Path(file)
     recipe = getattr(net, 'recipe', None)
     if recipe is None:
-        raise ValueError("This network was made from a module or function, not from names, so no file can hold how to build it again: "
+        raise ValueError("This network was made from a module or function, not from names, so a file cannot describe how to build it again: "
             "pass the name of the backbone as `arch`, or use `learn.export`.")
     state = net.state_dict()
     state = {k:state[k].cpu() for k in _build(recipe).state_dict()} # without the optional parts of a run
