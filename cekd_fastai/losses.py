@@ -13,10 +13,14 @@ from fastai.vision.all import *
 from .mix.core import MixRecord
 
 # %% ../nbs/14_losses.ipynb #loss-sample
+def _inner(loss_func):
+    "The loss inside a fastai loss or a `partial`"
+    return getattr(loss_func, 'func', loss_func)
+
 def _setting(loss_func, name, default=None):
     "What `loss_func` was given as `name`: an attribute of the loss, or an argument of a `partial`"
     if isinstance(loss_func, partial): return loss_func.keywords.get(name, default)
-    return getattr(getattr(loss_func, 'func', loss_func), name, default)
+    return getattr(_inner(loss_func), name, default)
 
 def sample_losses(
     loss_func,   # A loss with a `reduction`: fastai's, torch's, or a function that takes `reduction=`
@@ -25,25 +29,28 @@ def sample_losses(
 )->Tensor:       # Shape (B,)
     "The loss of each sample of a batch: the mean over its outputs, or their sum for a loss that sums"
     try:
-        with NoneReduce(loss_func) as lf: res = lf(pred, *y)
+        with NoneReduce(loss_func) as unreduced: res = unreduced(pred, *y)
     except TypeError as e:
         name = getattr(loss_func, '__name__', type(loss_func).__name__)
         raise TypeError(f"The loss `{name}` cannot be computed per sample: give it a `reduction` argument ({e})") from e
     res = res.reshape(len(pred), -1)
-    return res.sum(1) if _setting(loss_func, 'reduction') in ('sum','batchmean') else res.mean(1)
+    sums = _setting(loss_func, 'reduction') in ('sum','batchmean')
+    return res.sum(1) if sums else res.mean(1)
 
-# %% ../nbs/14_losses.ipynb #loss-mix
+# %% ../nbs/14_losses.ipynb #loss-eff
+def _is_cross_entropy(f): return isinstance(f, (nn.CrossEntropyLoss,nn.NLLLoss)) or f in (F.cross_entropy,F.nll_loss)
+
 def _n_eff(loss_func, y):
     "What a mean reduction divides by: the batch size, or the summed class weights of a cross-entropy"
-    f = getattr(loss_func, 'func', loss_func)
-    if y.is_floating_point() or not (isinstance(f, (nn.CrossEntropyLoss,nn.NLLLoss)) or f in (F.cross_entropy,F.nll_loss)): return len(y)
-    w,skip = _setting(loss_func, 'weight'),_setting(loss_func, 'ignore_index', -100)
-    used = y!=skip
-    return (used if w is None else used*w[torch.where(used, y, 0)]).reshape(len(y), -1).float().mean(1).sum()
+    if y.is_floating_point() or not _is_cross_entropy(_inner(loss_func)): return len(y)
+    weight = _setting(loss_func, 'weight')
+    used = y!=_setting(loss_func, 'ignore_index', -100)
+    if weight is not None: used = used*weight[torch.where(used, y, 0)]
+    return used.reshape(len(y), -1).float().mean(1).sum()
 
-def _levelled(loss_func, y):
+def _level_weights(loss_func, y):
     "A weighted label smoothing with the weights divided by their mean over the batch; any other loss as it is"
-    f = getattr(loss_func, 'func', loss_func)
+    f = _inner(loss_func)
     if not isinstance(f, LabelSmoothingCrossEntropy) or f.weight is None or f.reduction!='mean': return loss_func
     f = copy(f)
     f.weight = f.weight/f.weight[y].mean()
@@ -52,19 +59,22 @@ def _levelled(loss_func, y):
     loss_func.func = f
     return loss_func
 
+# %% ../nbs/14_losses.ipynb #loss-mix
 def mixed_loss(
     loss_func,      # A loss with a `reduction`, see `sample_losses`
     pred:Tensor,    # Logits of the mixed batch, shape (B, K)
     y:Tensor,       # Labels of the hosts, or a tuple of several kinds of labels
     rec:MixRecord,  # How the batch was mixed
-)->Tensor:
+)->Tensor:          # A scalar, or shape (B,) for `reduction='none'`
     "Loss of a mixed batch towards the labels of hosts and donors, reduced as `loss_func` reduces"
-    y = y if isinstance(y, tuple) else (y,)
-    loss_func = _levelled(loss_func, y[0])
-    la,lb = (sample_losses(loss_func, pred, *t) for t in (y, [o[rec.perm] for o in y]))
-    res,red = rec.lam_a*la + rec.lam_b*lb,_setting(loss_func, 'reduction', 'mean')
-    if red == 'none': return res
-    return res.sum() if red == 'sum' else res.sum()/_n_eff(loss_func, y[0])
+    ys = y if isinstance(y, tuple) else (y,)
+    loss_func = _level_weights(loss_func, ys[0])
+    loss_a = sample_losses(loss_func, pred, *ys)
+    loss_b = sample_losses(loss_func, pred, *[o[rec.perm] for o in ys])
+    losses = rec.lam_a*loss_a + rec.lam_b*loss_b
+    reduction = _setting(loss_func, 'reduction', 'mean')
+    if reduction=='none': return losses
+    return losses.sum() if reduction=='sum' else losses.sum()/_n_eff(loss_func, ys[0])
 
 # %% ../nbs/14_losses.ipynb #kd-code
 def soft_probs(
@@ -96,13 +106,13 @@ def soft_kl(
     return T*T*terms.sum(-1) if per_sample else T*T*terms.sum()/log_p.shape[-2]
 
 def kd_loss(
-    logits:Tensor,            # Logits of the student, shape (..., B, K)
-    target:Tensor,            # Probabilities of the teacher at temperature `T`, same shape
-    T:float=1.,               # Temperature of both, above 0
-    logit_target:bool=False,  # `target` holds logits
-    detach:bool=True,         # Keep the gradient out of `target`
-    per_sample:bool=False,    # Return the loss of each sample, shape (..., B)
-)->Tensor:                    # Mean over the batch, summed over leading dimensions
+    logits:Tensor,           # Logits of the student, shape (..., B, K)
+    target:Tensor,           # Probabilities of the teacher at temperature `T`, same shape
+    T:float=1.,              # Temperature of both, above 0
+    logit_target:bool=False, # `target` holds logits
+    detach:bool=True,        # Keep the gradient out of `target`
+    per_sample:bool=False,   # Return the loss of each sample, shape (..., B)
+)->Tensor:                   # Mean over the batch, summed over leading dimensions
     "Distillation loss: `T*T` times KL(teacher || student) at temperature `T` (arXiv 1503.02531)"
     if detach: target = target.detach()
     if logit_target: target = soft_log_probs(target, T)
@@ -117,7 +127,8 @@ def cross_target(
     rec:MixRecord,  # How the batch was mixed
 )->Tensor:          # Shape (B, K), rows sum to 1
     "Fuse the predictions for both sources of each mixed image by its label weights"
-    la,lb = rec.lam_a.clamp(min=1e-6)[:,None],rec.lam_b.clamp(min=1e-6)[:,None]
+    la = rec.lam_a.clamp(min=1e-6)[:,None] # never 0, so that 0 and 0 become half and half
+    lb = rec.lam_b.clamp(min=1e-6)[:,None]
     return (la*probs + lb*probs[rec.perm])/(la+lb)
 
 # %% ../nbs/14_losses.ipynb #ramp-code
@@ -126,7 +137,9 @@ def ramp_up(
     ramp:float, # Share of the run over which the weight rises; 0: no ramp
 )->float:       # From exp(-5) to 1
     "Weight of a self-made target, rising from 0.007 to 1 over the first `ramp` of training"
-    return 1. if ramp<=0 else math.exp(-5*(1-min(pct/ramp, 1))**2)
+    if ramp<=0: return 1.
+    missing = 1-min(pct/ramp, 1)
+    return math.exp(-5*missing**2)
 
 # %% ../nbs/14_losses.ipynb #dv-kd
 def others_mean_kd(
@@ -134,7 +147,7 @@ def others_mean_kd(
     T:float=3.,       # Temperature, above 0
     detach:bool=True, # Keep the gradient out of the teachers
 )->Tensor:            # Summed over the branches, mean over the batch
-    "Distillation of every branch towards each of the others, mean over the others (deep mutual learning, arXiv 1706.00384)"
+    "Deep mutual learning (arXiv 1706.00384): every branch towards each of the others, mean over these"
     n = len(logits)
     pairs = [(i,j) for i in range(n) for j in range(n) if i!=j]
     losses = [kd_loss(logits[i], logits[j], T, logit_target=True, detach=detach) for i,j in pairs]

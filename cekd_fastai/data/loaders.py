@@ -14,7 +14,7 @@ from fastai.vision.all import *
 from concurrent.futures import ThreadPoolExecutor
 from ..core import check_count
 from .table import RECIPES
-from .image import ResizeShort,_scaling,_stats,open_image,recipe_tfms
+from .image import ResizeShort,scaling_tfms,_stats,open_image,recipe_tfms
 from .benchmarks import read_table
 
 # %% ../../nbs/10_data.loaders.ipynb #label
@@ -109,7 +109,7 @@ class PixelStore:
         boxes=None     # {path: box} to cut out
     ):
         tfms = recipe_tfms(size, recipe)
-        scale = _scaling(tfms)
+        scale = scaling_tfms(tfms)
         steps = Pipeline([OpenImage(2*scale[0].size, boxes), *scale])
         def read(fn): return np.asarray(steps(fn))
         with ThreadPoolExecutor(os.cpu_count()) as ex: ims = list(progress_bar(ex.map(read, files), total=len(files), leave=False, display=len(files)>1000))

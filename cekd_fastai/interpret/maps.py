@@ -13,7 +13,7 @@ from PIL import Image
 from types import SimpleNamespace
 from ..core import show_panel,eval_mode,decode_images,unwrap_model
 from ..mix.core import box_share
-from ..cam import _body_head,_is_map,cam,semantic_map
+from ..cam import cam,map_and_head,semantic_map
 from ..mix.noise import _evidence
 from ..branches import BranchNet,branch_preds
 from ..css.net import joint_label
@@ -31,9 +31,8 @@ def _look_branches(net, x):
 
 def _look_plain(model, x):
     "The same for a network without branches"
-    body,head = _body_head(model)
-    feat = body(x) if body else None
-    if not _is_map(model, feat, x): return None,None,[None]
+    feat,head = map_and_head(model, x)
+    if feat is None: return None,None,[None]
     return head(feat)[None], [partial(cam, head, feat)], [feat]
 
 def _names(n):
