@@ -10,7 +10,7 @@ __all__ = ['deploy', 'Deployed']
 # %% ../nbs/40_deploy.ipynb #imports
 from fastai.vision.all import *
 from .core import data_stats,unwrap_model
-from .data.image import ResizeSquare,_scaling,open_image,recipe_tfms
+from .data.image import ResizeSquare,scaling_tfms,open_image,recipe_tfms
 from .branches import BranchNet,load_net,save_net
 
 # %% ../nbs/40_deploy.ipynb #dp-write
@@ -44,7 +44,7 @@ class Deployed:
         self.net,info = load_net(file)
         if lack := {'vocab','mean','std','size'}-set(info): raise ValueError(f"`{file}` lacks {', '.join(sorted(lack))}: write it with `deploy`.")
         self.vocab,self.size,self.device = info['vocab'],info['size'],device
-        self.scale = compose(open_image, *_scaling(recipe_tfms(max(self.size), info.get('recipe', 'crop'))), CropPad(tuple(self.size)))
+        self.scale = compose(open_image, *scaling_tfms(recipe_tfms(max(self.size), info.get('recipe', 'crop'))), CropPad(tuple(self.size)))
         self.mean,self.std = (tensor(info[o], device=device)[:,None,None] for o in ('mean','std'))
         self.net.to(device)
 

@@ -1,4 +1,4 @@
-"""Fetch an archive, verify it, and unpack it safely
+"""Fetch an archive, verify it, and unpack it safely: all of it or nothing
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/data.download.html.md"""
 
@@ -14,15 +14,23 @@ from fastdownload import FastDownload,download_url
 from pathlib import PurePosixPath
 from ..core import whole_folder
 
-# %% ../../nbs/07_data.download.ipynb #get
+# %% ../../nbs/07_data.download.ipynb #hash
 def _first_line(e): return f'{type(e).__name__}: {e}'.splitlines()[0]
 
 def _md5(file):
+    "The md5 of a file of any size"
+    h = hashlib.md5(usedforsecurity=False)
     with open(file, 'rb') as f:
-        h = hashlib.md5(usedforsecurity=False)
-        while b := f.read(2**20): h.update(b)
+        while chunk := f.read(2**20): h.update(chunk)
     return h.hexdigest()
 
+def _check_md5(file, md5):
+    "Refuse a file of another md5, if one is known"
+    if md5 is None: return
+    has = _md5(file)
+    if has!=md5: raise OSError(f'its md5 is {has}, and should be {md5}')
+
+# %% ../../nbs/07_data.download.ipynb #get
 def _get(url, arch, md5=None):
     "Download `url` to file `arch`, whole and with the published hash, or not at all; a file that is there is used as it is"
     if arch.exists(): return arch
@@ -30,95 +38,124 @@ def _get(url, arch, md5=None):
     tmp = Path(tempfile.mkdtemp(prefix='.partial-', dir=arch.parent))
     try:
         new = download_url(url, tmp/arch.name, timeout=60)
-        if not FastDownload(fastai_cfg(), module=fastai.data).check(url, new): raise OSError('size or hash are not those that fastai publishes')
-        if md5 and (has := _md5(new)) != md5: raise OSError(f'its md5 is {has}, and should be {md5}')
+        published = FastDownload(fastai_cfg(), module=fastai.data)
+        if not published.check(url, new): raise OSError('size or hash are not those that fastai publishes')
+        _check_md5(new, md5)
         new.replace(arch)
     except Exception as e:
-        raise ConnectionError(f'{url} cannot be downloaded ({_first_line(e)}): put {arch.name} into {arch.parent}, or pass the path of the extracted folder') from e
+        remedy = f'put {arch.name} into {arch.parent}, or pass the path of the extracted folder'
+        raise ConnectionError(f'{url} cannot be downloaded ({_first_line(e)}): {remedy}') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return arch
 
-# %% ../../nbs/07_data.download.ipynb #unpack
+# %% ../../nbs/07_data.download.ipynb #member
 def _escapes(name):
+    "Whether a member's name, or a link's target, leads out of the folder"
     p = PurePosixPath(name.replace('\\', '/'))
     return p.is_absolute() or '..' in p.parts or bool(re.match('[A-Za-z]:', name))
 
-def _extract(arch, dest):
-    "Extract tar or zip file `arch` into folder `dest`"
-    def check(name, link=None, plain=True):
-        bad = 'reaches' if _escapes(name) else f'is a link to {link!r}, which may reach' if link and _escapes(link) else None if plain else 'is a device, not a file, and may reach'
-        if bad: raise ValueError(f'its member {name!r} {bad} outside the folder')
-    if zipfile.is_zipfile(arch):
-        with zipfile.ZipFile(arch) as f:
-            for o in f.infolist(): check(o.filename, plain=not stat.S_ISLNK(o.external_attr>>16))
-            f.extractall(dest)
-    else:
-        with tarfile.open(arch) as f:
-            for o in f:
-                check(o.name, o.linkname if o.issym() or o.islnk() else None, o.isfile() or o.isdir() or o.issym() or o.islnk())
-                f.extract(o, dest, **(dict(filter='data') if hasattr(tarfile, 'data_filter') else {}))
+def _check_member(
+    name,       # Path in the archive
+    link=None,  # Target of a link
+    plain=True, # Is it a file, a folder or a link?
+):
+    "Refuse a member that could write outside the folder"
+    if _escapes(name): bad = 'reaches'
+    elif link and _escapes(link): bad = f'is a link to {link!r}, which may reach'
+    elif not plain: bad = 'is a device, not a file, and may reach'
+    else: return
+    raise ValueError(f'its member {name!r} {bad} outside the folder')
 
+# %% ../../nbs/07_data.download.ipynb #extract
+def _extract_tar(arch, dest):
+    safe = dict(filter='data') if hasattr(tarfile, 'data_filter') else {}
+    with tarfile.open(arch) as f:
+        for o in f:
+            is_link = o.issym() or o.islnk()
+            _check_member(o.name, o.linkname if is_link else None, o.isfile() or o.isdir() or is_link)
+            f.extract(o, dest, **safe)
+
+def _extract_zip(arch, dest):
+    with zipfile.ZipFile(arch) as f:
+        for o in f.infolist(): _check_member(o.filename, plain=not stat.S_ISLNK(o.external_attr>>16))
+        f.extractall(dest)
+
+def _extract(arch, dest):
+    "Extract tar or zip file `arch` into folder `dest`; `OSError` names an archive that cannot be"
+    f = _extract_zip if zipfile.is_zipfile(arch) else _extract_tar
+    try: f(arch, dest)
+    except Exception as e:
+        raise OSError(f'{arch} cannot be extracted ({_first_line(e)}): replace it, or delete it to download it again') from e
+
+# %% ../../nbs/07_data.download.ipynb #unpack
 def _flatten(path):
+    "Leave out a single folder at the top"
     top = list(path.iterdir())
-    if len(top) != 1 or not top[0].is_dir(): return
+    if len(top)!=1 or not top[0].is_dir(): return
     inner = top[0].rename(path/'.top')
     for o in list(inner.iterdir()): o.rename(path/o.name)
     inner.rmdir()
 
-# %% ../../nbs/07_data.download.ipynb #unpack2
 def unpack(
-    arch:Path, # tar (plain or compressed) or zip file
-    dest:Path, # folder to make
-    flat=False # leave out a single folder at the top of the archive
-)->Path: # `dest`
+    arch:Path, # Tar (plain or compressed) or zip file
+    dest:Path, # Folder to make
+    flat=False # Leave out a single folder at the top of the archive
+)->Path:       # `dest`
     "Extract an archive in full or not at all; `OSError` if it is damaged or would write outside of `dest`"
     arch,dest = Path(arch),Path(dest)
     if dest.exists(): raise FileExistsError(f'{dest} exists: delete it, or choose another dest')
     with whole_folder(dest) as tmp:
-        try: _extract(arch, tmp)
-        except Exception as e: raise OSError(f'{arch} cannot be extracted ({_first_line(e)}): replace it, or delete it to download it again') from e
+        _extract(arch, tmp)
         if flat: _flatten(tmp)
     return dest
 
 # %% ../../nbs/07_data.download.ipynb #fetch
+def _place(file, folder):
+    "Extract an archive into `folder`, or copy any other file there"
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(o in file.name for o in ('.tar','.tgz','.zip')): _extract(file, folder)
+    else: shutil.copy(file, folder)
+
 def fetch_files(
-    name:str,  # of the folder to make in fastai's data folder
-    files,     # a list of (url, md5 or None, folder to put it into); archives are extracted
-    flat=False # leave out a single folder at the top of the archive
-)->Path: # that folder
+    name:str,  # Of the folder to make in fastai's data folder
+    files,     # A list of (url, md5 or None, folder to put it into); archives are extracted
+    flat=False # Leave out a single folder at the top of the archive
+)->Path:       # That folder
     "Download and extract files once; `ConnectionError` says where to put them by hand"
-    dest,arch = fastai_path('data')/name,fastai_path('archive')/(name if len(files)>1 else '')
+    dest = fastai_path('data')/name
     if dest.exists(): return dest
+    arch = fastai_path('archive')/(name if len(files)>1 else '')
     got = [_get(url, arch/url.split('/')[-1], md5) for url,md5,_ in files]
     if len(files)==1: return unpack(got[0], dest, flat)
     with whole_folder(dest) as tmp:
-        for f,(_,_,into) in zip(got, files):
-            (tmp/into).mkdir(parents=True, exist_ok=True)
-            if not any(o in f.name for o in ('.tar','.tgz','.zip')): shutil.copy(f, tmp/into)
-            else:
-                try: _extract(f, tmp/into)
-                except Exception as e: raise OSError(f'{f} cannot be extracted ({_first_line(e)}): replace it, or delete it to download it again') from e
+        for file,(_,_,into) in zip(got, files): _place(file, tmp/into)
     return dest
 
-def fetch_url(
-    name # attribute of fastai's `URLs`, such as 'CUB_200_2011'
-)->Path: # folder that the archive was extracted to
-    "Download and extract an archive of fastai's, or extract the one in fastai's archive folder; `ConnectionError` says where to put it"
-    url = getattr(URLs, name)
-    return fetch_files(remove_suffix(url.split('/')[-1], '.tgz'), [(url, _MD5.get(url), '')], flat=True)
-
+# %% ../../nbs/07_data.download.ipynb #fetch-url
 _MD5 = {URLs.CUB_200_2011:'97eceeb196236b17998738112f37df78'}
 
+def fetch_url(
+    name # Attribute of fastai's `URLs`, such as 'CUB_200_2011'
+)->Path: # Folder that the archive was extracted to
+    "Download and extract an archive of fastai's, or extract the one in fastai's archive folder; `ConnectionError` says where to put it"
+    url = getattr(URLs, name)
+    folder = remove_suffix(url.split('/')[-1], '.tgz')
+    return fetch_files(folder, [(url, _MD5.get(url), '')], flat=True)
+
+# %% ../../nbs/07_data.download.ipynb #fetch-hand
 def fetch_by_hand(
-    name:str, # of the folder in fastai's data folder
-    how:str,  # what to put there, and where it comes from
+    name:str, # Of the folder in fastai's data folder
+    how:str,  # What to put there, and where it comes from
     arch=None # (name, md5) of an archive that may lie in fastai's archive folder
-)->Path: # that folder
+)->Path:      # That folder
     "The folder of a data set that nobody may download automatically; `FileNotFoundError` says how to get it"
     dest = fastai_path('data')/name
     if dest.exists(): return dest
-    if arch and (f := fastai_path('archive')/arch[0]).exists():
-        if (has := _md5(f)) != arch[1]: raise OSError(f'{f} is damaged or another version: its md5 is {has}, and should be {arch[1]}; get it again')
-        return unpack(f, dest, flat=True)
-    put = f'put {arch[0]} into {fastai_path("archive")}, or ' if arch else ''
-    raise FileNotFoundError(f'{name!r} cannot be downloaded automatically: {how}; {put}put the folder at {dest}, or pass root= with the folder that holds it')
+    file = fastai_path('archive')/arch[0] if arch else None
+    if file is None or not file.exists():
+        put = f'put {file.name} into {file.parent}, or ' if arch else ''
+        by_hand = f'{how}; {put}put the folder at {dest}, or pass root= with the folder that holds it'
+        raise FileNotFoundError(f'{name!r} cannot be downloaded automatically: {by_hand}')
+    try: _check_md5(file, arch[1])
+    except OSError as e: raise OSError(f'{file} is damaged or another version: {e}; get it again') from e
+    return unpack(file, dest, flat=True)

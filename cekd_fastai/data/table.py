@@ -1,4 +1,4 @@
-"""`ImageTable`: files, labels and parts of a data set, with its subsets and draws
+"""`ImageTable`: the files, labels and parts of a data set, from a list, a `DataFrame` or a CSV file
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/data.table.html.md"""
 
@@ -10,35 +10,59 @@ __all__ = ['RECIPES', 'ImageTable']
 # %% ../../nbs/05_data.table.ipynb #imports
 import random
 from fastai.vision.all import *
-from ..core import few,near_hint,check_count
+from ..core import check_count,few,near_hint
+
+# %% ../../nbs/05_data.table.ipynb #recipes
+RECIPES = dict(crop=224, squeeze=224, pad=32, digits=32)
+
+# %% ../../nbs/05_data.table.ipynb #flags
+_PARTS = dict(train='train training true_train', valid='valid validation val dev', test='test testing')
+_WORDS = {w:k for k,ws in _PARTS.items() for w in ws.split()} | dict.fromkeys(('true','1','1.0','yes'), 'valid') | dict.fromkeys(('false','0','0.0','no'), 'train')
+
+def _part_of(value, row, column):
+    "'train', 'valid' or 'test', whichever a cell of a table stands for"
+    part = _WORDS.get(str(value).strip().lower())
+    if part is None:
+        raise ValueError(f'row {row} of column {column!r} is {value!r}, which names no part: write True or False, or train, valid or test')
+    return part
+
+def _flags(values, column):
+    "A column of flags as an array of booleans; `ValueError` names the row of what is none"
+    values = list(values)
+    if all(isinstance(o, (bool,np.bool_)) for o in values): return np.array(values, dtype=bool)
+    return np.array([_part_of(o, i, column)!='train' for i,o in enumerate(values)], dtype=bool)
 
 # %% ../../nbs/05_data.table.ipynb #table
 class ImageTable:
     "Files, class names and parts of a data set; raises `ValueError` if a class has no training image, a file is listed twice, or a part is empty"
     def __init__(self,
-        files,         # paths of the images
-        labels,        # name of each image's class
+        files,         # Paths of the images
+        labels,        # Name of each image's class
         is_valid,      # True for each image of the validation part
-        classes=None,  # names in the order of the vocabulary; sorted labels if None
-        root='.',      # folder of the data set
+        classes=None,  # Names in the order of the vocabulary; sorted labels if None
+        root='.',      # Folder of the data set
         is_test=None,  # True for each image of a test part beside the validation part; none if None
         boxes=None,    # x, y, width and height of the object in each image, in pixels
-        recipe='crop', # one of `RECIPES`
-        stats=None,    # mean and standard deviation to normalise with; ImageNet's if None
-        sources=()     # files with labels, parts and boxes, which a copy of the data set needs
+        recipe='crop', # One of `RECIPES`
+        stats=None,    # Mean and standard deviation to normalise with; ImageNet's if None
+        sources=()     # Files with labels, parts and boxes, which a copy of the data set needs
     ):
-        store_attr('recipe')
-        self.files,self.labels,self.is_valid = [Path(o) for o in files],list(labels),np.array(is_valid, dtype=bool)
-        self.is_test = np.zeros(len(self.files), dtype=bool) if is_test is None else np.array(is_test, dtype=bool)
-        self.classes,self.root = sorted(set(self.labels)) if classes is None else list(classes),Path(root)
+        self.root,self.recipe = Path(root),recipe
+        self.files = [Path(o) for o in files]
+        self.labels = list(labels)
+        self.is_valid = _flags(is_valid, 'is_valid')
+        self.is_test = _flags([False]*len(self.files) if is_test is None else is_test, 'is_test')
+        self._check_labels()
+        self.classes = sorted(set(self.labels)) if classes is None else list(classes)
         self.boxes = None if boxes is None else np.array(boxes, dtype=float).reshape(-1, 4)
-        self.stats,self.sources = imagenet_stats if stats is None else stats,[Path(o) for o in sources]
+        self.stats = imagenet_stats if stats is None else stats
+        self.sources = [Path(o) for o in sources]
         self._check()
 
     @property
     def n_train(self):
         "Number of training images"
-        return len(self) - self.n_valid - self.n_test
+        return len(self)-self.n_valid-self.n_test
     @property
     def n_valid(self):
         "Number of validation images"
@@ -50,51 +74,154 @@ class ImageTable:
     def __len__(self): return len(self.files)
     def __repr__(self):
         test = f', {self.n_test:,} test' if self.n_test else ''
-        return f'{len(self):,} images of {len(self.classes)} classes ({self.n_train:,} train, {self.n_valid:,} valid{test}) in {self.root}'
+        parts = f'{self.n_train:,} train, {self.n_valid:,} valid{test}'
+        return f'{len(self):,} images of {len(self.classes)} classes ({parts}) in {self.root}'
 
-# %% ../../nbs/05_data.table.ipynb #check
+# %% ../../nbs/05_data.table.ipynb #counts
 @patch
 def counts(self:ImageTable): # `DataFrame` with a row for each class, columns `train`, `valid` and, where there is a test part, `test`
     "Number of images of each class in each part"
     idx = {c:i for i,c in enumerate(self.classes)}
-    lab = np.array([idx[o] for o in self.labels], dtype=int)
-    parts = dict(train=~self.is_valid & ~self.is_test, valid=self.is_valid) | (dict(test=self.is_test) if self.n_test else {})
-    return pd.DataFrame({k:np.bincount(lab[v], minlength=len(idx)) for k,v in parts.items()}, index=pd.Index(self.classes, name='class'))
+    labels = np.array([idx[o] for o in self.labels], dtype=int)
+    parts = dict(train=~self.is_valid & ~self.is_test, valid=self.is_valid)
+    if self.n_test: parts['test'] = self.is_test
+    cols = {k: np.bincount(labels[rows], minlength=len(idx)) for k,rows in parts.items()}
+    return pd.DataFrame(cols, index=pd.Index(self.classes, name='class'))
 
 @patch
-def to_df(self:ImageTable): # columns `file` (relative to `root` where it lies inside), `label`, `is_valid` and, where there is a test part, `is_test`
+def to_df(self:ImageTable): # Columns `file` (relative to `root` where it lies inside), `label`, `is_valid` and, where there is a test part, `is_test`
     "The table as a `DataFrame`, one row for each image"
     files = [str(o.relative_to(self.root)) if o.is_relative_to(self.root) else str(o) for o in self.files]
-    return pd.DataFrame(dict(file=files, label=self.labels, is_valid=self.is_valid) | (dict(is_test=self.is_test) if self.n_test else {}))
+    df = pd.DataFrame(dict(file=files, label=self.labels, is_valid=self.is_valid))
+    return df.assign(is_test=self.is_test) if self.n_test else df
+
+# %% ../../nbs/05_data.table.ipynb #check
+@patch
+def _check_labels(self:ImageTable):
+    "Refuse columns of different lengths and empty labels"
+    n = len(self.files)
+    if not n==len(self.labels)==len(self.is_valid)==len(self.is_test):
+        parts = f'{len(self.is_valid)} and {len(self.is_test)} parts'
+        raise ValueError(f'{n} files, {len(self.labels)} labels, {parts}: give one of each for every image')
+    empty = [f'{f} (row {i})' for i,(f,o) in enumerate(zip(self.files, self.labels)) if pd.isna(o) or o=='']
+    if empty: raise ValueError(f'no label for {few(empty)}: fill in the column, or leave these files out')
 
 @patch
 def _check(self:ImageTable):
-    cols = [len(o) for o in (self.files, self.labels, self.is_valid, self.is_test, self.files if self.boxes is None else self.boxes)]
-    if len(set(cols)) > 1:
-        raise ValueError(f'{cols[0]} files, {cols[1]} labels, {cols[2]} and {cols[3]} parts, {cols[4]} boxes: give one of each for every image')
+    "Refuse a table that nobody could train on, in one sentence"
+    if self.boxes is not None and len(self.boxes)!=len(self):
+        raise ValueError(f'{len(self)} files and {len(self.boxes)} boxes: give one of each for every image')
     if not self.files: raise ValueError(f'no images in {self.root}: check the path')
-    if unk := set(self.labels)-set(self.classes): raise ValueError(f'labels that are no class: {few(sorted(unk))}; add them to classes')
-    if len(set(self.classes)) < len(self.classes): raise ValueError(f'classes of {self.root} lists a name twice: give every class a name of its own')
-    dup = [f for f,n in Counter(self.files).items() if n>1] + [f for f,a,b in zip(self.files, self.is_valid, self.is_test) if a and b]
-    if dup: raise ValueError(f'listed more than once: {few(dup)}; an image belongs to one class and one part')
+    if unknown := set(self.labels)-set(self.classes):
+        raise ValueError(f'labels that are no class: {few(sorted(unknown))}; add them to classes')
+    if len(set(self.classes))<len(self.classes):
+        raise ValueError(f'classes of {self.root} lists a name twice: give every class a name of its own')
     if self.recipe not in RECIPES: raise ValueError(f'recipe={self.recipe!r}: {near_hint(self.recipe, RECIPES)}')
-    n = self.counts()
-    if len(none := n.index[n.train==0]):
-        raise ValueError(f'no training image for class {few(none)} ({few(n.valid[none])} in the validation part) in {self.root}: add some, or leave the class out')
-    if not self.n_valid: raise ValueError(f'no validation images in {self.root}: add some, or raise valid_pct if the split is made here')
+    self._check_parts()
 
-# %% ../../nbs/05_data.table.ipynb #recipes
-RECIPES = dict(crop=224, squeeze=224, pad=32, digits=32)
+# %% ../../nbs/05_data.table.ipynb #check-parts
+@patch
+def _check_parts(self:ImageTable):
+    "Refuse files in two parts, classes that cannot be learnt, and a split without validation images"
+    twice = [f for f,n in Counter(self.files).items() if n>1]
+    both = [f for f,valid,test in zip(self.files, self.is_valid, self.is_test) if valid and test]
+    if twice or both: raise ValueError(f'listed more than once: {few(twice+both)}; an image belongs to one class and one part')
+    n = self.counts()
+    none = n.index[n.train==0]
+    if len(none):
+        where = f'{few(n.valid[none])} in the validation part'
+        raise ValueError(f'no training image for class {few(none)} ({where}) in {self.root}: add some, or leave the class out')
+    if self.n_valid: return
+    raise ValueError(f'no validation images in {self.root}: add some, or raise valid_pct if the split is made here')
+
+# %% ../../nbs/05_data.table.ipynb #split
+def _check_pct(valid_pct):
+    if isinstance(valid_pct, bool) or not 0<valid_pct<1: raise ValueError(f'valid_pct={valid_pct}: pass a share between 0 and 1')
+
+def _split(name, n, valid_pct, seed):
+    "Which of the `n` images of class `name` are for validation: a part of `valid_pct`, at least one, never all"
+    _check_pct(valid_pct)
+    n_valid = min(max(1, round(n*valid_pct)), n-1)
+    valid = set(random.Random(f'{seed}/{name}').sample(range(n), n_valid))
+    return [i in valid for i in range(n)]
+
+def _split_groups(labels, groups, valid_pct, seed):
+    "Which images are for validation if whole groups are: about `valid_pct` of all, and every class keeps a training image"
+    _check_pct(valid_pct)
+    left,res = Counter(labels),np.zeros(len(labels), dtype=bool)
+    rows = groupby(range(len(groups)), lambda i: groups[i])
+    for g in random.Random(seed).sample(sorted(rows, key=str), len(rows)):
+        n = Counter(labels[i] for i in rows[g])
+        fits = res.sum()+len(rows[g])<=max(valid_pct*len(labels), 1)
+        if fits and all(left[o]>k for o,k in n.items()):
+            res[rows[g]] = True
+            left -= n
+    return res
+
+# %% ../../nbs/05_data.table.ipynb #df-code
+def _column(df, col, name, default=None):
+    "The values of a column by its name or number, None if there is none"
+    if col is None: col = name if name in df.columns else default
+    if col is None: return None
+    if isinstance(col, int) and col not in df.columns and col<len(df.columns): col = df.columns[col]
+    if col not in df.columns: raise ValueError(f'no column {col!r} in the table: {near_hint(col, df.columns)}')
+    return df[col].tolist()
+
+def _parts(df, valid_col):
+    "Which rows are for validation and which for the test, from a column of flags or names of parts; None without one"
+    valid,test = _column(df, valid_col, 'is_valid'),_column(df, None, 'is_test')
+    if valid is None: return None,None
+    names = [_part_of(o, i, valid_col or 'is_valid') for i,o in enumerate(valid)]
+    is_test = np.array([o=='test' for o in names]) if test is None else _flags(test, 'is_test')
+    return np.array([o=='valid' for o in names]),is_test
+
+# %% ../../nbs/05_data.table.ipynb #df-from
+@patch(cls_method=True)
+def from_df(cls:ImageTable,
+    df,             # `DataFrame`, or path of a CSV file
+    fn_col=None,    # Column of file names; `file`, or the first, if None
+    label_col=None, # Column of labels; `label`, or the second, if None
+    valid_col=None, # Column that says which rows are for validation (and for the test); `is_valid` if None and there is one
+    group_col=None, # Column of what belongs together; whole groups go to one part
+    folder=None,    # Folder of the files; that of the CSV file, or the current one, if None
+    suff='',        # Added to each file name, such as '.jpg'
+    valid_pct=.2,   # Share for validation, where no column says it
+    seed=42,        # Of that split
+    **kwargs        # Further arguments of `ImageTable`
+)->ImageTable:
+    "Read a table of files and labels; `ValueError` and `FileNotFoundError` name the column, row or file at fault"
+    if not isinstance(df, pd.DataFrame):
+        folder = Path(df).parent if folder is None else folder
+        df = pd.read_csv(df)
+    root = Path('.' if folder is None else folder)
+    names,labels = _column(df, fn_col, 'file', 0),_column(df, label_col, 'label', 1)
+    if blank := [i for i,o in enumerate(names) if pd.isna(o)]: raise ValueError(f'no file name in row {few(blank)}: fill in the column')
+    files = [root/f'{o}{suff}' for o in names]
+    gone = [o for o in files if not o.is_file()]
+    if gone: raise FileNotFoundError(f'{len(gone):,} of {len(files):,} files of the table are missing: {few(gone)}; check folder= and suff=')
+    labels = [o if pd.isna(o) else str(o) for o in labels]
+    is_valid,is_test = _parts(df, valid_col)
+    if is_valid is None: is_valid = _draw(files, labels, _column(df, group_col, None), valid_pct, seed)
+    return cls(files, labels, is_valid, root=root, is_test=is_test, **kwargs)
+
+def _draw(files, labels, groups, valid_pct, seed):
+    "A split of rows: of groups where there are some, else class by class"
+    if groups is not None: return _split_groups(labels, groups, valid_pct, seed)
+    res = np.zeros(len(files), dtype=bool)
+    for name,rows in groupby(range(len(labels)), lambda i: labels[i]).items():
+        if not pd.isna(name): res[rows] = _split(name, len(rows), valid_pct, seed)
+    return res
 
 # %% ../../nbs/05_data.table.ipynb #subset
 @patch
 def subset(self:ImageTable,
-    classes # an int for the first so many, or a list of names
+    classes # An int for the first so many, or a list of names
 ): # `ImageTable`
     "The part of the table with `classes` only, in the table's order of classes"
+    n = len(self.classes)
     if isinstance(classes, str): classes = [classes]
     if isinstance(classes, int):
-        if not 0 < classes <= len(self.classes): raise ValueError(f'classes={classes}: {self.root} has {len(self.classes)} classes, pass 1 to {len(self.classes)}')
+        if not 0<classes<=n: raise ValueError(f'classes={classes}: {self.root} has {n} classes, pass 1 to {n}')
         classes = self.classes[:classes]
     keep = set(classes)
     if not keep: raise ValueError('classes is empty: pass a number, a list of names, or None for all')
@@ -106,48 +233,44 @@ def subset(self:ImageTable,
 def _rows(self:ImageTable, keep=None, **changes):
     "A table of the rows in `keep` (all if None), with some of its columns changed"
     i = np.flatnonzero(np.ones(len(self)) if keep is None else keep)
-    pick = lambda o: [o[j] for j in i]
-    kw = dict(files=pick(self.files), labels=pick(self.labels), is_valid=self.is_valid[i], is_test=self.is_test[i], classes=self.classes, root=self.root,
-        boxes=None if self.boxes is None else self.boxes[i], recipe=self.recipe, stats=self.stats, sources=self.sources)
-    return ImageTable(**kw | changes)
+    same = {k: getattr(self, k) for k in ('classes','root','recipe','stats','sources')}
+    rows = dict(files=[self.files[j] for j in i], labels=[self.labels[j] for j in i], is_valid=self.is_valid[i], is_test=self.is_test[i])
+    boxes = None if self.boxes is None else self.boxes[i]
+    return ImageTable(**same | rows | dict(boxes=boxes) | changes)
 
 # %% ../../nbs/05_data.table.ipynb #holdout
-def _split(name, n, valid_pct, seed):
-    "Which of the `n` images of class `name` are for validation: a part of `valid_pct`, at least one, never all"
-    if isinstance(valid_pct, bool) or not 0 < valid_pct < 1: raise ValueError(f'valid_pct={valid_pct}: pass a share between 0 and 1')
-    n_valid = min(max(1, round(n*valid_pct)), n-1)
-    pick = set(random.Random(f'{seed}/{name}').sample(range(n), n_valid))
-    return [i in pick for i in range(n)]
-
 @patch
 def _train_rows(self:ImageTable, need, why):
     "{class: its training rows}, at least `need` of them"
     res = {o:[] for o in self.classes}
-    for i,(o,v,t) in enumerate(zip(self.labels, self.is_valid, self.is_test)):
-        if not (v or t): res[o].append(i)
-    if short := [f'{o} ({len(r)})' for o,r in res.items() if len(r)<need]:
-        raise ValueError(f'class {few(short)} of {self.root} has fewer than {need} training images: {why}')
+    train = ~(self.is_valid | self.is_test)
+    for i in np.flatnonzero(train): res[self.labels[i]].append(i)
+    short = [f'{o} ({len(rows)})' for o,rows in res.items() if len(rows)<need]
+    if short: raise ValueError(f'class {few(short)} of {self.root} has fewer than {need} training images: {why}')
     return res
 
-# %% ../../nbs/05_data.table.ipynb #holdout2
 @patch
 def holdout(self:ImageTable,
-    valid_pct=0.2, # share of each class
-    seed=42        # of the draw
+    valid_pct=.2, # Share of each class
+    seed=42       # Of the draw
 ): # `ImageTable`
     "Set a part of train aside for validation; what was the validation part becomes the test part"
     if self.n_test: raise ValueError(f'{self.root} has a validation part and a test part already: leave valid_pct out')
     valid = np.zeros(len(self), dtype=bool)
-    for o,idxs in self._train_rows(2, 'valid_pct needs one to train and one to validate').items(): valid[idxs] = _split(o, len(idxs), valid_pct, seed)
+    for o,rows in self._train_rows(2, 'valid_pct needs one to train and one to validate').items():
+        valid[rows] = _split(o, len(rows), valid_pct, seed)
     return self._rows(is_valid=valid, is_test=self.is_valid)
 
+# %% ../../nbs/05_data.table.ipynb #few-shot
 @patch
 def few_shot(self:ImageTable,
-    n,      # training images of each class
-    seed=42 # of the draw
+    n,      # Training images of each class
+    seed=42 # Of the draw
 ): # `ImageTable`
     "Keep `n` training images of each class, and the other parts whole"
     check_count(per_class=n)
     keep = self.is_valid | self.is_test
-    for o,idxs in self._train_rows(n, 'pass a smaller per_class').items(): keep[random.Random(f'{seed}/{o}').sample(idxs, len(idxs))[:n]] = True
+    for o,rows in self._train_rows(n, 'pass a smaller per_class').items():
+        order = random.Random(f'{seed}/{o}').sample(rows, len(rows))
+        keep[order[:n]] = True
     return self._rows(keep)
