@@ -325,7 +325,7 @@ def css_net(
     return CSSNet(*nets, which)
 
 # %% ../../nbs/33_css.net.ipynb #cs-net2
-@builder
+@register_builder
 def css_net(
     archs,                # Two backbones, each a name in timm or torchvision, a function that builds a model, or an `nn.Module`
     n_out:int,            # Number of classes
