@@ -10,7 +10,7 @@ __all__ = ['GATES', 'CD_FORMS', 'MeanGate', 'Maps', 'SafeBN', 'ONEGate', 'FFMGat
 
 # %% ../../nbs/30_online.gates.ipynb #imports
 from fastai.vision.all import *
-from ..core import eval_mode
+from ..core import eval_mode,lookup,one_of
 from ..cam import cam
 from ..branches import BranchNet,branch_net,register_builder
 
