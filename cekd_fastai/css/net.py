@@ -12,7 +12,7 @@ __all__ = ['TRANSFORMS', 'NETWORKS', 'joint_label', 'split_label', 'class_slices
 from fastai.vision.all import *
 from ..core import eval_mode,one_of
 from ..cam import cam
-from ..branches import BranchNet,branch_net,builder
+from ..branches import BranchNet,branch_net,register_builder
 
 # %% ../../nbs/33_css.net.ipynb #cs-label
 def joint_label(
@@ -127,7 +127,7 @@ def _orders(trunk, n, seed):
 
 # %% ../../nbs/33_css.net.ipynb #cs-build
 @delegates(branch_net, keep=True)
-@builder
+@register_builder
 def css_branch_net(
     arch,                 # Name in timm or torchvision, a function that builds a model, or an `nn.Module`
     n_out:int,            # Number of classes
@@ -308,7 +308,7 @@ def _check_archs(archs):
     if isinstance(archs[0], nn.Module): _check_distinct(*archs, 'backbones')
 
 # %% ../../nbs/33_css.net.ipynb #cs-net2
-@builder
+@register_builder
 def css_net(
     archs,                # Two backbones, each a name in timm or torchvision, a function that builds a model, or an `nn.Module`
     n_out:int,            # Number of classes

@@ -10,7 +10,7 @@ __all__ = ['KINDS', 'align', 'similarity', 'block_weights', 'BlockLoss', 'stages
 # %% ../../nbs/25_meal.align.ipynb #imports
 from fastai.vision.all import *
 from ..core import check_above,eval_mode,near_hint,one_of
-from ..losses import soften
+from ..losses import soft_probs
 from ..branches import BranchNet
 
 # %% ../../nbs/25_meal.align.ipynb #al-code
@@ -50,9 +50,9 @@ def similarity(
     s = s.float()
     if kind=='l1': return F.l1_loss(s, t)
     if kind=='l2': return F.mse_loss(s, t)
-    if p is None: p = soften(t, T, multi)
-    if kind=='l1_soft': return F.l1_loss(soften(s, T, multi), p)
-    if kind=='l2_soft': return F.mse_loss(soften(s, T, multi), p)
+    if p is None: p = soft_probs(t, T, multi)
+    if kind=='l1_soft': return F.l1_loss(soft_probs(s, T, multi), p)
+    if kind=='l2_soft': return F.mse_loss(soft_probs(s, T, multi), p)
     if multi: return T*T*F.binary_cross_entropy_with_logits(s/T, p)
     log_p = (s/T).log_softmax(-1)
     return -T*T*(p*log_p).sum(-1).mean()
