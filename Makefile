@@ -24,10 +24,11 @@ test: install ## run every check: style, sync, notebooks, wheel, pytest
 test-browser: install ## run lessons in JupyterLab and read the site, in a browser
 	@$(PY) tools/browser.py
 
-prepare: install ## after editing notebooks: export, clean, README.md, style
+prepare: install ## after editing notebooks: export, clean, README.md, page of results, style
 	@$(BIN)/nbdev-export
 	@$(BIN)/nbdev-clean
 	@$(PY) tools/readme.py
+	@$(PY) benchmarks/page.py
 	@$(PY) tools/check.py style
 
 # The first folder of kernels is this environment's, so that python3 is not some other one of the user's.

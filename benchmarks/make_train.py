@@ -7,7 +7,8 @@ from fastai.callback.channelslast import ChannelsLast
 from cekd_fastai.all import *
 from cekd_fastai.cli import run
 from cekd_fastai.core import one_sentence,write_whole
-from common import defaults,here,table # after fastai, which has a `defaults` of its own
+from collect import defaults # after fastai, which has one of its own
+from common import here,table
 
 net = dict(channels=(24,48,96,128), num_classes=28)
 # One network and schedule for all; 84 pixels are a crop from the 96 of the drawn birds

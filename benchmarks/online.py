@@ -35,7 +35,7 @@ of_flowers = ['plain','plain + CutMix','2 branches','DML','FFM + CD','clean + Cu
 
 methods = {'plain': branched(1), 'plain + CutMix': branched(1, CutMix), '2 branches': branched(2), '3 branches': branched(3), 'DML': online('dml'), 'KDCL, mean': online('kdcl'),
     'ONE': online('one'), 'OKDDip': online('okddip'), 'FFL': online('ffl'), 'FFM + CD': online('diversity'),
-    'CSS': lambda dls, arch, **kw: css_learner(dls, (arch,arch), **kw), 'clean + CutMix, 2 branches': branched(2, CutMix, partial(CEKD, alpha=0, target='both')), 'CEKD + CutMix': branched(2, CutMix, CEKD)}
+    'CSS': lambda dls, arch, **kw: css_learner(dls, (arch,arch), **kw), 'clean + CutMix, 2 branches': branched(2, CutMix, partial(CEKD, w_cross=0, target='both')), 'CEKD + CutMix': branched(2, CutMix, CEKD)}
 
 def n_params(m): return sum(p.numel() for p in m.parameters())
 

@@ -69,6 +69,16 @@ def network(x, y, genus, train, epochs, seed, arch='resnet18', channels=(32,64,1
     with torch.no_grad(): pred = torch.cat([net(b).argmax(1) for b in xv[:, :, o:o+crop, o:o+crop].split(100)])
     return scores(pred.numpy(), yv.numpy(), genus)
 
+def table(res):
+    "The accuracies as a markdown table"
+    cells = [['classifier','species %','genus %','species, given the genus %']]
+    for k,v in res.items():
+        if not k.startswith(('linear_','network_')) or not isinstance(v, dict): continue
+        cells.append([k.replace('_', ', ')] + [f'{100*v[o]:.1f}' for o in ('species','genus','species_given_genus')])
+    cells.append(['chance',f"{100*res['chance']:.1f}",'',''])
+    cells.insert(1, ['---']*4)
+    return '\n'.join(f"| {' | '.join(o)} |" for o in cells)
+
 @call_parse
 def main(
     path:str='runs/birds', # where the birds are drawn
@@ -96,7 +106,8 @@ def main(
     nets = [v['species'] for k,v in res.items() if k.startswith(f'network_{epochs}ep_seed')]
     res |= dict(chance=.05, linear_best=max(v['species'] for k,v in res.items() if k.startswith('linear_')),
         network_mean=round(float(np.mean(nets)), 4), network_min=min(nets), network_max=max(nets), settings=json.loads((Path(path)/'birds.json').read_text()),
-        machine=dict(processor=platform.machine(), system=platform.system(), cpus=os.cpu_count(), threads=threads, device='cpu'),
+        machine=dict(processor=platform.machine(), system=platform.system(), cores=os.cpu_count(), threads=threads, device='cpu'),
         versions=dict(python=platform.python_version(), torch=torch.__version__, timm=timm.__version__, sklearn=sklearn.__version__,
             numpy=np.__version__, pillow=Image.__version__, cekd_fastai=cekd_fastai.__version__))
+    res |= dict(title='How hard the drawn birds are: accuracy on 400 test images of 20 species, by pixels and by a network from scratch', table=table(res))
     Path(out).write_text(json.dumps(res, indent=1)+'\n')

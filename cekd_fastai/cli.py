@@ -64,7 +64,7 @@ def cekd_train(
     mix:str=None,               # none, mixup, cutmix or snapmix; by default snapmix for cekd, none for the others
     mix_prob:float=1.,          # Share of batches that are mixed
     mix_args:Annotated[str,dict(nargs='+')]=(), # Further arguments of the mix: --mix-args alpha=3 stop_at=.8
-    method_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the method: --method-args alpha=2 T=4
+    method_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the method: --method-args w_cross=2 T=4
     teachers:Annotated[str,dict(nargs='+')]=(), # Of meal: files of `deploy` or `export`, or names in timm
     adversarial:str='joint',    # Of meal: joint, grl, alternate or none
     trust:bool=False, # Of meal: unpickle exported teachers, which may run code

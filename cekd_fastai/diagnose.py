@@ -1,4 +1,4 @@
-"""Conflict, agreement and noise of a run, a column each
+"""A column each for the conflict of the two targets, for their noise, and for the agreement of the branches
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/diagnose.html.md"""
 
@@ -10,7 +10,7 @@ __all__ = ['target_angle', 'Diagnose']
 # %% ../nbs/24_diagnose.ipynb #imports
 from fastai.vision.all import *
 from dataclasses import replace
-from .core import eval_mode,unwrap_model
+from .core import eval_mode,lookup,unwrap_model
 from .mix.core import MixRecord
 from .losses import cross_target,soft_probs
 from .mix.noise import evidence_batches,oracle_weights
@@ -18,36 +18,53 @@ from .branches import PeerNet
 from .distill import Components,log_parts
 from .cekd import CEKD,label_shares,teacher_logits
 
-# %% ../nbs/24_diagnose.ipynb #ce-angle
+# %% ../nbs/24_diagnose.ipynb #angle
 def _angle(a, b):
     "Angle in degrees between the rows of `a` and `b`"
-    return torch.rad2deg(torch.acos(F.cosine_similarity(a.float().flatten(1), b.float().flatten(1)).clamp(-1, 1)))
+    cos = F.cosine_similarity(a.float().flatten(1), b.float().flatten(1))
+    return torch.rad2deg(torch.acos(cos.clamp(-1, 1)))
 
 def target_angle(
     z:Tensor,      # Logits of a head for mixed images, shape (B, K)
     q:Tensor,      # Soft target, shape (B, K)
-    y:Tensor,      # Classes of the hosts, shape (B,)
+    y:Tensor,      # Labels of the hosts: classes (B,), or vectors (B, K)
     rec:MixRecord, # How the batch was mixed
     T:float=1.,    # Temperature that `q` was made with; None: a cross-entropy at temperature 1
 )->Tensor:         # Degrees, shape (B,)
-    "Angle between the gradients of the hard and of the soft target at the logits"
-    t = y if y.is_floating_point() else torch.zeros_like(z, dtype=torch.float).scatter_(1, y[:,None], 1) # `one_hot` asks the device
-    t = cross_target(t, rec)
-    return _angle(soft_probs(z)-t, soft_probs(z, T or 1.)-q)
+    "Angle between the gradients of the mixed label and of the soft target at the logits"
+    # `F.one_hot` would wait for the device to see whether all classes are in range
+    t = y if y.is_floating_point() else torch.zeros_like(z, dtype=torch.float).scatter_(1, y[:,None], 1)
+    return _angle(soft_probs(z)-cross_target(t, rec), soft_probs(z, T or 1.)-q)
 
-# %% ../nbs/24_diagnose.ipynb #ce-noise
+# %% ../nbs/24_diagnose.ipynb #noise
 @patch
-def teach(self:CEKD,
+@torch.no_grad()
+def eval_target(self:CEKD,
     x:Tensor,      # Images, shape (B, 3, H, W)
     rec:MixRecord, # How they are mixed
 )->Tensor:         # Shape (B, K)
     "The cross target for mixed images, in evaluation mode, the mean over peers"
     net = unwrap_model(self.learn.model)
     if self.teacher=='ema': return cross_target(soft_probs(self.ema_logits(x), self.T), rec)
-    with torch.no_grad(), eval_mode(net):
+    with eval_mode(net):
         z,feats = net.branch_forward(x)
-        if self.fuse=='maps': return soft_probs(teacher_logits(self.visible(feats, rec, x.shape[-2:]), self.teacher), self.T).mean(0)
-    return cross_target(soft_probs(teacher_logits(z, self.teacher), self.T).mean(0), rec)
+        if self.fuse=='maps': z = self._region_logits(feats, rec, x.shape[-2:])
+    q = soft_probs(teacher_logits(z, self.teacher), self.T).mean(0)
+    return q if self.fuse=='maps' else cross_target(q, rec)
+
+@patch
+def _host_errors(self:CEKD, x, y, ev):
+    "Errors (m, 2) of the host's share in the label and in the cross target, for each mixed image with evidence"
+    mixed = self.mixer.mix(x, y)
+    if mixed is None: return x.new_zeros(0, 2)
+    rec = mixed[1]
+    other = y[rec.perm]
+    q = self.eval_target(x, rec)
+    q_host,q_donor = q.gather(1, y[:,None])[:,0],q.gather(1, other[:,None])[:,0]
+    deserved = oracle_weights(rec, ev)
+    by_label,by_target = label_shares(rec).lam_a,q_host/(q_host+q_donor)
+    errors = torch.stack([(by_label-deserved).abs(), (by_target-deserved).abs()], 1)
+    return errors[rec.mixed & (y!=other) & ~deserved.isnan()]
 
 @patch
 @torch.no_grad()
@@ -56,28 +73,33 @@ def target_noise(self:CEKD,
     n:int=256,        # Number of images
     seed:int=42,      # Of images and mixes; the caller's random numbers are left alone
     batches:list=None # From `evidence_batches`, to use again
-)->dict:              # `label_noise`, `cross_noise`: mean absolute errors of the host's share; `images`: how many counted
+)->dict:              # `label_noise`, `cross_noise`: mean absolute errors of the host's share; number of `images`
     "Error of the mixed label and of the cross target against the evidence that the mixed images show"
-    rows,dev = [],next(unwrap_model(self.learn.model).parameters()).device
+    dev = next(unwrap_model(self.learn.model).parameters()).device
     with no_random(seed): batches = batches or list(evidence_batches(self.learn.dls, kind, n=n, seed=seed))
+    rows = []
     with no_random(seed):
         for x,y,ev in batches:
-            x,y,ev = x.to(dev),y.to(dev),replace(ev, rects=ev.rects.to(dev), weights=ev.weights.to(dev))
-            if (out := self.mixer.mix(x, y)) is None: continue
-            rec,other = out[1],y[out[1].perm]
-            q = self.teach(x, rec)
-            qa,qb = (q.gather(1, o[:,None])[:,0] for o in (y,other))
-            w = oracle_weights(rec, ev)
-            rows.append(torch.stack([(label_shares(rec).lam_a-w).abs(), (qa/(qa+qb)-w).abs()], 1)[rec.mixed&(y!=other)&~w.isnan()])
-    if not sum(map(len, rows)): raise ValueError(f"`{self.mixer}` made no mixed image with evidence of either source from {n} images: raise `n`.")
-    res = torch.cat(rows)
-    return dict(zip(('label_noise','cross_noise'), res.mean(0).tolist())) | dict(images=len(res))
+            ev = replace(ev, rects=ev.rects.to(dev), weights=ev.weights.to(dev))
+            rows.append(self._host_errors(x.to(dev), y.to(dev), ev))
+    rows = torch.cat(rows)
+    if not len(rows): raise ValueError(f"`{self.mixer}` left no evidence in its mixes of {n} images: raise `n`.")
+    label,cross = rows.mean(0).tolist()
+    return dict(label_noise=label, cross_noise=cross, images=len(rows))
 
-# %% ../nbs/24_diagnose.ipynb #ce-diagnose
+# %% ../nbs/24_diagnose.ipynb #diagnose
 class Diagnose(Callback):
     "Record conflict, agreement and noise of a `CEKD` run, a column each"
-    order,run_valid,hook,trunk_map,batches,seen,on,trained,started = Components.order+1,False,None,None,None,None,False,False,False
-    _stateattrs = ('hook','trunk_map','batches','seen','sums')
+    order = Components.order+1 # After the parts of the loss
+    run_valid = False
+    hook = None       # The hook on the trunk, in a run that records its conflict
+    trunk_map = None  # Output of the trunk in this step, shape (B, C, h, w)
+    batches = None    # What the noise is measured on, from `evidence_batches`
+    batches_of = None # The loaders that `batches` come from
+    active = False    # Whether this run is recorded; `lr_find` is not
+    trained = False   # Whether this epoch trains
+    started = False   # Whether `values` belong to this run
+    _stateattrs = ('hook','trunk_map','batches','batches_of','sums')
     cols = dict(conflict=['conflict'], trunk=['trunk_conflict'], agreement=['agreement'], noise=['label_noise','cross_noise'])
     def __init__(self,
         what=('conflict','agreement'), # Names among 'conflict', 'trunk', 'agreement' and 'noise'
@@ -85,79 +107,114 @@ class Diagnose(Callback):
         n:int=256,         # Images for the noise
         n_batches:int=4,   # Batches of each epoch for the trunk
     ):
-        what = [what] if isinstance(what, str) else list(what)
-        if bad := [o for o in what if o not in self.cols]: raise ValueError(f"Diagnose: there is no diagnostic {bad[0]!r}; there are {', '.join(map(repr, self.cols))}.")
+        what = listify(what)
         store_attr()
-        self.names,self.values,self.sums = sum((self.cols[o] for o in what), []),[],{}
+        self.names = [col for o in what for col in lookup('diagnostic', o, self.cols)]
+        self.values,self.sums = [],{}
 
     @property
-    def cekd(self): return first(o for o in self.learn.cbs if isinstance(o, CEKD))
+    def cekd(self):
+        "The `CEKD` of the learner, None without"
+        return first(o for o in self.learn.cbs if isinstance(o, CEKD))
 
-    def before_fit(self):
-        "Add the columns, and look at the trunk's output"
-        cb,net,rec = self.cekd,unwrap_model(self.learn.model),getattr(self.learn, 'recorder', None)
-        if cb is None: raise ValueError("`Diagnose` watches a `CEKD` callback, but the learner has none: add `CEKD()` to `cbs`.")
-        if {'conflict','trunk'}&set(self.what) and not cb.alpha: raise ValueError("`Diagnose` compares the hard with the soft target, but `CEKD(alpha=0)` has no soft one: ask for 'agreement' only.")
-        if 'trunk' in self.what and isinstance(net, PeerNet): raise ValueError("`Diagnose('trunk')` looks at a shared trunk, but peers share none: ask for 'conflict'.")
-        self.unhook()
-        self.on,self.sums,self.trained,self.started = not hasattr(self.learn, 'lr_finder'),{},False,False
-        if not self.on: return
-        if 'trunk' in self.what: self.hook = net.trunk.register_forward_hook(self.keep)
-        if rec: rec.metric_names = rec.metric_names[:(i:=len(rec.metric_names)-int(rec.add_time))] + L(self.names) + rec.metric_names[i:]
-
-    def unhook(self):
-        if self.hook: self.hook.remove()
-        self.hook,self.trunk_map = None,None
-
-    def after_fit(self): self.unhook()
-
-    def keep(self, m, inp, out):
-        "Keep the last map that can be differentiated, also behind a frozen trunk"
-        if not torch.is_grad_enabled() or not self.training: return
-        self.trunk_map = out if out.requires_grad else out.detach().requires_grad_()
-        return self.trunk_map
-
-# %% ../nbs/24_diagnose.ipynb #ce-diag-step
+# %% ../nbs/24_diagnose.ipynb #diag-fit
 @patch
-def add(self:Diagnose, name, values):
+def check(self:Diagnose):
+    "Refuse a learner in which there is nothing to record, in one sentence"
+    if self.cekd is None: raise ValueError("`Diagnose` records a `CEKD`, but the learner has none: add `CEKD()` to `cbs`.")
+    two_targets = {'conflict','trunk'} & set(self.what)
+    if two_targets and not self.cekd.w_cross:
+        raise ValueError("`Diagnose` compares the mixed label with the soft target, "
+            "but `CEKD(w_cross=0)` has no soft one: name 'agreement' only.")
+    if 'trunk' in self.what and isinstance(unwrap_model(self.learn.model), PeerNet):
+        raise ValueError("`Diagnose('trunk')` looks at a shared trunk, but peers share none: name 'conflict' instead.")
+
+@patch
+def before_fit(self:Diagnose):
+    "Add the columns, and keep the trunk's output"
+    self.check()
+    self.unhook()
+    self.active = not hasattr(self.learn, 'lr_finder')
+    self.sums,self.trained,self.started = {},False,False
+    if not self.active: return
+    if 'trunk' in self.what: self.hook = unwrap_model(self.learn.model).trunk.register_forward_hook(self.keep_trunk_map)
+    if not hasattr(self.learn, 'recorder'): return
+    rec = self.learn.recorder
+    i = len(rec.metric_names)-int(rec.add_time)
+    rec.metric_names = rec.metric_names[:i] + L(self.names) + rec.metric_names[i:]
+
+# %% ../nbs/24_diagnose.ipynb #diag-hook
+@patch
+def keep_trunk_map(self:Diagnose, m, inp, out):
+    "Keep the trunk's output so that it can be differentiated, even if the trunk is frozen"
+    if not torch.is_grad_enabled() or not self.training: return
+    self.trunk_map = out if out.requires_grad else out.detach().requires_grad_()
+    return self.trunk_map
+
+@patch
+def unhook(self:Diagnose):
+    "Leave the trunk as it was"
+    if self.hook: self.hook.remove()
+    self.hook = self.trunk_map = None
+
+@patch
+def after_fit(self:Diagnose): self.unhook()
+
+# %% ../nbs/24_diagnose.ipynb #diag-step
+@patch
+def _add(self:Diagnose, name, values):
     "Add the mean of `values` to the sums of the epoch"
-    s,n = self.sums.get(name, (0.,0))
-    self.sums[name] = s+values.detach().float().mean(),n+1
+    total,n = self.sums.get(name, (0.,0))
+    self.sums[name] = total+values.detach().float().mean(),n+1
+
+@patch
+def _angles(self:Diagnose, cb, clean):
+    "Angles (n, B) between both targets at each head's logits, from branch logits of the sources"
+    fused = cb.region is not None
+    z = cb.ema_target
+    if z is None: z = teacher_logits(cb.region if fused else clean, cb.teacher)
+    q = soft_probs(z.detach(), cb.T).mean(0)
+    if not fused: q = cross_target(q, cb.record)
+    T = None if cb.target=='fused' else cb.T
+    return torch.stack([target_angle(o.detach(), q, self.learn.yb[0], cb.record, T) for o in cb.logits])
 
 @patch
 def after_loss(self:Diagnose):
-    cb,what = self.cekd,self.what
-    if not self.on or not cb.owns: return
+    "Add what this step shows to the sums"
+    cb = self.cekd
+    if not self.active or not cb.owns: return
     clean = cb.clean.logits if cb.clean else cb.logits
-    if 'agreement' in what: self.add('agreement', (clean.argmax(-1)==clean[0].argmax(-1)).all(0))
+    names = clean.argmax(-1)
+    if 'agreement' in self.what: self._add('agreement', (names==names[0]).all(0))
     if cb.record is None: return
-    if 'conflict' in what:
-        z = teacher_logits(clean if cb.shown is None else cb.shown, cb.teacher) if cb.taught is None else cb.taught
-        q = soft_probs(z.detach(), cb.T).mean(0)
-        if cb.shown is None: q = cross_target(q, cb.record)
-        T = None if cb.target=='fused' else cb.T
-        self.add('conflict', torch.stack([target_angle(z.detach(), q, self.learn.yb[0], cb.record, T) for z in cb.logits]))
-    if 'trunk' in what and self.sums.get('trunk_conflict', (0,0))[1]<self.n_batches:
-        a,b = (torch.autograd.grad(cb.parts[k], self.trunk_map, retain_graph=True)[0] for k in ('ce_mix','cross'))
-        self.add('trunk_conflict', _angle(*(o[-len(cb.record.perm):] for o in (a,b))))
+    if 'conflict' in self.what: self._add('conflict', self._angles(cb, clean))
+    n_done = self.sums.get('trunk_conflict', (0.,0))[1]
+    if 'trunk' in self.what and n_done<self.n_batches:
+        grads = [torch.autograd.grad(cb.parts[k], self.trunk_map, retain_graph=True)[0] for k in ('ce_mix','cross')]
+        mixed = [o[-len(cb.record.perm):] for o in grads]
+        self._add('trunk_conflict', _angle(*mixed))
 
-# %% ../nbs/24_diagnose.ipynb #ce-diag-read
+# %% ../nbs/24_diagnose.ipynb #diag-read
 @patch
 def before_epoch(self:Diagnose): self.sums,self.trained = {},False
+
 @patch
 def before_train(self:Diagnose):
     "Begin a new record with the first epoch of a run that trains, not with a validation"
-    self.trained = self.on
-    if self.started or not self.on: return
+    self.trained = self.active
+    if self.started or not self.active: return
     self.started,self.values = True,[]
-    if 'noise' in self.what and self.seen is not self.learn.dls:
-        with no_random(): self.seen,self.batches = self.learn.dls,list(evidence_batches(self.learn.dls, self.kind, n=self.n))
+    if 'noise' in self.what and self.batches_of is not self.learn.dls:
+        self.batches_of = self.learn.dls
+        with no_random(): self.batches = list(evidence_batches(self.learn.dls, self.kind, n=self.n))
+
 @patch
 def after_validate(self:Diagnose):
-    "Read the sums, in epochs that train"
+    "Read the sums, in training epochs only"
     self.trunk_map = None
     if not self.trained: return
-    res = {k:float(s)/n for k,(s,n) in self.sums.items()}
+    res = {k:float(total)/n for k,(total,n) in self.sums.items()}
     if 'noise' in self.what: res |= self.cekd.target_noise(self.kind, self.n, batches=self.batches)
-    self.values.append({k:res.get(k) for k in self.names})
-    if hasattr(self.learn, 'recorder'): log_parts(self.learn.recorder, self.names, self.values[-1].values())
+    row = {k:res.get(k) for k in self.names}
+    self.values.append(row)
+    if hasattr(self.learn, 'recorder'): log_parts(self.learn.recorder, self.names, row.values())

@@ -1,4 +1,4 @@
-"""`Distill` takes the branches' output apart, runs the clean pass at most once, writes the loss of the step, and shows its parts as columns
+"""`Distill` takes the branches' output apart, shares one clean pass, writes the loss, and shows its parts as columns
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/distill.html.md"""
 
@@ -17,22 +17,27 @@ from .branches import BranchNet
 
 # %% ../nbs/22_distill.ipynb #base-code
 class CleanPass(NamedTuple):
-    "What the network says about the unmixed images of a step"
+    "What the network predicts for the unmixed images of a step"
     x:Tensor      # The images, shape (B, 3, H, W)
     logits:Tensor # Of every branch, shape (n, B, K)
     feats:list    # Last map of each branch, each (B, C, h, w)
 
 class Distill(Callback):
     "Base class of the distillation callbacks: owns the loss of each training step of a `BranchNet`"
-    order = 5            # After the mix, before mixed precision
-    run_valid = False    # Validation is the plain task loss of what will be deployed
-    loss_rank = 2        # Of several callbacks that write the loss the highest rank does
-    needs_clean = False  # Does a step need a pass over the unmixed images?
-    min_branches = 1     # Branches that the method needs
-    own_labels = False   # Is it for networks whose branches have labels of their own?
-    trains = ()          # Names of the network's `trained_parts` that the loss reaches
-    keeps = ()           # Names of the network's `optional_parts` that this callback keeps
-    clean,logits,feats,parts,sums,count = None,None,None,None,None,0
+    order = 5           # After the mix, before mixed precision
+    run_valid = False   # Validation is the plain task loss of what will be deployed
+    loss_rank = 2       # Of several callbacks that write the loss, the one with the highest rank does
+    needs_clean = False # Does a step need a pass over the unmixed images?
+    min_branches = 1    # Branches that the method needs
+    own_labels = False  # Is it for networks whose branches have labels of their own?
+    trains = ()         # Names of the network's `trained_parts` that the loss reaches
+    keeps = ()          # Names of the network's `optional_parts` that this callback keeps
+    clean = None        # `CleanPass` of this step
+    logits = None       # Of every branch in this step, shape (n, B, K)
+    feats = None        # Last maps of the branches in this step
+    parts = None        # Parts of the loss of this step, by name
+    sums = None         # Sum of each part over the images of this epoch
+    count = 0           # Images in `sums`
     _stateattrs = ('clean','logits','feats','parts','sums','count')
 
     @property
@@ -50,37 +55,63 @@ class Distill(Callback):
         "How this batch was mixed, None if it was not"
         return getattr(self.mixer, 'record', None)
 
-    def check(self):
-        "Refuse a learner that this method cannot train, in one sentence"
-        model = unwrap_model(self.learn.model)
-        loss_owner(self.learn)
-        if not isinstance(model, BranchNet):
-            raise ValueError(f"`{self}` trains a network with branches, but the model is a `{type(model).__name__}`: make the learner with `branch_learner`.")
-        if model.own_labels!=self.own_labels:
-            raise ValueError(f"The branches of `{type(model).__name__}` {'have' if model.own_labels else 'have no'} labels of their own, which does not fit `{self}`: "
-                f"this network is for `{model.made_by}`, so make the learner with the function that the method comes with.")
-        left = [o for o in model.trained_parts if o not in self.trains and any(p.requires_grad for p in getattr(model, o).parameters())]
-        if self.owns and left:
-            raise ValueError(f"`{self}` has no loss for the {left[0]} of the network, which would stay as it is: build the network with `branch_net`, or train this one with `{model.made_by}`.")
-        if model.n_branches<self.min_branches:
-            raise ValueError(f"`{self}` needs at least {self.min_branches} branches, but the network has {model.n_branches}: pass `n_branches={self.min_branches}`.")
+    @property
+    def net(self):
+        "The network inside any wrapper"
+        return unwrap_model(self.learn.model)
 
-    def after_create(self): self.check()
-    def before_fit(self):
-        "Start clean, whatever an interrupted run left behind"
-        self.check()
-        self.reset_step()
-        self.sums,self.count = None,0
-        if self.owns and self.needs_clean and self.mixer is not None: self.mixer.features = self.clean_feats
+# %% ../nbs/22_distill.ipynb #check-code
+def _untrained(net, names):
+    "Names of the network's parts beside the branches that have weights to train but are not among `names`"
+    rest = [o for o in net.trained_parts if o not in names]
+    return [o for o in rest if any(p.requires_grad for p in getattr(net, o).parameters())]
 
-    def before_train(self):
-        "Let the network forget optional parts that no callback keeps any longer"
-        unwrap_model(self.learn.model).drop_parts(n for cb in self.learn.cbs for n in getattr(cb, 'keeps', ()))
+@patch
+def check(self:Distill):
+    "Refuse a learner that this method cannot train, in one sentence"
+    net,kind,owns = self.net,type(self.net).__name__,self.owns
+    if not isinstance(net, BranchNet):
+        raise ValueError(f"`{self}` trains a network with branches, but the model is a `{kind}`: "
+            "make the learner with `branch_learner`.")
+    if net.own_labels!=self.own_labels:
+        have = 'have' if net.own_labels else 'have no'
+        raise ValueError(f"The branches of `{kind}` {have} labels of their own, which does not fit `{self}`: "
+            f"this network is for `{net.made_by}`, so make the learner with the function that the method comes with.")
+    left = _untrained(net, self.trains) if owns else []
+    if left:
+        raise ValueError(f"`{self}` has no loss for the {left[0]} of the network, which would stay as it is: "
+            f"build the network with `branch_net`, or train this one with `{net.made_by}`.")
+    if net.n_branches<self.min_branches:
+        raise ValueError(f"`{self}` needs at least {self.min_branches} branches, but the network has {net.n_branches}: "
+            f"pass `n_branches={self.min_branches}`.")
 
-    def after_fit(self):
-        if self.mixer is not None: self.mixer.features = None
+@patch
+def after_create(self:Distill): self.check()
 
-    def reset_step(self): self.clean,self.logits,self.feats,self.parts = None,None,None,None
+# %% ../nbs/22_distill.ipynb #fit-code
+@patch
+def reset_step(self:Distill):
+    "Let go of the tensors of a step"
+    self.clean = self.logits = self.feats = self.parts = None
+
+@patch
+def before_fit(self:Distill):
+    "Start clean, whatever an interrupted run left"
+    self.check()
+    self.reset_step()
+    self.sums,self.count = None,0
+    if self.owns and self.needs_clean and self.mixer is not None: self.mixer.features = self.clean_feats
+
+@patch
+def after_fit(self:Distill):
+    if self.mixer is not None: self.mixer.features = None
+
+# %% ../nbs/22_distill.ipynb #train-code
+@patch
+def before_train(self:Distill):
+    "Take off the network's optional parts that no callback keeps any longer"
+    kept = [name for cb in self.learn.cbs for name in getattr(cb, 'keeps', ())]
+    self.net.drop_parts(kept)
 
 # %% ../nbs/22_distill.ipynb #clean-code
 @patch
@@ -89,7 +120,7 @@ def clean_pass(self:Distill,
 )->CleanPass:
     "Branch logits and last maps of the unmixed batch, with gradient, computed once per step"
     if self.clean is None or self.clean.x is not x:
-        with amp_context(self.learn): self.clean = CleanPass(x, *unwrap_model(self.learn.model).branch_forward(x))
+        with amp_context(self.learn): self.clean = CleanPass(x, *self.net.branch_forward(x))
     return self.clean
 
 @patch
@@ -99,7 +130,7 @@ def clean_feats(self:Distill, x):
 
 @patch
 def before_batch(self:Distill):
-    "Run the clean pass of a mixed batch, unless the mix has asked for it already"
+    "Run the clean pass of a mixed batch, unless the mix has run it already"
     if self.owns and self.needs_clean and self.record is not None: self.clean_pass(self.mixer.host)
 
 # %% ../nbs/22_distill.ipynb #step-code
@@ -108,7 +139,7 @@ def after_pred(self:Distill):
     "Keep the branches, and leave the one prediction that metrics and other callbacks expect"
     if not self.owns: return
     self.logits,self.feats = self.learn.pred
-    self.learn.pred = unwrap_model(self.learn.model).ensemble(self.logits, self.feats)
+    self.learn.pred = self.net.ensemble(self.logits, self.feats)
 
 @patch
 def after_loss(self:Distill):
@@ -118,15 +149,15 @@ def after_loss(self:Distill):
     w = self.weights()
     total = sum(w.get(k,1.)*v for k,v in self.parts.items())
     self.learn.loss_grad = total
-    self.learn.loss = total.detach()/self.shown_per()
+    self.learn.loss = total.detach()/self.loss_divisor()
 
 @patch
 def after_batch(self:Distill):
     "Add the parts of the loss to the sums of the epoch"
     if self.parts is not None:
         n = find_bs(self.learn.yb)
-        vals = torch.stack([v.detach().float() for v in self.parts.values()])*n
-        self.sums = vals if self.sums is None else self.sums+vals
+        values = torch.stack([v.detach().float() for v in self.parts.values()])*n
+        self.sums = values if self.sums is None else self.sums+values
         self.count += n
     self.reset_step()
 
@@ -142,8 +173,8 @@ def weights(self:Distill)->dict:
     return {}
 
 @patch
-def shown_per(self:Distill)->float:
-    "What the displayed training loss is divided by"
+def loss_divisor(self:Distill)->float:
+    "What the displayed training loss is divided by, e.g. the number of branches for a sum over branches"
     return 1.
 
 # %% ../nbs/22_distill.ipynb #hooks-names
@@ -154,10 +185,11 @@ def part_names(self:Distill)->list:
 
 @patch
 def epoch_parts(self:Distill)->list:
-    "Mean of each part over the training batches since the last call, None where nothing was trained"
-    res = [None]*len(self.part_names()) if self.sums is None else (self.sums/self.count).tolist()
+    "Mean of each part over the training images since the last call, None where nothing was trained"
+    if self.sums is None: return [None]*len(self.part_names())
+    means = (self.sums/self.count).tolist()
     self.sums,self.count = None,0
-    return res
+    return means
 
 # %% ../nbs/22_distill.ipynb #cols-code
 def log_parts(
@@ -166,11 +198,14 @@ def log_parts(
     values:list,  # One for each
 ):
     "Write `values` under their names, also where a validation that was cancelled has left columns before them empty"
-    rec.log += [None]*(rec.metric_names.index(names[0])-len(rec.log)) + list(values)
+    missing = rec.metric_names.index(names[0])-len(rec.log)
+    rec.log += [None]*missing + list(values)
 
 class Components(Callback):
     "Show the parts of the training loss as columns of the epoch's table"
-    order,names,trained = Recorder.order+1,(),False
+    order = Recorder.order+1
+    names = ()      # Of the columns
+    trained = False # Has this epoch trained?
     def before_fit(self):
         "Add the names before the progress bar writes its header"
         owner,rec = loss_owner(self.learn),getattr(self.learn, 'recorder', None)
@@ -182,14 +217,16 @@ class Components(Callback):
     def before_epoch(self): self.trained = False
     def before_train(self): self.trained = True
     def after_validate(self):
-        "Add the values behind the metrics, in epochs that train"
+        "Add the values after the metrics, in epochs that train"
         if self.names and self.trained: log_parts(self.learn.recorder, self.names, loss_owner(self.learn).epoch_parts())
 
 # %% ../nbs/22_distill.ipynb #own-code
 class BranchLoss(Distill):
-    "Train every branch with the learner's own loss; steps back for any distillation callback"
+    "Train every branch with the learner's own loss, until a distillation callback takes over"
     loss_rank = 1
-    def losses(self):
-        lf,y,rec = self.learn.loss_func,tuple(self.learn.yb),self.record
-        return {'ce': sum(lf(z, *y) if rec is None else mixed_loss(lf, z, y, rec) for z in self.logits.float())}
-    def shown_per(self): return unwrap_model(self.learn.model).n_branches
+    def _loss(self, z):
+        "Task loss of the logits (B, K) of one branch"
+        lf,y = self.learn.loss_func,tuple(self.learn.yb)
+        return lf(z, *y) if self.record is None else mixed_loss(lf, z, y, self.record)
+    def losses(self): return {'ce': sum(self._loss(z) for z in self.logits.float())}
+    def loss_divisor(self): return self.net.n_branches

@@ -13,21 +13,23 @@ from .branches import BranchNet
 
 # %% ../nbs/21_ema.ipynb #ce-ema
 class ModelEMA(nn.Module):
-    "Running average of a network's weights and statistics, kept inside it: saved with it, but neither trained nor exported"
+    "Running average of a network's weights and statistics, kept inside it: saved with it, neither trained nor exported"
     def __init__(self,
         net:nn.Module,      # The network that this becomes a part of, as `net.ema`
         decay:float=.999,   # Share of the average that a step keeps
     ):
         super().__init__()
-        self.decay,self.n,self.swapped = decay,0,False
+        self.decay = decay
         self.restart(net)
+        # `DistributedDataParallel` reads this attribute
         skip = set(getattr(net, '_ddp_params_and_buffers_to_ignore', []))
         net._ddp_params_and_buffers_to_ignore = sorted(skip|{f'ema.{k}' for k in self._buffers})
 
     @staticmethod
     def present(net):
         "The network's own tensors by name"
-        return {k:t for k,t in (*net.named_parameters(), *net.named_buffers()) if not k.startswith('ema.')}
+        named = dict(net.named_parameters()) | dict(net.named_buffers())
+        return {k:t for k,t in named.items() if not k.startswith('ema.')}
 
     def tensors(self):
         "The averaged tensors, by the names that they have in the network"
@@ -36,12 +38,18 @@ class ModelEMA(nn.Module):
     @torch.no_grad()
     def restart(self, net):
         "Begin again at the network's present state"
-        for k,t in self.present(net).items(): self.register_buffer(k.replace('.', '/'), t.detach().clone())
-        self.n,self.swapped = 0,False
+        for k,t in self.present(net).items():
+            self.register_buffer(k.replace('.', '/'), t.detach().clone()) # the name of a buffer has no dot
+        self.n = 0           # steps that were averaged
+        self.swapped = False # does the network hold the average, and this module the weights?
 
 BranchNet.optional_parts.add('ema')
 
 # %% ../nbs/21_ema.ipynb #ce-ema-up
+def _foreach(f, pairs, *args):
+    "Call `f` with the list of the first and the list of the second of all `pairs`, if there are any"
+    if pairs: f(*map(list, zip(*pairs)), *args)
+
 @patch
 @torch.no_grad()
 def update(self:ModelEMA,
@@ -49,12 +57,16 @@ def update(self:ModelEMA,
 ):
     "Move the average towards the present tensors"
     self.n += 1
-    keep,mine = min(self.decay, (1+self.n)/(10+self.n)),self.tensors()
-    both = [(mine[k],t.detach()) for k,t in now.items()]
-    for floats,f in ((True,lambda a,b: torch._foreach_lerp_(a, b, 1-keep)),(False,torch._foreach_copy_)):
-        ab = [o for o in both if o[0].is_floating_point()==floats]
-        if ab: f(*map(list, zip(*ab)))
+    decay = min(self.decay, (1+self.n)/(10+self.n))
+    averages = self.tensors()
+    pairs = [(averages[k],t.detach()) for k,t in now.items()]
+    floats = [o for o in pairs if o[0].is_floating_point()]
+    counters = [o for o in pairs if not o[0].is_floating_point()]
+    # `lerp` with weight 1-decay is decay*average + (1-decay)*tensor; the foreach form does all tensors in one kernel
+    _foreach(torch._foreach_lerp_, floats, 1-decay)
+    _foreach(torch._foreach_copy_, counters)
 
+# %% ../nbs/21_ema.ipynb #ce-ema-swap
 @patch
 def swap(self:ModelEMA,
     net:nn.Module, # The network that this is a part of
@@ -67,12 +79,15 @@ def swap(self:ModelEMA,
 # %% ../nbs/21_ema.ipynb #ce-ema-state
 @patch
 def get_extra_state(self:ModelEMA): return torch.tensor([self.n,self.swapped])
+
 @patch
 def set_extra_state(self:ModelEMA, state): self.n,self.swapped = int(state[0]),bool(state[1])
+
 @patch
 def _load_from_state_dict(self:ModelEMA, state_dict, prefix, *args):
-    has = any(k.startswith(prefix) and not k.endswith('_extra_state') for k in state_dict)
-    if self._buffers and has: return nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+    "Load the average; a checkpoint without one restarts the count"
+    saved = any(k.startswith(prefix) and not k.endswith('_extra_state') for k in state_dict)
+    if self._buffers and saved: return nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
     self.n,self.swapped = 0,False
 
 # %% ../nbs/21_ema.ipynb #ce-ema-pickle

@@ -60,7 +60,7 @@ learners = branchy | single
 def learn(dls):
     "A learner of two branches after two epochs"
     set_seed(0)
-    res = two(dls, metrics=accuracy, cbs=[CutMix(),CEKD(alpha=.5, ramp=0)])
+    res = two(dls, metrics=accuracy, cbs=[CutMix(),CEKD(w_cross=.5, ramp=0)])
     with res.no_bar(), res.no_logging(): res.fit(2, 1e-3)
     return shaken(res)
 

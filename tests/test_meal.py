@@ -15,13 +15,12 @@ from cekd_fastai.mix.callback import CutMix,MixUp
 from cekd_fastai.mix.snapmix import SnapMix
 from cekd_fastai.branches import branch_net,branch_splitter,save_net
 from cekd_fastai.distill import BranchLoss,Components
-from cekd_fastai.meal.callback import peek
 from cekd_fastai.meal.align import Taps
 from cekd_fastai.meal.targets import unlabeled_dl
 from cekd_fastai.meal.adversary import Adversary,discriminator
 from cekd_fastai.meal.align import align
 from cekd_fastai.meal.callback import MEAL
-from cekd_fastai.meal.teachers import Teacher,as_teacher
+from cekd_fastai.meal.teachers import TappedTeachers,Teacher,as_teacher,peek,place_teachers
 
 env = os.environ | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
 modes = ['joint','grl','alternate',None]
@@ -99,7 +98,7 @@ def test_gradient_by_hand(dls, modules, mode):
     "The gradient that reaches the student in each mode is that of the formula, sign and size"
     for eta in (1.,3.):
         model,ref = net(freeze_bn=True),net(freeze_bn=True)
-        cb,learn = first_step(dls, MEAL(modules[0], adversarial=mode, lr_disc=0., eta=eta), model=model)
+        cb,learn = first_step(dls, MEAL(modules[0], adversarial=mode, lr_disc=0., w_adv=eta), model=model)
         ad = model.adversary
         assert learn.meal.sizes==[16,4]
         loss,grads = by_hand(cb.im, ref, modules[0], ad and ad.nets, mode, [16,4], [.01,.05,1.], eta)
@@ -122,7 +121,7 @@ def test_alternate_is_judged_by_the_updated(modules):
     ad.nets[0].weight.data = torch.tensor([[1.],[-1.]])
     ad.opt = torch.optim.SGD(ad.nets.parameters(), lr=4.)
     g = torch.tensor([[[1.]]], requires_grad=True)
-    adv,disc = ad.play([g], [torch.tensor([[0.]])], 'alternate')
+    adv,disc = ad.update([g], [torch.tensor([[0.]])], 'alternate')
     adv.backward()
     w = 1+(1-torch.sigmoid(torch.tensor(1.))) # a step of 4 along a gradient of 1/4(1-sigmoid(1))
     assert torch.allclose(ad.nets[0].weight.data, torch.stack([w,-w])[:,None])
@@ -136,7 +135,7 @@ def test_discriminators_learn(mode):
     "In every mode they come to tell a still student from its teacher"
     torch.manual_seed(0)
     ad,s,t = Adversary([6], lr=1e-2),torch.randn(1,64,6)+1,torch.randn(64,6)-1
-    losses = [ad.play([s], [t], mode)[1] for _ in range(150)]
+    losses = [ad.update([s], [t], mode)[1] for _ in range(150)]
     assert losses[-1]<.1<.6<losses[0]
 
 def test_each_branch_as_alone(dls, modules):
@@ -176,8 +175,8 @@ def test_multi_label(birds, modules):
 # Which teachers teach
 
 def test_choose(dls, modules, monkeypatch):
-    asked,ask = [],MEAL.ask
-    monkeypatch.setattr(MEAL, 'ask', lambda self, i, x: asked.append(i) or ask(self, i, x))
+    asked,query = [],TappedTeachers.query_teacher
+    monkeypatch.setattr(TappedTeachers, 'query_teacher', lambda self, i, x: asked.append(i) or query(self, i, x))
     for choose,n in (('random',1),('mean',3),('each',3)):
         learn = learner(dls, MEAL(modules, choose=choose))
         asked.clear()
@@ -235,15 +234,15 @@ def test_no_label_enters(dls, modules):
         torch.manual_seed(5)
         return first_step(dls, MEAL(modules, **kw), *cbs, model=net())[0].grads
     assert same(grads([]), grads([Other()]))
-    assert not same(grads([], hard=1.), grads([Other()], hard=1.), 1e-4)
+    assert not same(grads([], w_hard=1.), grads([Other()], w_hard=1.), 1e-4)
 
 def test_hard(dls, modules):
     ref = net(freeze_bn=True)
-    cb,learn = first_step(dls, MEAL(modules[0], adversarial=None, taps=0, gammas=[0.], hard=.5), model=net(freeze_bn=True))
+    cb,learn = first_step(dls, MEAL(modules[0], adversarial=None, taps=0, gammas=[0.], w_hard=.5), model=net(freeze_bn=True))
     loss = .5*F.cross_entropy(ref.train()(cb.im)[0][0], cb.lab)
     assert same(cb.grads, torch.autograd.grad(loss, list(ref.parameters())), 1e-5)
-    assert quiet(learner(dls, MEAL(modules, hard=.5))).recorder.metric_names[4:-1]==['sim','adv','disc','hard']
-    quiet(learner(dls, CutMix(), MEAL(modules, hard=.5)))
+    assert quiet(learner(dls, MEAL(modules, w_hard=.5))).recorder.metric_names[4:-1]==['sim','adv','disc','hard']
+    quiet(learner(dls, CutMix(), MEAL(modules, w_hard=.5)))
 
 # Where teachers come from
 
@@ -262,7 +261,7 @@ def test_learner_of_other_order_and_statistics(birds, dls):
     teacher.model.heads[0][-1].weight.data.mul_(30)
     teacher.model.eval()
     learn = learner(dls, MEAL(teacher, adversarial=None, taps=0))
-    learn.meal.hook()
+    place_teachers(learn.meal.teachers, learn)
     t,raw = learn.meal.teachers[0],torch.rand(4,3,56,56)
     norm = lambda s: (raw-torch.tensor(s[0])[:,None,None])/torch.tensor(s[1])[:,None,None]
     with torch.no_grad(): want = teacher.model(norm(stats))[:,[2,0,1]]
@@ -288,7 +287,7 @@ def test_files(birds, dls, tmp_path):
     with torch.no_grad(): want = model((raw-.5)/.25)[:,[2,0,1]]
     for o,kw in ((tmp_path/'t.pt', {}), (str(tmp_path/'t.pkl'), dict(trust=True)), (own, {})):
         learn = learner(dls, MEAL(o, **kw))
-        learn.meal.hook()
+        place_teachers(learn.meal.teachers, learn)
         x = (raw-torch.tensor(imagenet_stats[0])[:,None,None])/torch.tensor(imagenet_stats[1])[:,None,None]
         assert torch.allclose(learn.meal.teachers[0](x), want, atol=1e-4), o
     (tmp_path/'t.pkl').rename(tmp_path/'p.pth')
@@ -318,10 +317,10 @@ def test_timm_name(dls, monkeypatch):
     assert asked==[('test_convnext',True)] and t.stats==[[.5]*3,[.5]*3] and t.name=='test_convnext'
     quiet(learner(dls, MEAL('test_convnext')))
     monkeypatch.undo()
-    with pytest.raises(ValueError, match='no architecture `resnet1008`.*near matches'): MEAL('resnet1008')
+    with pytest.raises(ValueError, match='no architecture `resnet1008`.*did you mean'): MEAL('resnet1008')
 
 def test_size_a_teacher_cannot_take(dls):
-    with pytest.raises(ValueError, match=r'`test_vit` cannot look at images of shape \(3, 56, 56\)'): learner(dls, MEAL(timm.create_model('test_vit', num_classes=3)))
+    with pytest.raises(ValueError, match=r'`test_vit` does not take images of shape \(3, 56, 56\)'): learner(dls, MEAL(timm.create_model('test_vit', num_classes=3)))
 
 def test_any_architecture(dls):
     "A vision transformer, a `vision_learner`, a network with branches and a plain module teach the same student"
@@ -354,8 +353,8 @@ def test_named_taps(dls, modules):
     m = learn.meal
     assert m.paths==[['trunk.layer2'],['branches.0.layer4','branches.1.layer4']] and m.teacher_paths[0]==[['layer1'],['layer4']] and m.sizes==[20,7]
     quiet(learn)
-    with pytest.raises(ValueError, match='`BranchNet` has no part `layr2` to tap; near matches: layer2'): learner(dls, MEAL(modules[0], taps=['layr2']))
-    with pytest.raises(ValueError, match='`ResNet` has no part `stages.9` to tap; near matches'): learner(dls, MEAL(modules[0], taps=1, teacher_taps=['stages.9']))
+    with pytest.raises(ValueError, match="`BranchNet` has no part `layr2` to tap; did you mean 'layer2'"): learner(dls, MEAL(modules[0], taps=['layr2']))
+    with pytest.raises(ValueError, match='`ResNet` has no part `stages.9` to tap; choose from'): learner(dls, MEAL(modules[0], taps=1, teacher_taps=['stages.9']))
     with pytest.raises(ValueError, match='student is tapped at 1 places and teacher `ResNet` at 2'): learner(dls, MEAL(modules[0], taps=1, teacher_taps=2))
     with pytest.raises(ValueError, match='2 entries for 1 teachers'): learner(dls, MEAL(modules[0], taps=1, teacher_taps=[1,1]))
     with pytest.raises(ValueError, match='has 5 stages with a feature map, not 6: pass `taps=5`'): learner(dls, MEAL(modules[0], taps=6))
@@ -369,7 +368,7 @@ def test_a_tap_that_is_no_map(dls, modules):
     with pytest.raises(ValueError, match='The part `two` gives a list, but a tap needs a map'): learner(dls, MEAL(Pair(), taps=1, teacher_taps=['two']))
 
 opts = [dict(kind='l1'), dict(kind='l2'), dict(kind='l1_soft'), dict(kind='l2_soft'), dict(T=4.), dict(gammas=[1.,1.,1.]), dict(taps=1), dict(taps=0), dict(dims=5),
-    dict(space='max'), dict(channels='max'), dict(eta=.1), dict(reduce=8), dict(last_relu=True), dict(hard=1.), dict(adversarial='grl'), dict(adversarial=None),
+    dict(space='max'), dict(channels='max'), dict(w_adv=.1), dict(reduce=8), dict(last_relu=True), dict(w_hard=1.), dict(adversarial='grl'), dict(adversarial=None),
     dict(choose='mean'), dict(choose='each'), dict(teacher_taps=['layer1','layer2'])]
 
 @pytest.mark.parametrize('kw', opts, ids=lambda o: '-'.join(f'{k}={v}' for k,v in o.items()))
@@ -391,14 +390,14 @@ def test_lr_disc(dls, modules):
 
 def test_v2(dls, modules):
     learn = learner(dls, MEAL.v2(modules))
-    assert learn.meal.choose=='mean' and learn.meal.paths==[] and learn.meal.gammas==[1.] and learn.meal.lr_disc==1e-4
+    assert learn.meal.choose=='mean' and learn.meal.paths==[] and learn.meal.block_loss.gammas==[1.] and learn.meal.lr_disc==1e-4
     assert [tuple(o.shape) for o in discriminator(1000, 8).parameters()][::2]==[(125,1000),(15,125),(2,15)]
     assert len(learn.model.adversary.nets)==1 and MEAL.v2(modules, reduce=2).reduce==2
     quiet(learn)
 
-bad = [(dict(choose='best'), "`choose` is 'best'"), (dict(adversarial='gan'), "`adversarial` is 'gan'"), (dict(kind='kl'), "`kind` is 'kl'"), (dict(T=0), 'temperature `T` is 0'),
-    (dict(hard=-1), '`hard` is -1'), (dict(eta=-1), '`eta` is -1'), (dict(lr_disc=-1), '`lr_disc` is -1'), (dict(space='sum'), "`space` is 'sum'"), (dict(channels='sum'), "`channels` is 'sum'"),
-    (dict(reduce=0), '`reduce` is 0'), (dict(views=0), '`views` is 0'), (dict(taps=-1), '`taps` is -1'), (dict(dims=[1]), '`dims` has 1 entries, but it takes 2'), (dict(gammas=[1]), 'it takes 3')]
+bad = [(dict(choose='best'), "`choose` is 'best'"), (dict(adversarial='gan'), "`adversarial` is 'gan'"), (dict(kind='kl'), "`kind` is 'kl'"), (dict(T=0), '`T` is 0'),
+    (dict(w_hard=-1), '`w_hard` is -1'), (dict(w_adv=-1), '`w_adv` is -1'), (dict(lr_disc=-1), '`lr_disc` is -1'), (dict(space='sum'), "`space` is 'sum'"), (dict(channels='sum'), "`channels` is 'sum'"),
+    (dict(reduce=0), 'reduce=0: pass a whole number'), (dict(views=0), 'views=0: pass a whole number'), (dict(taps=-1), '`taps` is -1'), (dict(dims=[1]), '`dims` has 1 entries, but it takes 2'), (dict(gammas=[1]), 'it takes 3')]
 
 @pytest.mark.parametrize('kw,said', bad, ids=[str(o[0]) for o in bad])
 def test_bad_arguments(modules, kw, said):
@@ -424,7 +423,7 @@ def test_unlabeled(birds, dls, modules, tmp_path):
         def after_pred(self):
             if self.training: seen.append((len(self.learn.xb[0]), len(self.learn.pred), len(self.learn.meal.targets[0].p)))
     for extra in ((), (SnapMix(),)):
-        learn = learner(dls, *extra, MEAL(modules, unlabeled=list(files), hard=1.), See())
+        learn = learner(dls, *extra, MEAL(modules, unlabeled=list(files), w_hard=1.), See())
         seen.clear()
         quiet(learn, 2)
         assert seen==[(13,8,13)]*6
@@ -452,7 +451,7 @@ def test_unlabeled_needs_files(modules):
     with pytest.raises(ValueError, match='make `dls` with `fine_grained_dls`'): learner(raw, MEAL(modules, unlabeled=['a.jpg']), loss_func=CrossEntropyLossFlat())
 
 def test_training_data_without_labels(dls, modules):
-    "A training set that has none trains all the same, and `hard` is refused"
+    "A training set that has none trains all the same, and `w_hard` is refused"
     x = torch.randn(16,3,56,56)
     pairs = L(zip(x, torch.randint(0, 3, (16,))))
     part = DataLoaders(DataLoader(L((o,) for o in x), bs=8), DataLoader(pairs, bs=8), device='cpu')
@@ -463,7 +462,7 @@ def test_training_data_without_labels(dls, modules):
         if isinstance(loss, CrossEntropyLossFlat): quiet(learn)
         else: quiet(learn, cbs=SkipValid())
         assert not same(before, model.parameters(), 1e-6)
-    with pytest.raises(ValueError, match='`hard` is 1.0, but the training images have no labels'): learner(part, MEAL(modules, hard=1.), loss_func=CrossEntropyLossFlat())
+    with pytest.raises(ValueError, match='`w_hard` is 1.0, but the training images have no labels'): learner(part, MEAL(modules, w_hard=1.), loss_func=CrossEntropyLossFlat())
 
 class SkipValid(Callback):
     def before_validate(self): raise CancelFitException
@@ -487,13 +486,13 @@ class Keep(Callback):
             self.blocks.append([b.clone() for b in self.learn.meal.targets[0].blocks])
 
 @pytest.mark.parametrize('choose', ['random','mean','each'])
-def test_online(birds, dls, modules, choose, tmp_path):
+def test_cached(birds, dls, modules, choose, tmp_path):
     "The second epoch asks no teacher, and has pixels, answers and blocks of the first"
-    learn = learner(dls, CutMix(), MEAL(modules, choose=choose, online=True, cache=tmp_path, unlabeled=birds/'images'), Keep())
+    learn = learner(dls, CutMix(), MEAL(modules, choose=choose, cache_targets=True, cache_dir=tmp_path, unlabeled=birds/'images'), Keep())
     calls = counted(learn)
     quiet(learn, 1)
     n = len(calls)
-    assert n==3*(1 if choose=='random' else 3) and learn.meal.answers.done==[0]
+    assert n==3*(1 if choose=='random' else 3) and learn.meal.target_cache.done==[0]
     a = learn.keep.ims,learn.keep.said,learn.keep.blocks
     quiet(learn, 2)
     b = learn.keep.ims,learn.keep.said,learn.keep.blocks
@@ -501,27 +500,27 @@ def test_online(birds, dls, modules, choose, tmp_path):
     for i in range(6):
         assert torch.equal(a[0][i%3], b[0][i]) and torch.allclose(a[1][i%3], b[1][i]) and all(torch.allclose(p, q) for p,q in zip(a[2][i%3], b[2][i]))
 
-def test_online_views(dls, modules, tmp_path):
+def test_cached_views(dls, modules, tmp_path):
     "Two views are two different epochs; another learner, even of another kind, goes on with the file"
-    learn = learner(dls, MEAL(modules, online=True, views=2, cache=tmp_path), Keep())
+    learn = learner(dls, MEAL(modules, cache_targets=True, views=2, cache_dir=tmp_path), Keep())
     calls = counted(learn)
     quiet(learn, 4)
     x = learn.keep.ims
     assert len(calls)==6 and torch.equal(x[0], x[6]) and torch.equal(x[5], x[11]) and not torch.equal(x[0], x[3])
-    again = learner(dls, MEAL(modules, online=True, views=2, cache=tmp_path), Keep(), model=net('test_resnet', drop_rate=.5))
+    again = learner(dls, MEAL(modules, cache_targets=True, views=2, cache_dir=tmp_path), Keep(), model=net('test_resnet', drop_rate=.5))
     calls = counted(again)
     quiet(again, 2)
     assert not calls and torch.equal(again.keep.ims[4], x[4])
     for kw in (dict(seed=7), dict(choose='mean'), dict(T=2.), dict(dims=3)):
-        other = learner(dls, MEAL(modules, online=True, views=2, cache=tmp_path, **kw))
+        other = learner(dls, MEAL(modules, cache_targets=True, views=2, cache_dir=tmp_path, **kw))
         calls = counted(other)
         quiet(other)
         assert calls, kw
-    less = learner(dls, MEAL(modules[:2], online=True, views=2, cache=tmp_path))
-    assert less.meal.open_answers().folder!=learn.meal.answers.folder
+    less = learner(dls, MEAL(modules[:2], cache_targets=True, views=2, cache_dir=tmp_path))
+    assert less.meal.open_cache().folder!=learn.meal.target_cache.folder
 
-def test_online_leaves_randomness_alone(dls, modules, tmp_path):
-    learn = learner(dls, MEAL(modules, online=True, cache=tmp_path))
+def test_cached_leaves_randomness_alone(dls, modules, tmp_path):
+    learn = learner(dls, MEAL(modules, cache_targets=True, cache_dir=tmp_path))
     quiet(learn)
     set_seed(3)
     want = torch.rand(3),random.random(),np.random.rand()
@@ -532,28 +531,28 @@ def test_online_leaves_randomness_alone(dls, modules, tmp_path):
     quiet(learn)
     assert not torch.equal(a, torch.rand(1))
 
-def test_online_unfinished(dls, modules, tmp_path):
+def test_cached_unfinished(dls, modules, tmp_path):
     "An epoch that was cut short is not taken for one"
     class Stop(Callback):
         def before_step(self):
             if self.learn.iter==1: raise KeyboardInterrupt
-    learn = learner(dls, MEAL(modules, online=True, cache=tmp_path))
+    learn = learner(dls, MEAL(modules, cache_targets=True, cache_dir=tmp_path))
     with pytest.raises(KeyboardInterrupt): quiet(learn, cbs=Stop())
-    assert learn.meal.answers.done==[]
+    assert learn.meal.target_cache.done==[]
     calls = counted(learn)
     quiet(learn)
-    assert len(calls)==3 and learn.meal.answers.done==[0] and learn.meal.rng is None
+    assert len(calls)==3 and learn.meal.target_cache.done==[0] and learn.meal.target_cache.student_rng is None
 
-def test_online_changed_pixels(birds, modules, tmp_path):
-    "Where an epoch begins with other pixels, the teachers are asked anew, and the answers are those of the new pixels; where it goes on with others it is refused"
+def test_cached_changed_pixels(birds, modules, tmp_path):
+    "Where an epoch begins with other pixels, the teachers answer anew, and the answers are those of the new pixels; where it goes on with others it is refused"
     d = fine_grained_dls(birds, size=56, bs=8, num_workers=0)
-    learn = learner(d, MEAL(modules, online=True, cache=tmp_path))
+    learn = learner(d, MEAL(modules, cache_targets=True, cache_dir=tmp_path))
     quiet(learn)
     class Flip(Callback):
         order = 3
         def before_batch(self): self.learn.xb = (self.learn.xb[0].flip(-1),)
     calls = counted(learn)
-    with pytest.warns(UserWarning, match='the teachers are asked anew'): quiet(learn, cbs=Flip())
+    with pytest.warns(UserWarning, match='the teachers answer anew'): quiet(learn, cbs=Flip())
     quiet(learn, cbs=Flip())
     assert len(calls)==3
     class Late(Flip):
@@ -564,34 +563,34 @@ def test_online_changed_pixels(birds, modules, tmp_path):
     quiet(learn)
     assert len(calls)==6
 
-def test_online_corrected_teacher(dls, modules, tmp_path):
+def test_cached_corrected_teacher(dls, modules, tmp_path):
     "A teacher whose classes turn out to be in another order, or whose statistics are others, is asked again"
     runs = []
     for t in (modules[0], Teacher(modules[0], vocab=list(dls.vocab)[::-1]), Teacher(modules[0], stats=([.5]*3,[.5]*3))):
-        learn = learner(dls, MEAL([t], online=True, cache=tmp_path), Keep())
+        learn = learner(dls, MEAL([t], cache_targets=True, cache_dir=tmp_path), Keep())
         calls = counted(learn)
         quiet(learn)
         runs.append((len(calls),learn.keep.said[0]))
     assert [n for n,_ in runs]==[3,3,3] and not torch.allclose(runs[0][1], runs[1][1]) and not torch.allclose(runs[0][1], runs[2][1])
 
-def test_online_other_data(birds, modules, tmp_path):
+def test_cached_other_data(birds, modules, tmp_path):
     "Another mix has answers of its own, a mix that stops is refused, and loaders of another size are asked about, unlabelled images too"
     d = [fine_grained_dls(birds, size=s, bs=8, num_workers=0) for s in (56,40)]
-    plain,mixed = (learner(d[0], *cbs, MEAL(modules, online=True, cache=tmp_path, unlabeled=birds/'images')) for cbs in ((),(CutMix(),)))
+    plain,mixed = (learner(d[0], *cbs, MEAL(modules, cache_targets=True, cache_dir=tmp_path, unlabeled=birds/'images')) for cbs in ((),(CutMix(),)))
     quiet(plain)
     calls = counted(mixed)
     quiet(mixed)
     assert len(calls)==3
-    with pytest.raises(ValueError, match='stops at 0.5 of the run'): learner(d[0], CutMix(stop_at=.5), MEAL(modules, online=True, cache=tmp_path))
+    with pytest.raises(ValueError, match='stops at 0.5 of the run'): learner(d[0], CutMix(stop_at=.5), MEAL(modules, cache_targets=True, cache_dir=tmp_path))
     plain.dls = d[1]
     calls = counted(plain)
-    with pytest.warns(UserWarning, match='asked anew'): quiet(plain)
+    with pytest.warns(UserWarning, match='answer anew'): quiet(plain)
     assert len(calls)==3
 
-def test_online_student_is_free(dls, modules, tmp_path):
+def test_cached_student_is_free(dls, modules, tmp_path):
     "The data repeats, the dropout of the student does not"
     seen = []
-    learn = learner(dls, MEAL(modules, online=True, cache=tmp_path), Keep(), model=net('test_resnet', drop_rate=.5))
+    learn = learner(dls, MEAL(modules, cache_targets=True, cache_dir=tmp_path), Keep(), model=net('test_resnet', drop_rate=.5))
     class Draw(Callback):
         order,run_valid = 20,False
         def after_pred(self): seen.append(torch.rand(4))
@@ -599,9 +598,9 @@ def test_online_student_is_free(dls, modules, tmp_path):
     x = learn.keep.ims
     assert torch.equal(x[0], x[3]) and torch.equal(x[0], x[6]) and len({tuple(o.tolist()) for o in seen})==9
 
-def test_online_gives_the_generators_back(dls, modules, tmp_path):
+def test_cached_gives_the_generators_back(dls, modules, tmp_path):
     "After lr_find and early ends the generators go on from where they were, and a seed that is set afterwards holds"
-    learn = learner(dls, MEAL(modules, online=True, cache=tmp_path))
+    learn = learner(dls, MEAL(modules, cache_targets=True, cache_dir=tmp_path))
     def drawn(seed):
         set_seed(seed)
         with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=12, show_plot=False)
@@ -635,12 +634,12 @@ def test_peers_and_second_learner(birds, dls, modules, tmp_path):
     assert new.model.adversary.opt.param_groups[0]['lr']==1e-5
 
 @pytest.mark.parametrize('kind', ['memory','aug','workers'])
-def test_online_any_loader(birds, modules, kind, tmp_path):
+def test_cached_any_loader(birds, modules, kind, tmp_path):
     "Crops of whole batches, augmentation of batches, and worker processes repeat alike"
     if kind=='memory': d = fine_grained_dls(birds, size=56, bs=8, in_memory=True)
     elif kind=='aug': d = fine_grained_dls(birds, size=56, bs=8, num_workers=0, batch_tfms=aug_transforms())
     else: d = fine_grained_dls(birds, size=56, bs=8, num_workers=2)
-    learn = learner(d, MEAL(modules, online=True, cache=tmp_path), Keep())
+    learn = learner(d, MEAL(modules, cache_targets=True, cache_dir=tmp_path), Keep())
     quiet(learn, 2)
     x = learn.keep.ims
     assert all(torch.equal(a, b) for a,b in zip(x[:3], x[3:])) and not torch.equal(x[0], x[1])
@@ -761,7 +760,7 @@ def test_interrupts_leave_nothing(dls, modules, where, ex, tmp_path):
         assert torch.allclose(probs.sum(1), torch.ones(len(probs)), atol=1e-5)
         assert not any(m._forward_hooks for m in learn.model.modules()) and len(learn.validate())==2
         learn.fit(1, 1e-3)
-    assert len(learn.recorder.values[-1])==6 and learn.meal.targets is None and learn.meal.student is None
+    assert len(learn.recorder.values[-1])==6 and learn.meal.targets is None and learn.meal.student_taps is None
     assert (tmp_path/'cut.pkl').stat().st_size < 2_600_000
     assert load_learner(tmp_path/'cut.pkl').meal.teachers==()
 
@@ -770,7 +769,7 @@ def learn_files(dls): return list(dls.train.items[:8])
 def test_export(dls, modules, tmp_path):
     "As large as the export of a plain student, and as useful: predictions in a process of its own, and a clear word when it is to be trained"
     big = timm.create_model('resnet18', num_classes=3)
-    learn,plain = (quiet(learner(dls, *cbs, path=tmp_path)) for cbs in ((MEAL([*modules,big], unlabeled=learn_files(dls), online=True, cache=tmp_path/'c'),), ()))
+    learn,plain = (quiet(learner(dls, *cbs, path=tmp_path)) for cbs in ((MEAL([*modules,big], unlabeled=learn_files(dls), cache_targets=True, cache_dir=tmp_path/'c'),), ()))
     learn.export('meal.pkl')
     plain.export('plain.pkl')
     a,b = ((tmp_path/o).stat().st_size for o in ('meal.pkl','plain.pkl'))

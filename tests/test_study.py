@@ -1,5 +1,5 @@
-"The bookkeeping of the study: what counts as done, what is chosen, and which rows a table shows."
-import copy,importlib.util
+"The bookkeeping of the study: what counts as done, what is chosen, which rows a table shows; and the page of all results."
+import copy,importlib.util,json
 from pathlib import Path
 import pytest
 
@@ -43,3 +43,45 @@ def test_table_of_what_was_chosen(study, monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert '80.0, 80.0' in said
     assert '10.0' not in said and (tmp_path/'cekd'/'cub50.png').exists()
+
+def test_renamed_arguments_leave_runs_done(study):
+    "A finished run counts as done, though its arguments have had other names"
+    raw = (study.here/'results'/'cub50.jsonl').read_text()
+    assert '"alpha": 0' in raw
+    jobs = {study.key(o) for o in study.select_jobs('cub50', range(1))}
+    done = {study.key(o) for o in study.read_rows('cub50') if o['stage']=='select'}
+    assert len(done)>20 and done<=jobs
+
+def test_renamed_arguments_of_commands(benchmark):
+    collect = benchmark('collect')
+    was = dict(method='cekd', method_args=['beta=3','alpha=0','T=4'], mix_args=['alpha=5'])
+    assert collect.today(was)==was|dict(method_args=['w_clean=3','w_cross=0','T=4'])
+    other = dict(method='plain', mix_args=['alpha=5'])
+    assert collect.today(other)==other
+
+# The page of all results
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    "Import a module of the folder `benchmarks`"
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent/'benchmarks'))
+    return importlib.import_module
+
+def test_page_shows_all_results(benchmark):
+    "Every result file has its table on the page, with the command that makes it"
+    page = benchmark('page')
+    text = (page.here/'README.md').read_text(encoding='utf-8')
+    for o in (page.here/'results').glob('*.json'): assert f"(`{json.loads(o.read_text())['command']}`" in text, o.name
+
+def test_page_takes_cells(benchmark):
+    "A cell comes without its heading, and its links lead from the page to where they led from the notebook"
+    page = benchmark('page')
+    text = page.cell_text('nbs/studies/cekd.ipynb', 'birds-md')
+    assert text.startswith('Now the same') and '](../benchmarks/README.md#' in text
+    assert page.cell_text('nbs/studies/cekd.ipynb', 'title').count('](../nbs/23_cekd.ipynb)')==1
+
+@pytest.mark.parametrize('line,fault', [('{{table nothing}}','no benchmarks/results/nothing.json'), ('{{cell nbs/x.ipynb a}}','nbs/x.ipynb, which does not exist'),
+    ('{{cell nbs/studies/cekd.ipynb nothing}}','the cell `nothing`'), ('{{row a}}','begins with `table` or `cell`'), ('{{table online}}','shows no table of')])
+def test_page_names_what_is_wrong(benchmark, line, fault):
+    page = benchmark('page')
+    with pytest.raises(page.PageError, match=fault): page.page(f'# Results\n\n{line}\n')

@@ -1,18 +1,20 @@
-"""Train every method with every mix for a few steps, and keep a digest of all that comes out: a change that only moves and
-renames code leaves every digest as it is, bit for bit. Write the digests of the commit before the change, then compare:
+"""Train every method with every mix for a few steps, and keep a digest of each result. A change that only moves and
+renames code leaves every digest as it is, bit for bit. Before you restructure, take a second checkout of the commit
+before your change, write its digests, and compare as often as you like:
 
-    git worktree add ../before main
+    git worktree add --detach ../before HEAD
     PYTHONPATH=../before .venv/bin/python tools/same_results.py write before.json
     PYTHONPATH=$PWD .venv/bin/python tools/same_results.py compare before.json
 
-`compare` lists the cases that differ, with the parts that do (images, losses, columns, weights, predictions, random numbers),
-and how much: around 1e-7 sums were added up in another order, around 1 something else was computed. It exits with 1 if any does.
-Words behind the file keep to the cases that contain one of them (`compare before.json cekd/ meal/`), `write` prints nothing but
-the count. Both runs must be on one machine with the same versions of torch, fastai and timm.
+`compare` lists the cases that differ, with the parts that do (images, losses, columns, weights, predictions, random
+numbers) and the relative change of their norm: 1e-7 or less means that sums were added in another order, more that
+something else was computed. It exits with 1 if any case differs. Add words to run only the cases whose names contain
+one of them: `compare before.json cekd/ meal/`. Both runs need the same machine and the same versions of torch, fastai
+and timm. All cases take two to three minutes on one free core.
 
-Names are looked up in all modules of the package. Where the change gives something a new name, add that name to `NAMES`, and that
-of an argument to `ARGS`; tensors, columns and parameters are compared without their names. With both lists the script runs on
-both sides of the change, so keep the old names until the change is done."""
+The script finds names in all modules of the package. If your change renames something that a case uses, add the new
+name to `NAMES`, or to `ARGS` for an argument, and keep the old one until the change is done: then the script runs on
+both sides of it. Tensors, columns and parameters are compared without their names."""
 import os
 os.environ |= dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', MPLBACKEND='Agg', HF_HUB_OFFLINE='1')
 import argparse,fastai,hashlib,importlib,inspect,io,json,sys,tempfile,time,timm,warnings
@@ -28,11 +30,11 @@ torch.set_num_threads(1)
 warnings.simplefilter('ignore')
 package = Path(cekd_fastai.__file__).resolve().parent
 
-# What the names of today became, first the oldest.
+# Later names of what the cases below call by its first name.
 NAMES = dict(CheckpointTrunk=['GradCheckpoint', 'GradCheckpointing', 'GradientCheckpoint', 'GradientCheckpointing'],
     class_maps=['cam', 'class_cam', 'image_cam', 'model_cam'], few=['few_shot'],
     official_test=['official_test_dl', 'official_test_loader', 'test_dl', 'test_loader'])
-ARGS = dict(alpha=['w_cross', 'w_kd', 'w_distil'], beta=['w_clean'], cd=['w_cd'], hard=['w_hard'],
+ARGS = dict(alpha=['w_cross', 'w_kd', 'w_distil'], eta=['w_adv'], beta=['w_clean'], cd=['w_cd'], hard=['w_hard'],
     cache=['cache_dir', 'folder'], online=['cache_targets'], checkpoint_trunk=['grad_checkpoint'])
 
 # ---- names of the package
@@ -52,21 +54,21 @@ def _own(room, name):
     return res if defined or name in getattr(room, '__all__', ()) else None
 
 def get(name):
-    "The function, class or constant that today is called `name`"
+    "The function, class or constant whose first name is `name`"
     names = [name, *NAMES.get(name, [])]
     found = [res for o in names for room in rooms() if (res := _own(room, o)) is not None]
     if not found: raise NameError(f"no module of the package defines {' or '.join(names)}: add the new name to NAMES")
     return found[0]
 
 def member(o, name):
-    "The attribute of `o` that today is called `name`"
+    "The attribute of `o` whose first name is `name`"
     names = [name, *NAMES.get(name, [])]
     found = [k for k in names if hasattr(o, k)]
     if not found: raise AttributeError(f"{type(o).__name__} has no {' or '.join(names)}: add the new name to NAMES")
     return getattr(o, found[0])
 
 def renamed(f, kw):
-    "`kw` with the names that the arguments of `f` have"
+    "`kw` with the names of the arguments of `f`"
     known = inspect.signature(f).parameters
     res = {}
     for k,v in kw.items():
@@ -76,7 +78,7 @@ def renamed(f, kw):
     return res
 
 def call(name, *args, **kw):
-    "Call what today is called `name`"
+    "Call the function or class whose first name is `name`"
     f = get(name)
     return f(*args, **renamed(f, kw))
 
@@ -101,10 +103,10 @@ def sha(arrays):
     return h.hexdigest()[:16]
 
 def summary(o):
-    "Digest of `o`, and the sum of the sizes of its numbers, which says how large a difference is"
+    "Digest of `o`, and the norm of its numbers, which shows how large a difference is"
     arrays = list(leaves(o))
-    numbers = [o for o in arrays if isinstance(o, np.ndarray)]
-    return dict(sha=sha(arrays), size=float(sum(np.nansum(np.abs(o.astype(np.float64))) for o in numbers)))
+    squares = [np.nansum(v.astype(np.float64)**2) for v in arrays if isinstance(v, np.ndarray)]
+    return dict(sha=sha(arrays), norm=math.sqrt(sum(squares)))
 
 def hidden(net):
     "Networks that modules of `net` keep in plain attributes and lists, such as discriminators"
@@ -146,7 +148,8 @@ def noise(n=2*bs, bs=bs, multi=False):
 @cache
 def birds():
     "Folder of drawn birds"
-    with no_random(0): return call('make_birds', root/'birds', n_species=4, n_images=12, n_train=8, size=72, n_workers=0, progress=False)
+    kw = dict(n_species=4, n_images=12, n_train=8, size=72, n_workers=0, progress=False)
+    with no_random(0): return call('make_birds', root/'birds', **kw)
 
 def bird_dls(**kw): return get('fine_grained_dls')(birds(), **dict(size=size, bs=8, num_workers=0, device='cpu') | kw)
 
@@ -196,7 +199,7 @@ def stock(cbs=(), dls=None):
 # ---- a run
 
 class Watch(Callback):
-    "The pictures that the network saw and the losses, for each step"
+    "Keep the images and the losses of each step"
     order,run_valid = 1000,False
     def __init__(self): self.images,self.losses = [],[]
     def before_batch(self): self.images.append(self.learn.xb[0].clone())
@@ -212,26 +215,27 @@ def fitted(learn, n=1, lr=.05):
     return learn
 
 def outcome(learn, n=1, fit=None):
-    "Train `learn`, and say what came of it"
+    "Train `learn` and return everything that can be compared"
     watch = Watch()
     learn.add_cb(watch)
     quiet(learn, fit or (lambda o: o.fit(n, .05)))
     learn.remove_cb(watch)
     columns = list(learn.recorder.values)
     preds = quiet(learn, lambda o: o.get_preds(dl=o.dls.valid)[0])
-    return dict(images=watch.images, losses=watch.losses, columns=columns, weights=weights(learn.model), predictions=preds)
+    steps = dict(images=watch.images, losses=watch.losses, columns=columns)
+    return steps | dict(weights=weights(learn.model), predictions=preds)
 
 # ---- how a case is written
 
 CASES = {}
 
 class Later:
-    "A callback that is built when its case runs"
+    "A callback that its case builds when it runs"
     def __init__(self, name, *args, **kw): self.name,self.args,self.kw = name,args,kw
     def build(self): return call(self.name, *now(self.args), **self.kw)
 
 def now(o):
-    "Build what was put off, inside lists too"
+    "Build callbacks of type `Later`, inside lists too"
     if isinstance(o, Later): return o.build()
     return [now(v) for v in o] if isinstance(o, (list,tuple)) else o
 
@@ -269,9 +273,10 @@ for method,f in METHODS.items():
 # ---- mixes
 
 for method in ('stock','branches','cekd'):
-    for o in ('MixUp','CutMix','SnapMix'): case(f'mix/{method}, {o} per sample', METHODS[method], Later(o, per='sample'))
-    for o,mix in mixes(prob=.5).items(): case(f'mix/{method}, {o}, half', METHODS[method], mix, epochs=2)
-    for o,mix in mixes(prob=.5, per='sample').items(): case(f'mix/{method}, {o}, half per sample', METHODS[method], mix)
+    f = METHODS[method]
+    for o in ('MixUp','CutMix','SnapMix'): case(f'mix/{method}, {o} per sample', f, Later(o, per='sample'))
+    for o,mix in mixes(prob=.5).items(): case(f'mix/{method}, {o}, half', f, mix, epochs=2)
+    for o,mix in mixes(prob=.5, per='sample').items(): case(f'mix/{method}, {o}, half per sample', f, mix)
 for o,mix in mixes(stop_at=.5).items():
     case(f'mix/branches, {o} stops', branches, mix)
     case(f'mix/cekd, {o} stops', cekd, mix)
@@ -324,19 +329,22 @@ case('net/random depth, meal', meal, mixup, n=2, **deep)
 case('net/adam', cekd, snapmix, net_args=dict(opt_func=Adam))
 case('net/one cycle', cekd, snapmix, fit=lambda o: o.fit_one_cycle(2, .05))
 case('net/fine tune', branches, snapmix, fit=lambda o: o.fine_tune(1, .05))
-case('net/one image, diversity', METHODS['diversity'], dls=noise(4, 1))
-case('net/one image, cekd', cekd, snapmix, dls=noise(4, 1))
+
+def single(cbs, f): return f(cbs, noise(4, 1))
+case('net/one image, diversity', single, f=METHODS['diversity'])
+case('net/one image, cekd', single, snapmix, f=cekd)
 
 freezable = dict(branches=branches, cekd=cekd, css=css) | {o:METHODS[o] for o in ('diversity','one')}
 for method,f in freezable.items():
     frozen = dict(freeze_bn=True)
     case(f'net/frozen statistics, {method}', f, snapmix, **(frozen if method=='branches' else dict(net_args=frozen)))
-for o in ('branches','cekd','css','diversity'): case(f'net/checkpointed, {o}', METHODS[o], snapmix, Later('CheckpointTrunk'))
-case('net/checkpointed, meal', meal, Later('CheckpointTrunk'), taps=1)
+less = Later('CheckpointTrunk')
+for o in ('branches','cekd','css','diversity'): case(f'net/checkpointed, {o}', METHODS[o], snapmix, less)
+case('net/checkpointed, meal', meal, less, taps=1)
 
 peers = dict(arch=[arch,'test_efficientnet'])
 case('peers/plain', branches, **peers)
-case('peers/checkpointed', branches, Later('CheckpointTrunk'), **peers)
+case('peers/checkpointed', branches, less, **peers)
 for o,mix in mixes().items(): case(f'peers/cekd, {o}', cekd, mix, target='both', teacher='peer', **peers)
 case('peers/cekd, maps', cekd, snapmix, fuse='maps', **peers)
 case('peers/meal', meal, mixup, n=2, taps=0, **peers)
@@ -390,7 +398,8 @@ case('diagnose/maps', cekd, snapmix, watch, fuse='maps')
 case('diagnose/joint', cekd, cutmix, watch, joint=True)
 
 def on_birds(cbs, f=cekd, data=None, **kw): return f(cbs, bird_dls(**(data or {})), **kw)
-for o in ('parts','box'): case(f'diagnose/noise of {o}', on_birds, snapmix, Later('Diagnose', 'noise', kind=o, n=12), epochs=2)
+evidence = {o:Later('Diagnose', 'noise', kind=o, n=12) for o in ('parts','box')}
+for o,cb in evidence.items(): case(f'diagnose/noise of {o}', on_birds, snapmix, cb, epochs=2)
 case('diagnose/noise of the average', on_birds, cutmix, Later('Diagnose', 'noise', n=12), teacher='ema')
 
 # ---- MEAL
@@ -491,26 +500,33 @@ def batches(dls, epochs=2):
 def table(t): return dict(rows=member(t, 'to_df')(), classes=t.classes, boxes=t.boxes, counts=member(t, 'counts')())
 
 @result('data/birds')
-def _(): return dict(files=folder_files(birds()), parts=call('bird_parts', birds()), marks=call('diagnostic_parts', birds()))
+def _():
+    tables = dict(parts=call('bird_parts', birds()), marks=call('diagnostic_parts', birds()))
+    return dict(files=folder_files(birds())) | tables
 
 @result('data/birds of another seed')
-def _(): return dict(files=folder_files(call('make_birds', fresh_folder()/'b', 8, 3, 48, 7, 2, n_workers=0, progress=False)))
+def _():
+    path = call('make_birds', fresh_folder()/'b', 8, 3, 48, 7, 2, n_workers=0, progress=False)
+    return dict(files=folder_files(path))
 
 @result('data/table')
 def _():
     t = get('read_table')(birds())
-    parts = dict(whole=t, held=t.holdout(.3), held_other=t.holdout(.3, seed=1), few=member(t, 'few')(3), few_other=member(t, 'few')(3, seed=1))
-    parts |= dict(classes=t.subset(2), named=t.subset([t.classes[3], t.classes[1]]), both=member(t.holdout(.3), 'few')(2))
+    few,held = member(t, 'few'),t.holdout(.3)
+    parts = dict(whole=t, held=held, held_other=t.holdout(.3, seed=1), few=few(3), few_other=few(3, seed=1))
+    parts |= dict(classes=t.subset(2), named=t.subset([t.classes[3], t.classes[1]]), both=member(held, 'few')(2))
     return {k:table(v) for k,v in parts.items()}
 
 @result('data/table by name')
 def _(): return table(get('read_table')(birds(), classes=3, valid_pct=.25, seed=3, per_class=4))
 
-LOADERS = dict(whole={}, squeezed=dict(recipe='squeeze'), padded=dict(recipe='pad', size=32), digits=dict(recipe='digits', size=32),
-    held=dict(valid_pct=.25), few=dict(per_class=2), classes=dict(classes=2), balanced=dict(balanced=True, classes=3),
-    boxes=dict(crop_to_box=True), memory=dict(in_memory=True), memory_boxes=dict(in_memory=True, balanced=True, crop_to_box=True),
-    memory_padded=dict(in_memory=True, recipe='pad', size=32), network=dict(stats=arch),
-    turned=dict(batch_tfms=[*aug_transforms(size=48)]), cut=dict(item_tfms=RandomResizedCrop(size)))
+LOADERS = dict(whole={}, squeezed=dict(recipe='squeeze'), held=dict(valid_pct=.25), few=dict(per_class=2),
+    classes=dict(classes=2), balanced=dict(balanced=True, classes=3))
+LOADERS |= dict(boxes=dict(crop_to_box=True), network=dict(stats=arch))
+LOADERS |= {o:dict(recipe=r, size=32) for o,r in (('padded','pad'), ('digits','digits'))}
+LOADERS |= dict(memory=dict(in_memory=True), memory_padded=dict(in_memory=True, recipe='pad', size=32),
+    memory_boxes=dict(in_memory=True, balanced=True, crop_to_box=True))
+LOADERS |= dict(turned=dict(batch_tfms=aug_transforms(size=48)), cut=dict(item_tfms=RandomResizedCrop(size)))
 for o,kw in LOADERS.items(): result(f'data/loaders, {o}')(lambda kw=kw: batches(bird_dls(**kw)))
 
 @result('data/loaders, no repeats')
@@ -576,8 +592,9 @@ def _():
     learn = fitted(on_birds([get('SnapMix')()]))
     whole,each,y = get('branch_preds')(learn)
     vocab = learn.dls.vocab
-    res = dict(logits=(whole, each, y), accuracy=get('branch_accuracy')(whole, each, y), pairs=get('confused_pairs')(whole, y, vocab))
-    res |= dict(ece=get('ece')(whole, y), reliability=get('reliability')(whole*9, y, 5), history=get('history')(learn))
+    res = dict(logits=(whole, each, y), accuracy=get('branch_accuracy')(whole, each, y))
+    res |= dict(ece=get('ece')(whole, y), reliability=get('reliability')(whole*9, y, 5))
+    res |= dict(pairs=get('confused_pairs')(whole, y, vocab), history=get('history')(learn))
     return res | dict(agreement=get('branch_agreement')(learn), diversity=get('diversity')(learn).as_dict(),
         maps=get('item_cams')(learn, [0,3,5]), shown=get('show_cam')(learn, [0,1]), parts=get('plot_components')(learn))
 
@@ -593,7 +610,8 @@ def command(method, **kw):
     if method=='meal': kw |= dict(teachers=[str(teacher_file())])
     out = fresh_folder()/'run'
     f = inspect.unwrap(get('cekd_train'))
-    small = dict(data=str(birds()), arch=arch, method=method, epochs=1, size=size, bs=8, lr=.01, no_pretrained=True, num_workers=0, out=str(out))
+    small = dict(arch=arch, method=method, epochs=1, size=size, bs=8, lr=.01, no_pretrained=True, num_workers=0)
+    small |= dict(data=str(birds()), out=str(out))
     with redirect_stdout(io.StringIO()), patched.object(plt.Figure, 'savefig'): f(**renamed(f, small | kw))
     res = json.loads((out/'result.json').read_text())
     said = [res.get(o) for o in ('accuracy','branches','valid_loss','diversity','networks','teachers')]
@@ -625,7 +643,7 @@ def run_case(f):
     "Digests of the parts of one case, and of the random numbers that come after it"
     set_seed(42)
     try: parts = f()
-    except (Exception,SystemExit) as e: return dict(error=dict(sha=f'{type(e).__name__}: {e}', size=0.))
+    except (Exception,SystemExit) as e: return dict(error=dict(sha=f'{type(e).__name__}: {e}', norm=0.))
     finally: plt.close('all')
     after = [torch.rand(1), random.random(), np.random.rand()]
     return {k:summary(v) for k,v in parts.items()} | dict(random=summary(after))
@@ -644,15 +662,15 @@ def run_all(words):
 def versions(): return {o.__name__:o.__version__ for o in (torch,fastai,timm)} | dict(threads=torch.get_num_threads())
 
 def difference(old, new):
-    "Which parts of a case differ, and by what share of their size; empty if none does"
+    "The parts of a case that differ, and the relative change of their norm; empty if none does"
     if 'error' in new: return new['error']['sha']
     rest = [f'no {k}' for k in old if k not in new] + [f'{k} is new' for k in new if k not in old]
     both = [k for k in old if k in new and old[k]['sha']!=new[k]['sha']]
-    share = {k:abs(new[k]['size']-old[k]['size'])/max(old[k]['size'], 1e-12) for k in both}
+    share = {k:abs(new[k]['norm']-old[k]['norm'])/max(old[k]['norm'], 1e-12) for k in both}
     return ', '.join(rest + [f'{k} ({v:.0e})' for k,v in share.items()])
 
 def write(file, words):
-    "Write digests to `file`; 1 if a case fails, which is then not in it"
+    "Write digests to `file`; return 1 if a case fails, which is then left out"
     res = run_all(words)
     bad = {k:v['error']['sha'] for k,v in res.items() if 'error' in v}
     for k,v in bad.items(): print(f'{k}: {v}')
@@ -661,7 +679,7 @@ def write(file, words):
     return int(bool(bad))
 
 def compare(file, words):
-    "Run again and list what differs from `file`; 1 if anything does"
+    "Run again and list the differences from `file`; return 1 if there are any"
     old = json.loads(file.read_text())
     if old['versions']!=versions():
         sys.exit(f"{file} was written with {old['versions']}, but these are {versions()}: write it again in this environment.")

@@ -173,9 +173,17 @@ class StopAfter(Callback):
 
 # What came out
 
+# Names that arguments of `CEKD`, and attempts at it, have had since rows were written
+RENAMED = {'alpha':'w_cross', 'beta':'w_clean', 'alpha=2':'w_cross=2', 'alpha=0.5':'w_cross=0.5', 'both heads hear both':'both heads learn both'}
+
+def today(row):
+    "A row with the names that arguments and attempts have now"
+    cekd = row['cekd'] and {RENAMED.get(k, k):v for k,v in row['cekd'].items()}
+    return row | dict(cekd=cekd, attempt=RENAMED.get(row['attempt'], row['attempt']))
+
 def read_rows(setting):
     f = here/'results'/f'{setting}.jsonl'
-    return [json.loads(o) for o in f.read_text().splitlines()] if f.exists() else []
+    return [today(json.loads(o)) for o in f.read_text().splitlines()] if f.exists() else []
 
 def add_row(setting, row):
     f = here/'results'/f'{setting}.jsonl'

@@ -12,7 +12,7 @@ __all__ = ['TRANSFORMS', 'NETWORKS', 'joint_label', 'split_label', 'own_slices',
 from fastai.vision.all import *
 from ..core import eval_mode
 from ..cam import cam
-from ..branches import BranchNet,branch_net,builder
+from ..branches import BranchNet,branch_net,register_builder
 
 # %% ../../nbs/33_css.net.ipynb #cs-label
 def joint_label(
@@ -110,7 +110,7 @@ def _orders(trunk, n, seed):
 
 # %% ../../nbs/33_css.net.ipynb #cs-build
 @delegates(branch_net, keep=True)
-@builder
+@register_builder
 def css_branch_net(
     arch,                 # Name in timm or torchvision, a function that builds a model, or an `nn.Module`
     n_out:int,            # Number of classes
@@ -255,7 +255,7 @@ def _pair(v, name):
     if len(v)!=2: raise ValueError(f"`{name}` has {len(v)} values, but CSS trains two networks: pass one for both, or two.")
     return tuple(v)
 
-@builder
+@register_builder
 def css_net(
     archs,                # Two backbones, each a name in timm or torchvision, a function that builds a model, or an `nn.Module`
     n_out:int,            # Number of classes

@@ -11,7 +11,7 @@ __all__ = ['STATS', 'BENCHMARKS', 'Benchmark', 'benchmarks', 'read_table']
 from fastai.vision.all import *
 from dataclasses import asdict,dataclass
 from torchvision import datasets as tvd
-from ..core import near_hint
+from ..core import few,near_hint
 from .table import ImageTable
 from .download import fetch_by_hand,fetch_files,fetch_url
 from .readers import _folder,_read_path,read_aircraft,read_cars,read_cub,read_dogs,read_flowers,read_folders,read_pets,read_small
@@ -20,107 +20,161 @@ from .readers import _folder,_read_path,read_aircraft,read_cars,read_cub,read_do
 @dataclass(frozen=True)
 class Benchmark:
     "A named data set with official counts"
-    name:str        # as passed to `fine_grained_dls`
-    title:str       # in words
-    n_classes:int   # in all
-    n_train:int     # official number of training images
-    n_test:int      # official number of test images
+    name:str        # As passed to `fine_grained_dls`
+    title:str       # In words
+    n_classes:int   # In all
+    n_train:int     # Official number of training images
+    n_test:int      # Official number of test images
     fetch:Callable  # () -> folder, gets the files if they are not there
-    reader:Callable # folder -> `ImageTable`
-    gb:float        # size of the download in gigabytes
-    papers:str      # which of the methods here were measured on it
-    source:str      # where `fetch` gets it from
-    licence:str     # of the images, in words
-    paper:str       # to cite
+    reader:Callable # Folder -> `ImageTable`
+    gb:float        # Size of the download in gigabytes
+    papers:str      # Which of the methods here were measured on it
+    source:str      # Where `fetch` gets it from
+    licence:str     # Of the images, in words
+    paper:str       # To cite
+
     def table(self, root=None): # `ImageTable`
         "Get and read the files, or read those in folder `root`; `ValueError` if the counts are not the official ones"
         t = self.reader(self.fetch() if root is None else _folder(root))
-        want,have = (self.n_classes, self.n_train, self.n_test),(len(t.classes), t.n_train, t.n_test or t.n_valid)
-        if want == have: return t
-        diff = ', '.join(f'{abs(w-h):,} {nm} {"missing" if w>h else "too many"}' for w,h,nm in zip(want, have, ('classes','training images','test images')) if w!=h)
+        diff = self._differs(t)
+        if not diff: return t
         n = t.counts()
         least = ' and '.join(f'{n[o].idxmin()} with {n[o].min():,} {o}' for o in n.columns)
         fix = 'delete the folder to get it again' if root is None else 'check root'
-        raise ValueError(f'{t.root} is not the whole of {self.name!r}: {diff}; {fix}, or pass the folder as a path to use it as it is (smallest classes: {least})')
+        remedy = f'{fix}, or pass the folder as a path to use it as it is (smallest classes: {least})'
+        raise ValueError(f'{t.root} is not the whole of {self.name!r}: {diff}; {remedy}')
+
+    def _differs(self, t):
+        "In words, how the counts of a table differ from the official ones"
+        want = dict(zip(('classes','training images','test images'), (self.n_classes,self.n_train,self.n_test)))
+        have = (len(t.classes),t.n_train,t.n_test or t.n_valid)
+        diff = {k: h-w for (k,w),h in zip(want.items(), have) if h!=w}
+        return ', '.join(f'{abs(d):,} {k} {"missing" if d<0 else "too many"}' for k,d in diff.items())
 
 # %% ../../nbs/09_data.benchmarks.ipynb #registry
-_OXFORD,_DOGS,_SVHN = 'https://www.robots.ox.ac.uk/~vgg/data/','http://vision.stanford.edu/aditya86/ImageNetDogs/','http://ufldl.stanford.edu/housenumbers/'
-_FILES = dict(
-    aircraft=[(f'{_OXFORD}fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz', None, '')],
-    dogs=[(f'{_DOGS}images.tar', '1bb1f2a596ae7057f99d7d75860002ef', ''), (f'{_DOGS}lists.tar', 'edbb9f16854ec66506b5f09b583e0656', '')],
-    pets=[(f'{_OXFORD}pets/data/{o}.tar.gz', h, 'oxford-iiit-pet') for o,h in (('images', '5c4f3ee8e5d25df40f4fd59a7f44e54c'), ('annotations', '95a8c909bbe2e81eed6a22bccdf3f68f'))],
-    flowers=[(f'{_OXFORD}flowers/102/{o}', h, 'flowers-102') for o,h in (('102flowers.tgz', '52808999861908f626f3c1f4e79d11fa'),
-        ('imagelabels.mat', 'e0620be6f572b9609742df49c70aed4d'), ('setid.mat', 'a5357ecc9cb78c4bef273ce3793fc85c'))],
-    cifar10=[(tvd.CIFAR10.url, tvd.CIFAR10.tgz_md5, '')], cifar100=[(tvd.CIFAR100.url, tvd.CIFAR100.tgz_md5, '')],
-    cinic10=[('https://datashare.ed.ac.uk/bitstream/handle/10283/3192/CINIC-10.tar.gz', '6ee4d0c996905fe93221de577967a372', '')],
-    svhn=[(url, md5, '') for url,_,md5 in (tvd.SVHN.split_list['train'], tvd.SVHN.split_list['test'])])
-STATS = dict(cifar10=([0.4914,0.4822,0.4465], [0.2470,0.2435,0.2616]), cifar100=([0.5071,0.4865,0.4409], [0.2673,0.2564,0.2762]),
-    cinic10=([0.4789,0.4723,0.4305], [0.2421,0.2383,0.2587]), svhn=([0.4377,0.4438,0.4728], [0.1980,0.2010,0.1970]))
+# chkstyle: off
+_OXFORD = 'https://www.robots.ox.ac.uk/~vgg/data/'
+_DOGS = 'http://vision.stanford.edu/aditya86/ImageNetDogs/'
+_CINIC = 'https://datashare.ed.ac.uk/bitstream/handle/10283/3192/CINIC-10.tar.gz'
+_SVHN = 'http://ufldl.stanford.edu/housenumbers/'
 
+_FILES = dict( # (url, md5, folder to put it into)
+    aircraft=[(f'{_OXFORD}fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz', None, '')],
+    dogs=[(f'{_DOGS}images.tar', '1bb1f2a596ae7057f99d7d75860002ef', ''),
+        (f'{_DOGS}lists.tar', 'edbb9f16854ec66506b5f09b583e0656', '')],
+    pets=[(f'{_OXFORD}pets/data/images.tar.gz', '5c4f3ee8e5d25df40f4fd59a7f44e54c', 'oxford-iiit-pet'),
+        (f'{_OXFORD}pets/data/annotations.tar.gz', '95a8c909bbe2e81eed6a22bccdf3f68f', 'oxford-iiit-pet')],
+    flowers=[(f'{_OXFORD}flowers/102/102flowers.tgz', '52808999861908f626f3c1f4e79d11fa', 'flowers-102'),
+        (f'{_OXFORD}flowers/102/imagelabels.mat', 'e0620be6f572b9609742df49c70aed4d', 'flowers-102'),
+        (f'{_OXFORD}flowers/102/setid.mat', 'a5357ecc9cb78c4bef273ce3793fc85c', 'flowers-102')],
+    cifar10=[(tvd.CIFAR10.url, tvd.CIFAR10.tgz_md5, '')],
+    cifar100=[(tvd.CIFAR100.url, tvd.CIFAR100.tgz_md5, '')],
+    cinic10=[(_CINIC, '6ee4d0c996905fe93221de577967a372', '')],
+    svhn=[(url, md5, '') for url,_,md5 in (tvd.SVHN.split_list['train'],tvd.SVHN.split_list['test'])])
+
+STATS = dict( # Mean and standard deviation of the training part
+    cifar10=([0.4914,0.4822,0.4465], [0.2470,0.2435,0.2616]),
+    cifar100=([0.5071,0.4865,0.4409], [0.2673,0.2564,0.2762]),
+    cinic10=([0.4789,0.4723,0.4305], [0.2421,0.2383,0.2587]),
+    svhn=([0.4377,0.4438,0.4728], [0.1980,0.2010,0.1970]))
+
+# %% ../../nbs/09_data.benchmarks.ipynb #registry2
+# chkstyle: off
+_BY_HAND = dict(
+    cars="the authors' page is gone; get cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat from a copy and put them into a folder stanford_cars",
+    imagenet='register at image-net.org and extract to train/ and val/ with one folder for each class',
+    nabirds='agree to the terms at dl.allaboutbirds.org/nabirds')
+_NC = 'non-commercial research'
+
+def _get_files(name, *args): return partial(fetch_files, name, _FILES[name], *args)
+
+def _aircraft(name, n_classes, level):
+    return Benchmark(name, f'FGVC-Aircraft by {level}', n_classes, 6667, 3333, _get_files('aircraft'), partial(read_aircraft, level=level),
+        2.8, 'CEKD, SnapMix' if level=='variant' else '', _OXFORD+'fgvc-aircraft', _NC, 'Maji et al., arXiv 1306.5151')
+
+_FINE = (
+    Benchmark('cub', 'Caltech-UCSD Birds-200-2011', 200, 5994, 5794, partial(fetch_url, 'CUB_200_2011'), read_cub, 1.2,
+        'CEKD, CSS, SnapMix', URLs.CUB_200_2011, 'non-commercial research and education', 'Wah et al., Caltech CNS-TR-2011-001'),
+    Benchmark('cars', 'Stanford Cars', 196, 8144, 8041, partial(fetch_by_hand, 'cars', _BY_HAND['cars']), read_cars, 2.0,
+        'CEKD, CSS, SnapMix', 'by hand', _NC, 'Krause et al., 3dRR 2013'),
+    _aircraft('aircraft', 100, 'variant'), _aircraft('aircraft-family', 70, 'family'), _aircraft('aircraft-manufacturer', 30, 'manufacturer'),
+    Benchmark('dogs', 'Stanford Dogs', 120, 12000, 8580, _get_files('dogs'), read_dogs, 0.8,
+        'CSS', _DOGS, 'as ImageNet', 'Khosla et al., FGVC 2011'),
+    Benchmark('pets', 'Oxford-IIIT Pets', 37, 3680, 3669, _get_files('pets'), read_pets, 0.8,
+        '', _OXFORD+'pets', 'CC BY-SA 4.0', 'Parkhi et al., CVPR 2012'),
+    Benchmark('flowers', 'Oxford Flowers-102', 102, 2040, 6149, _get_files('flowers'), read_flowers, 0.3,
+        '', _OXFORD+'flowers/102', 'not stated', 'Nilsback and Zisserman, ICVGIP 2008'),
+    Benchmark('nabirds', 'North American Birds', 555, 23929, 24633,
+        partial(fetch_by_hand, 'nabirds', _BY_HAND['nabirds'], ('nabirds.tar.gz', 'df21a9e4db349a14e2b08adfd45873bd')), read_cub, np.nan,
+        '', 'by hand', _NC, 'Van Horn et al., CVPR 2015'))
+
+# %% ../../nbs/09_data.benchmarks.ipynb #registry-small
+# chkstyle: off
 def _read_as(path, recipe, stats):
     "Class folders with a recipe and statistics of their own"
     t = read_folders(path)
     t.recipe,t.stats = recipe,stats
     return t
 
-# %% ../../nbs/09_data.benchmarks.ipynb #registry2
-_HAND = dict(
-    cars="the authors' page is gone; get cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat from a copy and put them into a folder stanford_cars",
-    imagenet='register at image-net.org and extract to train/ and val/ with one folder for each class', nabirds='agree to the terms at dl.allaboutbirds.org/nabirds')
-_NC = 'non-commercial research'
-def _bench(name, title, n, *args): return Benchmark(name, title, *n, *args)
-def _aircraft(name, n, level): return _bench(name, f'FGVC-Aircraft by {level}', (n, 6667, 3333), partial(fetch_files, 'aircraft', _FILES['aircraft']),
-    partial(read_aircraft, level=level), 2.8, 'CEKD, SnapMix' if level=='variant' else '', _OXFORD+'fgvc-aircraft', _NC, 'Maji et al., arXiv 1306.5151')
-def _arrays(name, title, n, cls, gb, papers, source, licence, paper, recipe='pad'): return _bench(name, title, n, partial(fetch_files, name, _FILES[name]),
-    partial(read_small, cls=cls, recipe=recipe, stats=STATS[name]), gb, papers, source, licence, paper)
+def _small(name, cls, recipe='pad'): return partial(read_small, cls=cls, recipe=recipe, stats=STATS[name])
 
-BENCHMARKS = {o.name:o for o in (
-    _bench('cub', 'Caltech-UCSD Birds-200-2011', (200, 5994, 5794), partial(fetch_url, 'CUB_200_2011'), read_cub, 1.2, 'CEKD, CSS, SnapMix', URLs.CUB_200_2011,
-        'non-commercial research and education', 'Wah et al., Caltech CNS-TR-2011-001'),
-    _bench('cars', 'Stanford Cars', (196, 8144, 8041), partial(fetch_by_hand, 'cars', _HAND['cars']), read_cars, 2.0, 'CEKD, CSS, SnapMix', 'by hand', _NC,
-        'Krause et al., 3dRR 2013'),
-    _aircraft('aircraft', 100, 'variant'), _aircraft('aircraft-family', 70, 'family'), _aircraft('aircraft-manufacturer', 30, 'manufacturer'),
-    _bench('dogs', 'Stanford Dogs', (120, 12000, 8580), partial(fetch_files, 'dogs', _FILES['dogs']), read_dogs, 0.8, 'CSS', _DOGS, 'as ImageNet', 'Khosla et al., FGVC 2011'),
-    _bench('pets', 'Oxford-IIIT Pets', (37, 3680, 3669), partial(fetch_files, 'pets', _FILES['pets']), read_pets, 0.8, '', _OXFORD+'pets', 'CC BY-SA 4.0',
-        'Parkhi et al., CVPR 2012'),
-    _bench('flowers', 'Oxford Flowers-102', (102, 2040, 6149), partial(fetch_files, 'flowers', _FILES['flowers']), read_flowers, 0.3, '', _OXFORD+'flowers/102', 'not stated',
-        'Nilsback and Zisserman, ICVGIP 2008'),
-    _bench('nabirds', 'North American Birds', (555, 23929, 24633), partial(fetch_by_hand, 'nabirds', _HAND['nabirds'], ('nabirds.tar.gz', 'df21a9e4db349a14e2b08adfd45873bd')),
-        read_cub, np.nan, '', 'by hand', _NC, 'Van Horn et al., CVPR 2015'),
-    _arrays('cifar10', 'CIFAR-10', (10, 50000, 10000), tvd.CIFAR10, 0.2, 'MEAL, FFM+CD', tvd.CIFAR10.url, 'not stated', 'Krizhevsky 2009'),
-    _arrays('cifar100', 'CIFAR-100', (100, 50000, 10000), tvd.CIFAR100, 0.2, 'MEAL, FFM+CD, CSS', tvd.CIFAR100.url, 'not stated', 'Krizhevsky 2009'),
-    _bench('cinic10', 'CINIC-10', (10, 90000, 90000), partial(fetch_files, 'cinic10', _FILES['cinic10'], True), partial(_read_as, recipe='pad', stats=STATS['cinic10']), 0.7,
-        'FFM+CD', _FILES['cinic10'][0][0], 'CC BY 4.0', 'Darlow et al., arXiv 1810.03505'),
-    _arrays('svhn', 'Street View House Numbers', (10, 73257, 26032), tvd.SVHN, 0.2, 'MEAL', _SVHN, 'non-commercial', 'Netzer et al., 2011', 'digits'),
-    _bench('imagenet', 'ImageNet 2012', (1000, 1281167, 50000), partial(fetch_by_hand, 'imagenet', _HAND['imagenet']), read_folders, 155, 'MEAL', 'by hand', _NC,
-        'Russakovsky et al., IJCV 2015'),
-    _bench('imagewoof', 'Imagewoof, ten breeds of dog', (10, 9025, 3929), partial(fetch_url, 'IMAGEWOOF'), read_folders, 1.3, '', URLs.IMAGEWOOF, 'as ImageNet', 'Howard, fast.ai 2019'))}
+_SMALL = (
+    Benchmark('cifar10', 'CIFAR-10', 10, 50000, 10000, _get_files('cifar10'), _small('cifar10', tvd.CIFAR10), 0.2,
+        'MEAL, FFM+CD', tvd.CIFAR10.url, 'not stated', 'Krizhevsky 2009'),
+    Benchmark('cifar100', 'CIFAR-100', 100, 50000, 10000, _get_files('cifar100'), _small('cifar100', tvd.CIFAR100), 0.2,
+        'MEAL, FFM+CD, CSS', tvd.CIFAR100.url, 'not stated', 'Krizhevsky 2009'),
+    Benchmark('cinic10', 'CINIC-10', 10, 90000, 90000, _get_files('cinic10', True),
+        partial(_read_as, recipe='pad', stats=STATS['cinic10']), 0.7, 'FFM+CD', _CINIC, 'CC BY 4.0', 'Darlow et al., arXiv 1810.03505'),
+    Benchmark('svhn', 'Street View House Numbers', 10, 73257, 26032, _get_files('svhn'), _small('svhn', tvd.SVHN, 'digits'), 0.2,
+        'MEAL', _SVHN, 'non-commercial', 'Netzer et al., 2011'))
+
+# %% ../../nbs/09_data.benchmarks.ipynb #registry-large
+# chkstyle: off
+_LARGE = (
+    Benchmark('imagenet', 'ImageNet 2012', 1000, 1281167, 50000, partial(fetch_by_hand, 'imagenet', _BY_HAND['imagenet']), read_folders, 155,
+        'MEAL', 'by hand', _NC, 'Russakovsky et al., IJCV 2015'),
+    Benchmark('imagewoof', 'Imagewoof, ten breeds of dog', 10, 9025, 3929, partial(fetch_url, 'IMAGEWOOF'), read_folders, 1.3,
+        '', URLs.IMAGEWOOF, 'as ImageNet', 'Howard, fast.ai 2019'))
+
+BENCHMARKS = {o.name:o for o in _FINE+_SMALL+_LARGE}
 
 # %% ../../nbs/09_data.benchmarks.ipynb #registry3
 def benchmarks(): # `DataFrame`, indexed by name
     "The named data sets: counts, size, which papers use them, source, licence and paper"
-    return pd.DataFrame([asdict(o) for o in BENCHMARKS.values()]).set_index('name').drop(columns=['fetch', 'reader'])
+    return pd.DataFrame([asdict(o) for o in BENCHMARKS.values()]).set_index('name').drop(columns=['fetch','reader'])
+
+# %% ../../nbs/09_data.benchmarks.ipynb #source
+def _source_table(source, root, valid_pct, seed, **kwargs):
+    "The table that `source` stands for, and whether its validation part was drawn with `valid_pct` already"
+    if isinstance(source, str) and source in BENCHMARKS: return BENCHMARKS[source].table(root),False
+    if root is not None: raise ValueError(f'root={str(root)!r} is for a named benchmark, and {source!r} is none: {near_hint(source, BENCHMARKS)}')
+    if isinstance(source, ImageTable): return source,False
+    is_csv = isinstance(source, (str,Path)) and Path(source).suffix.lower()=='.csv'
+    if is_csv or isinstance(source, pd.DataFrame):
+        pct = {} if valid_pct is None else dict(valid_pct=valid_pct)
+        return ImageTable.from_df(source, seed=seed, **pct, **kwargs),True
+    if kwargs: raise ValueError(f'{few(kwargs)} is for a DataFrame or a CSV file, and {source!r} is none')
+    if not isinstance(source, (str,Path)):
+        raise TypeError(f'source is {source!r}: pass the name of a benchmark, a path, a DataFrame or CSV file, or an ImageTable')
+    path = Path(source).expanduser()
+    if isinstance(source, str) and len(path.parts)==1 and not path.exists():
+        raise FileNotFoundError(f'{source!r} is neither a benchmark nor a folder: {near_hint(source, BENCHMARKS)}')
+    return _read_path(_folder(path), valid_pct, seed),True
 
 # %% ../../nbs/09_data.benchmarks.ipynb #read
 def read_table(
-    source,         # name of a benchmark, path of a folder, or `ImageTable`
-    classes=None,   # an int for the first so many classes, or a list of names; all if None
-    valid_pct=None, # share of train to hold out for validation; None for the official split, and 0.2 where class folders have no split
-    seed=42,        # of the draws
-    verify=False,   # decode every image once, warn of those that cannot be read, and leave them out
-    root=None,      # folder with the files of a named benchmark; fastai's data folder if None
-    per_class=None  # training images of each class; all if None
-): # `ImageTable`
-    "The table of a benchmark or folder, cut down to `classes`"
-    if isinstance(source, str) and source in BENCHMARKS: t = BENCHMARKS[source].table(root)
-    elif root is not None: raise ValueError(f'root={str(root)!r} is for a named benchmark, and {source!r} is none: {near_hint(source, BENCHMARKS)}')
-    elif isinstance(source, ImageTable): t = source
-    elif not isinstance(source, (str,Path)): raise TypeError(f'source is {source!r}: pass the name of a benchmark, a path, or an ImageTable')
-    else:
-        path = Path(source).expanduser()
-        if isinstance(source, str) and len(path.parts)==1 and not path.exists(): raise FileNotFoundError(f'{source!r} is neither a benchmark nor a folder: {near_hint(source, BENCHMARKS)}')
-        t,valid_pct = _read_path(_folder(path), valid_pct, seed),None
+    source,         # Name of a benchmark, path of a folder, `DataFrame` or CSV file, or `ImageTable`
+    classes=None,   # An int for the first so many classes, or a list of names; all if None
+    valid_pct=None, # Share of train to hold out for validation; None for the official split, and 0.2 where there is none
+    seed=42,        # Of the draws
+    verify=False,   # Decode every image once, warn of those that cannot be read, and leave them out
+    root=None,      # Folder with the files of a named benchmark; fastai's data folder if None
+    per_class=None, # Training images of each class; all if None
+    **kwargs        # For a `DataFrame` or CSV file: `fn_col`, `label_col`, `valid_col`, `group_col`, `folder`, `suff`
+):                  # `ImageTable`
+    "The table of a benchmark, a folder or a spreadsheet, cut down to `classes`"
+    t,split = _source_table(source, root, valid_pct, seed, **kwargs)
     if classes is not None: t = t.subset(classes)
     if verify: t = t.drop_unreadable()
-    if valid_pct is not None: t = t.holdout(valid_pct, seed)
+    if valid_pct is not None and not split: t = t.holdout(valid_pct, seed)
     return t if per_class is None else t.few_shot(per_class, seed)

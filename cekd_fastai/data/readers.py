@@ -1,4 +1,4 @@
-"""The official layouts of benchmarks, and folders of your own, as an `ImageTable`
+"""The official layouts of benchmarks, and class folders of your own, as an `ImageTable`
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/data.readers.html.md"""
 
@@ -17,9 +17,11 @@ from ..core import few,whole_folder
 from .table import ImageTable,_split
 
 # %% ../../nbs/08_data.readers.ipynb #lines
+_CUB_NEEDS = 'images.txt, image_class_labels.txt, train_test_split.txt and classes.txt'
+
 def _id_lines(file):
     "{number: rest of the line} of a file whose lines are a number (or another word) and a value"
-    if not file.exists(): raise FileNotFoundError(f'{file} is missing: the layout of CUB-200-2011 needs images.txt, image_class_labels.txt, train_test_split.txt and classes.txt')
+    if not file.exists(): raise FileNotFoundError(f'{file} is missing: the layout of CUB-200-2011 needs {_CUB_NEEDS}')
     res = {}
     for i,line in enumerate(file.read_text(encoding='utf-8').splitlines(), 1):
         if not line.strip(): continue
@@ -29,67 +31,80 @@ def _id_lines(file):
         res[k] = v.strip()
     return res
 
+# %% ../../nbs/08_data.readers.ipynb #column
 def _column(path, name, ids, ok):
     "The values of file `name` in the order of `ids`, each one of `ok`"
     d = _id_lines(path/name)
-    if miss := [i for i in ids if i not in d]: raise ValueError(f'{path/name} has no line for number {few(miss)} of images.txt')
-    if bad := [i for i in ids if d[i] not in ok]: raise ValueError(f'{path/name}: number {bad[0]} has value {d[bad[0]]!r}, which is none of {few(ok)}')
+    missing = [i for i in ids if i not in d]
+    if missing: raise ValueError(f'{path/name} has no line for number {few(missing)} of images.txt')
+    bad = [i for i in ids if d[i] not in ok]
+    if bad: raise ValueError(f'{path/name}: number {bad[0]} has value {d[bad[0]]!r}, which is none of {few(ok)}')
     return [d[i] for i in ids]
 
+def _floats(line):
+    "The numbers of a line, none if it holds anything else"
+    try: return [float(v) for v in line.split()]
+    except ValueError: return []
+
 def _numbers(file, ids, n=4):
-    "The `n` numbers behind each of `ids` in `file`, or None if there is no such file"
+    "The `n` numbers after each of `ids` in `file`, or None if there is no such file"
     if not file.exists(): return None
-    def floats(o):
-        try: return [float(v) for v in o.split()]
-        except ValueError: return []
     d = _id_lines(file)
-    rows = {i: floats(d.get(i, '')) for i in ids}
-    if bad := [i for i,o in rows.items() if len(o) != n]: raise ValueError(f'{file}: {few(bad)} has no line with {n} numbers')
+    rows = {i: _floats(d.get(i, '')) for i in ids}
+    bad = [i for i,o in rows.items() if len(o)!=n]
+    if bad: raise ValueError(f'{file}: {few(bad)} has no line with {n} numbers')
     return list(rows.values())
 
-# %% ../../nbs/08_data.readers.ipynb #bench-x
+# %% ../../nbs/08_data.readers.ipynb #folder
 def _folder(path):
+    "`path` as a folder that exists"
     path = Path(path).expanduser()
     if not path.exists(): raise FileNotFoundError(f'{path} does not exist: check the path')
     if not path.is_dir(): raise NotADirectoryError(f'{path} is a file: pass the folder of the data set')
     return path
 
+def _all_there(files, root, listed):
+    "Refuse a list that names files which are not there"
+    gone = [o for o in files if not os.path.exists(o)]
+    if not gone: return
+    names = few(o.relative_to(root) for o in gone)
+    raise FileNotFoundError(f'{len(gone):,} of {len(files):,} files of {listed} are missing: {names}; extract the archive again')
+
 # %% ../../nbs/08_data.readers.ipynb #cub
+_CUB_FILES = 'images.txt classes.txt image_class_labels.txt train_test_split.txt bounding_boxes.txt hierarchy.txt'.split()
+
 def cub_folder(
-    path # folder, or the folder around it
-): # `Path` of the folder that holds images.txt, or None
+    path # Folder, or the folder around it
+):       # `Path` of the folder that holds images.txt, or None
     "Where `path` holds the layout of CUB-200-2011: there or one level down"
     path = Path(path)
     if (path/'images.txt').exists(): return path
     return first(o.parent for o in sorted(path.glob('*/images.txt')))
 
-def _all_there(files, root, listed):
-    if miss := [o for o in files if not os.path.exists(o)]:
-        raise FileNotFoundError(f'{len(miss):,} of {len(files):,} files of {listed} are missing: {few(o.relative_to(root) for o in miss)}; extract the archive again')
-
-_CUB_FILES = 'images.txt classes.txt image_class_labels.txt train_test_split.txt bounding_boxes.txt hierarchy.txt'.split()
-
-def _used(names, used):
-    "Number and name of the classes in `used`, and how many of them have that name"
+def _class_names(root, used=None):
+    "{number: name} of the classes by number; of those `used` where there is a hierarchy, whose names may repeat"
+    names = _id_lines(root/'classes.txt')
+    names = {k: names[k] for k in sorted(names, key=lambda o: (len(o), o))}
+    if used is None or not (root/'hierarchy.txt').exists(): return names
     n = Counter(names[k] for k in used)
-    return [(k,v,n[v]) for k,v in names.items() if k in used]
+    return {k: v if n[v]==1 else f'{v} ({k})' for k,v in names.items() if k in used}
 
 # %% ../../nbs/08_data.readers.ipynb #cub2
 def read_cub(
-    path # folder with images.txt and images/, or the folder around it
-): # `ImageTable`
+    path # Folder with images.txt and images/, or the folder around it
+):       # `ImageTable`
     "Read the layout of CUB-200-2011 or NABirds with its own split; `ValueError` or `FileNotFoundError` names the file and line at fault"
     root = cub_folder(path)
     if root is None: raise FileNotFoundError(f'no images.txt in {path}: pass the folder that holds it')
-    names,images = _id_lines(root/'classes.txt'),_id_lines(root/'images.txt')
-    names = dict(sorted(names.items(), key=lambda o: (len(o[0]), o[0]))) # by number
+    names,images = _class_names(root),_id_lines(root/'images.txt')
     ys = _column(root, 'image_class_labels.txt', images, list(names))
-    if (root/'hierarchy.txt').exists(): names = {k:v if n==1 else f'{v} ({k})' for k,v,n in _used(names, set(ys))}
+    names = _class_names(root, set(ys))
     is_valid = [o=='0' for o in _column(root, 'train_test_split.txt', images, ['0','1'])]
     files = [root/'images'/o for o in images.values()]
     _all_there(files, root, root/'images.txt')
-    return ImageTable(files, [names[o] for o in ys], is_valid, names.values(), root, boxes=_numbers(root/'bounding_boxes.txt', images),
-        sources=[o for o in root.glob('*.txt') if o.name in _CUB_FILES])
+    boxes = _numbers(root/'bounding_boxes.txt', images)
+    sources = [o for o in root.glob('*.txt') if o.name in _CUB_FILES]
+    return ImageTable(files, [names[o] for o in ys], is_valid, names.values(), root, boxes=boxes, sources=sources)
 
 # %% ../../nbs/08_data.readers.ipynb #list
 IMAGE_SUFFIXES = set('.jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .avif .jp2'.split())
@@ -97,52 +112,68 @@ IMAGE_SUFFIXES = set('.jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm
 def _images(path):
     "Sorted paths of the images anywhere below `path`"
     res = []
-    for d,ds,fs in os.walk(path, followlinks=True):
-        ds[:] = [o for o in ds if o[0] != '.']
-        res += [Path(d)/o for o in fs if o[0] != '.' and os.path.splitext(o)[1].lower() in IMAGE_SUFFIXES]
+    for folder,subs,names in os.walk(path, followlinks=True):
+        subs[:] = [o for o in subs if o[0]!='.']
+        shown = [o for o in names if o[0]!='.']
+        res += [Path(folder)/o for o in shown if os.path.splitext(o)[1].lower() in IMAGE_SUFFIXES]
     return sorted(res)
 
 def _class_folders(path):
     "{name: images} of the folders in `path` that hold images"
-    dirs = sorted(o for o in path.iterdir() if o.is_dir() and o.name[0] != '.' and o.name != 'models')
+    dirs = sorted(o for o in path.iterdir() if o.is_dir() and o.name[0]!='.' and o.name!='models')
     res = {o.name: _images(o) for o in dirs}
-    none = [o for o,fs in res.items() if not fs]
-    if none and len(none) < len(res): warnings.warn(f'no images in {few(none)} of {path}: not counted as a class')
-    return {o:fs for o,fs in res.items() if fs}
+    empty = [o for o,files in res.items() if not files]
+    if empty and len(empty)<len(res): warnings.warn(f'no images in {few(empty)} of {path}: not counted as a class')
+    return {o:files for o,files in res.items() if files}
+
+# %% ../../nbs/08_data.readers.ipynb #parts
+def _folder_parts(path):
+    "The table of a folder that holds its parts as folders"
+    other = first(o for o in ('valid','val','test') if (path/o).is_dir())
+    if other is None:
+        raise FileNotFoundError(f'{path} has train/ but no valid/, val/ or test/: add one, or pass {path/"train"} to split it here')
+    parts = ['train',other]
+    if other!='test' and (path/'test').is_dir(): parts.append('test')
+    rows = [(file, name, k) for k,part in enumerate(parts) for name,files in _class_folders(path/part).items() for file in files]
+    files,labels,part = zip(*rows) if rows else ((),(),())
+    return ImageTable(files, labels, [k==1 for k in part], root=path, is_test=[k==2 for k in part])
 
 # %% ../../nbs/08_data.readers.ipynb #folders
 def read_folders(
-    path,           # folder of class folders, or of train/ and valid/, val/ or test/ with class folders in them
-    valid_pct=None, # share of each class for validation: of all images where path has no train/ (0.2 if None), else of train/
-    seed=42         # of that split
-): # `ImageTable`
+    path,           # Folder of class folders, or of train/ and valid/, val/ or test/ with class folders in them
+    valid_pct=None, # Share of each class for validation: of all images where path has no train/ (0.2 if None), else of train/
+    seed=42         # Of that split
+):                  # `ImageTable`
     "Read class folders, split by folder or else class by class; `ValueError` names a class with too few images"
     path = Path(path)
     if (path/'train').is_dir() and any(o.is_dir() for o in (path/'train').iterdir()):
         t = _folder_parts(path)
         return t if valid_pct is None else t.holdout(valid_pct, seed)
-    if valid_pct is None: valid_pct = 0.2
-    cls = _class_folders(path)
-    if not cls: raise ValueError(f'no images in the folders of {path}: it needs one folder of images for each class, or train/ and test/ with such folders')
-    if one := [o for o,fs in cls.items() if len(fs)<2]:
-        raise ValueError(f'class {few(one)} of {path} has 1 image: a class needs 2 or more, one to train and one to validate')
-    rows = [(f, o, v) for o,fs in cls.items() for f,v in zip(fs, _split(o, len(fs), valid_pct, seed))]
+    classes = _class_folders(path)
+    if not classes:
+        needs = 'it needs one folder of images for each class, or train/ and test/ with such folders'
+        raise ValueError(f'no images in the folders of {path}: {needs}')
+    single = [o for o,files in classes.items() if len(files)<2]
+    if single: raise ValueError(f'class {few(single)} of {path} has 1 image: a class needs 2 or more, one to train and one to validate')
+    pct = .2 if valid_pct is None else valid_pct
+    rows = [(f, name, v) for name,files in classes.items() for f,v in zip(files, _split(name, len(files), pct, seed))]
     return ImageTable(*zip(*rows), root=path)
-
-def _folder_parts(path):
-    other = first(o for o in ('valid','val','test') if (path/o).is_dir())
-    if other is None: raise FileNotFoundError(f'{path} has train/ but no valid/, val/ or test/: add one, or pass {path/"train"} to split it here')
-    parts = ['train', other] + ['test']*(other != 'test' and (path/'test').is_dir())
-    rows = [(f, o, i==1, i==2) for i,d in enumerate(parts) for o,fs in _class_folders(path/d).items() for f in fs]
-    files,labels,is_valid,is_test = zip(*rows) if rows else ((),)*4
-    return ImageTable(files, labels, is_valid, root=path, is_test=is_test)
 
 # %% ../../nbs/08_data.readers.ipynb #tv
 def _above(path, name):
     "The folder in which folder `name` lies: `path` itself, the one above it or one below it; None if there is none"
     path = Path(path)
-    if path.name == name and path.is_dir(): return path.parent
+    if path.name==name and path.is_dir(): return path.parent
     return first(o for o in (path, *sorted(path.glob('*/'))) if (o/name).is_dir())
+
+def _tv_items(root, base, cls, part, **kwargs):
+    "Pairs of file and class number of one part of a torchvision data set, and its class names"
+    try: ds = cls(root, split=part, **kwargs)
+    except (RuntimeError,OSError) as e:
+        raise FileNotFoundError(f'{root/base} lacks files of {cls.__name__} or they were changed ({e}): extract the archive again') from e
+    if cls is tvd.OxfordIIITPet: items = zip(ds._images, ds._labels) # it has no `loader`, and would open every picture
+    else: items = [ds[i] for i in range(len(ds))]
+    return items,ds.classes
 
 def _read_tv(path, base, cls, sources, train=('train',), boxes=None, recipe='crop', **kwargs):
     "The table of torchvision data set `cls`, whose files lie in folder `base`"
@@ -150,30 +181,29 @@ def _read_tv(path, base, cls, sources, train=('train',), boxes=None, recipe='cro
     if root is None: raise FileNotFoundError(f'no folder {base} in {path}: pass the folder that holds it')
     if cls is not tvd.OxfordIIITPet: kwargs['loader'] = Path
     rows = []
-    for part in (*train, 'test'):
-        try: ds = cls(root, split=part, **kwargs)
-        except (RuntimeError,OSError) as e: raise FileNotFoundError(f'{root/base} lacks files of {cls.__name__} or they were changed ({e}): extract the archive again') from e
-        items = zip(ds._images, ds._labels) if cls is tvd.OxfordIIITPet else (ds[i] for i in range(len(ds))) # Pets would open the picture
-        rows += [(Path(f), ds.classes[y], part=='test') for f,y in items]
+    for part in (*train,'test'):
+        items,classes = _tv_items(root, base, cls, part, **kwargs)
+        rows += [(Path(f), classes[y], part=='test') for f,y in items]
     files,labels,is_valid = zip(*rows)
     _all_there(files, root, cls.__name__)
-    return ImageTable(files, labels, is_valid, ds.classes, root, boxes=None if boxes is None else boxes(root/base, files), recipe=recipe,
-        sources=[o for s in sources for o in sorted((root/base).glob(s))])
+    found = [o for s in sources for o in sorted((root/base).glob(s))]
+    boxes = boxes and boxes(root/base, files)
+    return ImageTable(files, labels, is_valid, classes, root, boxes=boxes, recipe=recipe, sources=found)
 
 # %% ../../nbs/08_data.readers.ipynb #boxes
-def _corners(o):
+_CARS_MATS = ('devkit/cars_train_annos.mat', 'cars_test_annos_withlabels.mat')
+
+def _corners(boxes):
     "Corners, counted from 1 and included, as x, y, width, height"
-    x1,y1,x2,y2 = np.array(o, dtype=float).reshape(-1, 4).T
+    x1,y1,x2,y2 = np.array(boxes, dtype=float).reshape(-1, 4).T
     return np.stack([x1-1, y1-1, x2-x1+1, y2-y1+1], 1)
 
 def _mat(file): return loadmat(file, squeeze_me=True)
 
-def _aircraft_boxes(base, files):
-    b = _numbers(base/'data'/'images_box.txt', [o.stem for o in files])
-    return None if b is None else _corners(b)
-
 # %% ../../nbs/08_data.readers.ipynb #boxes2
-_CARS_MATS = ('devkit/cars_train_annos.mat', 'cars_test_annos_withlabels.mat')
+def _aircraft_boxes(base, files):
+    boxes = _numbers(base/'data'/'images_box.txt', [o.stem for o in files])
+    return None if boxes is None else _corners(boxes)
 
 def _cars_boxes(base, files):
     rows = [o for f in _CARS_MATS for o in np.atleast_1d(_mat(base/f)['annotations'])]
@@ -186,7 +216,8 @@ def read_cars(path): # `ImageTable`
 
 def read_aircraft(path, level='variant'): # `ImageTable`
     "Read FGVC-Aircraft: folder `fgvc-aircraft-2013b`; `level` is 'variant', 'family' or 'manufacturer'"
-    return _read_tv(path, 'fgvc-aircraft-2013b', tvd.FGVCAircraft, ('data/*.txt',), ('trainval',), _aircraft_boxes, 'squeeze', annotation_level=level)
+    kwargs = dict(boxes=_aircraft_boxes, recipe='squeeze', annotation_level=level)
+    return _read_tv(path, 'fgvc-aircraft-2013b', tvd.FGVCAircraft, ('data/*.txt',), ('trainval',), **kwargs)
 
 def read_pets(path): # `ImageTable`
     "Read Oxford-IIIT Pets: folder `oxford-iiit-pet` with images/ and annotations/"
@@ -195,60 +226,73 @@ def read_pets(path): # `ImageTable`
 # %% ../../nbs/08_data.readers.ipynb #readers2
 def read_flowers(path): # `ImageTable`
     "Read Oxford Flowers-102: folder `flowers-102` with jpg/, imagelabels.mat and setid.mat"
-    return _read_tv(path, 'flowers-102', tvd.Flowers102, ('*.mat',), ('train', 'val'))
+    return _read_tv(path, 'flowers-102', tvd.Flowers102, ('*.mat',), ('train','val'))
 
 def read_dogs(path): # `ImageTable`
     "Read Stanford Dogs: Images/, train_list.mat and test_list.mat"
     path = Path(path)
     root = first(o for o in (path, *sorted(path.glob('*/'))) if (o/'train_list.mat').exists())
     if root is None: raise FileNotFoundError(f'no train_list.mat in {path}: pass the folder that holds it, with test_list.mat and Images/')
-    names = [(str(o), v) for v,f in ((False, 'train_list.mat'), (True, 'test_list.mat')) for o in np.atleast_1d(_mat(root/f)['file_list'])]
-    files = [root/'Images'/o for o,_ in names]
+    names = {part: [str(o) for o in np.atleast_1d(_mat(root/f'{part}_list.mat')['file_list'])] for part in ('train','test')}
+    files = [root/'Images'/o for o in names['train']+names['test']]
     _all_there(files, root, 'train_list.mat and test_list.mat')
-    return ImageTable(files, [o.parent.name for o in files], [v for _,v in names], root=root, sources=sorted(root.glob('*_list.mat')))
+    is_valid = [False]*len(names['train'])+[True]*len(names['test'])
+    return ImageTable(files, [o.parent.name for o in files], is_valid, root=root, sources=sorted(root.glob('*_list.mat')))
 
 # %% ../../nbs/08_data.readers.ipynb #whole
 def _write_png(root, dest, cls):
     "Write torchvision data set `cls` in `root` as train/ and test/ with class folders of PNG files, whose numbers are the places in the array"
     with whole_folder(dest) as tmp:
-        for part in ('train', 'test'):
+        for part in ('train','test'):
             ds = cls(root, split=part) if cls is tvd.SVHN else cls(root, train=part=='train')
             names = [str(o) for o in getattr(ds, 'classes', range(10))]
             for o in names: (tmp/part/o).mkdir(parents=True)
-            for i in progress_bar(range(len(ds)), leave=False, display=len(ds)>1000): ds[i][0].save(tmp/part/names[ds[i][1]]/f'{i:05d}.png', compress_level=1)
-
-# %% ../../nbs/08_data.readers.ipynb #arrays
-def read_small(
-    path,         # folder with train/ and test/, or with the official files
-    cls,          # `CIFAR10`, `CIFAR100` or `SVHN` of `torchvision.datasets`
-    recipe='pad', # one of `RECIPES`
-    stats=None    # mean and standard deviation of the training part
-): # `ImageTable`
-    "Read CIFAR or SVHN from class folders of PNG files, which are written once from the official arrays"
-    path = Path(path)
-    if not (path/'train').is_dir():
-        official = path if cls is tvd.SVHN else _above(path, cls.base_folder)
-        path = path/'png'
-        if not path.exists():
-            try: _write_png(official or path.parent, path, cls)
-            except RuntimeError as e: raise FileNotFoundError(f'{path.parent} has neither train/ and test/ nor the whole files of {cls.__name__} ({e}): get them again') from e
-    rows = [(f, f.parent.name, part=='test') for part in ('train','test') for f in _images(path/part)]
-    for part in ('train','test'): _no_gaps([f for f,_,v in rows if v==(part=='test')], path/part)
-    files,labels,is_valid = zip(*rows) if rows else ((),)*3
-    return ImageTable(files, labels, is_valid, root=path, recipe=recipe, stats=stats)
+            for i in progress_bar(range(len(ds)), leave=False, display=len(ds)>1000):
+                im,y = ds[i]
+                im.save(tmp/part/names[y]/f'{i:05d}.png', compress_level=1)
 
 def _no_gaps(files, path):
-    "Files that `_write_png` numbered have all the numbers"
-    if not (files and all(re.fullmatch(r'\d{5}', o.stem) for o in files)): return
-    if gone := sorted(set(range(max(int(o.stem) for o in files))) - {int(o.stem) for o in files}):
-        raise FileNotFoundError(f'{len(gone):,} files of {path} are missing: {few(f"{o:05d}.png" for o in gone)}; delete {path.parent} to write it again')
+    "Refuse files that `_write_png` numbered if some of the numbers are missing"
+    if not files or not all(re.fullmatch(r'\d{5}', o.stem) for o in files): return
+    numbers = {int(o.stem) for o in files}
+    gone = sorted(set(range(max(numbers)))-numbers)
+    if not gone: return
+    names = few(f'{o:05d}.png' for o in gone)
+    raise FileNotFoundError(f'{len(gone):,} files of {path} are missing: {names}; delete {path.parent} to write it again')
 
-# %% ../../nbs/08_data.readers.ipynb #read-x
-_LAYOUTS = (('images.txt', read_cub), ('stanford_cars', read_cars), ('fgvc-aircraft-2013b', read_aircraft), ('oxford-iiit-pet', read_pets), ('flowers-102', read_flowers),
-    ('train_list.mat', read_dogs))
+# %% ../../nbs/08_data.readers.ipynb #arrays
+def _png_folder(path, cls):
+    "The folder with train/ and test/, written from the official arrays where there is none yet"
+    if (path/'train').is_dir(): return path
+    dest = path/'png'
+    if dest.exists(): return dest
+    official = path if cls is tvd.SVHN else _above(path, cls.base_folder)
+    try: _write_png(official or path, dest, cls)
+    except RuntimeError as e:
+        raise FileNotFoundError(f'{path} has neither train/ and test/ nor the whole files of {cls.__name__} ({e}): get them again') from e
+    return dest
+
+def read_small(
+    path,         # Folder with train/ and test/, or with the official files
+    cls,          # `CIFAR10`, `CIFAR100` or `SVHN` of `torchvision.datasets`
+    recipe='pad', # One of `RECIPES`
+    stats=None    # Mean and standard deviation of the training part
+):                # `ImageTable`
+    "Read CIFAR or SVHN from class folders of PNG files, which are written once from the official arrays"
+    path = _png_folder(Path(path), cls)
+    parts = {part: _images(path/part) for part in ('train','test')}
+    for part,files in parts.items(): _no_gaps(files, path/part)
+    files = parts['train']+parts['test']
+    is_valid = [False]*len(parts['train'])+[True]*len(parts['test'])
+    return ImageTable(files, [f.parent.name for f in files], is_valid, root=path, recipe=recipe, stats=stats)
+
+# %% ../../nbs/08_data.readers.ipynb #layouts
+_LAYOUTS = {'images.txt':read_cub, 'stanford_cars':read_cars, 'fgvc-aircraft-2013b':read_aircraft, 'oxford-iiit-pet':read_pets,
+    'flowers-102':read_flowers, 'train_list.mat':read_dogs}
 
 def _read_path(path, valid_pct, seed):
-    for mark,read in _LAYOUTS:
+    "The table of a folder in any layout"
+    for mark,read in _LAYOUTS.items():
         if path.name==mark or (path/mark).exists() or any(path.glob(f'*/{mark}')):
             t = read(path)
             return t if valid_pct is None else t.holdout(valid_pct, seed)

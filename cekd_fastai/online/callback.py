@@ -68,7 +68,7 @@ def part_names(self:OnlineKD): return ['ce'] + ['ce_ens']*self.ce_ens + self.ter
 def weights(self:OnlineKD): return dict.fromkeys(self.terms, self.alpha*ramp_up(self.learn.pct_train, self.ramp))
 
 @patch
-def shown_per(self:OnlineKD): return unwrap_model(self.learn.model).n_branches+self.ce_ens
+def loss_divisor(self:OnlineKD): return unwrap_model(self.learn.model).n_branches+self.ce_ens
 
 # %% ../../nbs/31_online.callback.ipynb #dv-cb3
 class DML(OnlineKD):

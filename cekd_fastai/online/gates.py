@@ -12,7 +12,7 @@ __all__ = ['CD_FORMS', 'GATES', 'classifier_weight', 'cd_loss', 'Maps', 'SafeBN'
 from fastai.vision.all import *
 from ..core import eval_mode
 from ..cam import cam
-from ..branches import BranchNet,branch_net,builder
+from ..branches import BranchNet,branch_net,register_builder
 
 # %% ../../nbs/30_online.gates.ipynb #dv-cd
 CD_FORMS = ('fro','l1','cos')
@@ -202,7 +202,7 @@ def _channels(net):
     return dict(c=feats[0].shape[1], c_shared=shared.shape[1], n_out=logits.shape[-1])
 
 @delegates(branch_net, keep=True)
-@builder
+@register_builder
 def gate_net(
     arch,                 # Name in timm or torchvision, a function that builds a model, or an `nn.Module`
     n_out:int,            # Number of classes
