@@ -3,14 +3,11 @@ from dataclasses import dataclass,field
 from fastai.vision.all import *
 from fastai.callback.fp16 import AMPMode
 from fastai.callback.fp16 import MixedPrecision as _MixedPrecision
-from fastai.callback.channelslast import ChannelsLast
 import names
 
-SIZES = dict(
-    tiny=dict(arch='cifar_resnet8', teachers=('cifar_resnet8','cifar_resnet14'), px=32, bs=8, c=6),
+SIZES = dict(tiny=dict(arch='cifar_resnet8', teachers=('cifar_resnet8','cifar_resnet14'), px=32, bs=8, c=6),
     small=dict(arch='cifar_resnet8', teachers=('cifar_resnet8','cifar_resnet14'), px=32, bs=64, c=20),
-    big=dict(arch='resnet50', teachers=('resnet50','resnet34'), px=224, bs=64, c=200),
-)
+    big=dict(arch='resnet50', teachers=('resnet50','resnet34'), px=224, bs=64, c=200))
 N_BATCHES = 3 # of an epoch
 
 @dataclass
@@ -57,8 +54,7 @@ class Kit:
         cbs = [names.CSS(**kwargs),*cbs]
         return names.css_learner(self.dls(), (self.arch,self.arch), transform=transform, **self.kw(cbs))
     def teacher_nets(self): return [names.branch_net(o, self.c, 1, pretrained=False).eval() for o in self.teachers]
-    def meal(self, *cbs, n=1, **kwargs):
-        return self.branch(names.call('MEAL', self.teacher_nets(), **kwargs), *cbs, n=n)
+    def meal(self, *cbs, n=1, **kwargs): return self.branch(names.call('MEAL', self.teacher_nets(), **kwargs), *cbs, n=n)
 
 @dataclass
 class Case:
@@ -134,8 +130,8 @@ for _choose,_adv in (('random','joint'),('mean','grl'),('each','alternate'),('ea
     case(f'MEAL, {_choose}, {_adv}', lambda k,c=_choose,a=_adv: k.meal(choose=c, adversarial=a), main=_choose=='random')
 for _kind in ('l1','l2','l1_soft','l2_soft'): case(f'MEAL, {_kind}', lambda k,o=_kind: k.meal(kind=o))
 case('MEAL, max pooling', lambda k: k.meal(space='max', channels='max'))
-case('MEAL, two branches, labels, CutMix', lambda k: k.meal(CutMix(), n=2, hard=1.))
-case('MEAL, SnapMix', lambda k: k.meal(SnapMix(), hard=1.))
+case('MEAL, two branches, labels, CutMix', lambda k: k.meal(CutMix(), n=2, w_hard=1.))
+case('MEAL, SnapMix', lambda k: k.meal(SnapMix(), w_hard=1.))
 case('MEAL V2', lambda k: k.branch(names.MEAL.v2(k.teacher_nets()), n=1), main=True)
 case('MEAL, several labels', lambda k: k.meal(), kit=dict(labels='several', loss=BCEWithLogitsLossFlat()))
 case('MEAL, stored answers', lambda k: k.meal(cache_targets=True, cache=tempfile.mkdtemp()), real=True)

@@ -4,8 +4,7 @@ A result is a line of `results.jsonl`, written as it comes. What fails is a line
 library where it came from, and the next item goes on."""
 import argparse,gc,itertools,json,os,statistics,subprocess,sys,tempfile,time,traceback,warnings
 import xml.etree.ElementTree as ET
-from contextlib import contextmanager,nullcontext
-from importlib import import_module
+from contextlib import contextmanager
 from pathlib import Path
 
 here = Path(__file__).resolve().parent
@@ -176,7 +175,8 @@ def fit(run):
     from fastai.vision.all import accuracy,set_seed
     import names
     folder,arch = pictures(run),'cifar_resnet8' if run.dry else 'resnet18'
-    dls = lambda: names.fine_grained_dls(folder, size=32 if run.dry else 64, bs=16 if run.dry else 64, num_workers=0 if run.dry else 4, device=torch.device(device(run)))
+    size,bs,workers = (32,16,0) if run.dry else (64,64,4)
+    dls = lambda: names.fine_grained_dls(folder, size=size, bs=bs, num_workers=workers, device=torch.device(device(run)))
     kw = dict(pretrained=False, metrics=accuracy)
     teacher = lambda d: names.branch_net(arch, d.c, 1, pretrained=False).eval()
     ways = dict(
@@ -214,7 +214,8 @@ N_STEPS = 4
 def trained(o, mode, size, dev, backend='inductor'):
     "Losses of a few steps, and the weights before and after, from the same seeds for every mode"
     import torch
-    from cases import ChannelsLast,MixedPrecision,begin,make_kit,set_seed
+    from fastai.callback.channelslast import ChannelsLast
+    from cases import MixedPrecision,begin,make_kit,set_seed
     extra = dict(fp16=[MixedPrecision('fp16', init_scale=2.**10)], bf16=[MixedPrecision('bf16')], channels_last=[ChannelsLast()]).get(mode, [])
     set_seed(0)
     kit = make_kit(size, o, dev, extra)
@@ -295,16 +296,25 @@ def peak_flops(dtype, dev, n):
 
 def ready(o, size, dev):
     "A learner in bfloat16 and channels last, and a function that trains its next step"
-    from cases import ChannelsLast,MixedPrecision,begin,make_kit,set_seed
+    from fastai.callback.channelslast import ChannelsLast
+    from cases import MixedPrecision,begin,make_kit,set_seed
     set_seed(0)
     kit = make_kit(size, o, dev, [MixedPrecision('bf16'),ChannelsLast()])
     learn,batches = begin(o.make(kit)),itertools.cycle(enumerate(kit.batches()))
     return learn,lambda: learn.one_batch(*next(batches))
 
+class Whole:
+    "In place of torch's tracker of modules, whose hooks do not bear `torch.autograd.grad` within a step"
+    parents,is_bw = {'Global'},False
+    def __enter__(self): return self
+    def __exit__(self, *args): pass
+
 def flops_of(f):
     "Operations of a step, forward and backward, as torch counts them"
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as count: f()
+    count = FlopCounterMode(display=False)
+    count.mod_tracker = Whole()
+    with count: f()
     return count.get_total_flops()
 
 def peak_memory(f):
@@ -323,7 +333,9 @@ def peaks(run):
     import torch
     dev,n = device(run),256 if run.dry else 8192
     for k in run.each(['bfloat16','float32']): run.do(k, lambda: dict(tflops=round(peak_flops(getattr(torch, k), dev, n)/1e12, 3), n=n))
-    if not run.dry: run.note('device', ok=True, name=torch.cuda.get_device_name(), torch=torch.__version__, memory_gb=round(torch.cuda.get_device_properties(0).total_memory/2**30, 1))
+    if run.dry: return
+    memory = torch.cuda.get_device_properties(0).total_memory/2**30
+    run.note('device', ok=True, name=torch.cuda.get_device_name(), torch=torch.__version__, memory_gb=round(memory, 1))
 
 @stage
 def steps(run):
@@ -343,8 +355,8 @@ def steps(run):
         mem = None if run.dry else peak_memory(step)
         pairs = [(seconds_of(plain, 2),seconds_of(step, 2)) for _ in range(rounds)]
         t0,t = (statistics.median(x) for x in zip(*pairs))
-        res = dict(ms=round(1000*t, 3), gflops=round(flops/1e9, 2), over_plain=round(t/t0, 3), flops_over_plain=round(flops/f0, 3), over_bound_of_plain=round(t/t0/(flops/f0), 3),
-            over_peak=peak and round(t/(flops/peak), 2))
+        res = dict(ms=round(1000*t, 3), gflops=round(flops/1e9, 2), over_plain=round(t/t0, 3), flops_over_plain=round(flops/f0, 3))
+        res |= dict(over_bound_of_plain=round(t/t0/(flops/f0), 3), over_peak=peak and round(t/(flops/peak), 2))
         if mem is not None: res |= dict(memory_gb=round(mem, 3), memory_over_plain=round(mem/m0, 3))
         else: res['note'] = 'peak memory is read on a GPU only'
         return res

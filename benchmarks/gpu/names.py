@@ -6,16 +6,8 @@ from functools import lru_cache
 from importlib import import_module
 
 package = 'cekd_fastai'
-names = dict(
-    ModelEMA=('ModelEMA','Average'),
-    unwrap_model=('unwrap_model','unwrap'),
-    GradCheckpoint=('GradCheckpoint','GradientCheckpoint','CheckpointTrunk'),
-)
-arguments = dict(
-    w_cross=('w_cross','alpha'),
-    w_clean=('w_clean','beta'),
-    cache_targets=('cache_targets','online'),
-)
+names = dict(GradCheckpoint=('GradCheckpoint','CheckpointTrunk'))
+arguments = dict(w_cross=('w_cross','alpha'), w_clean=('w_clean','beta'), cache_targets=('cache_targets','online'), w_hard=('w_hard','hard'))
 
 @lru_cache
 def modules():
