@@ -75,6 +75,8 @@ def one_run(label, seed, a):
 
 def said(a): return json.loads(json.dumps(a | {k:Path(a[k]).name for k in ('data','weights') if a[k]}))
 
+was = dict(t='net1', s='net2') # names of the two networks of CSS in result files that are there already
+
 def study_table(rows):
     "Mean and spread over the seeds of each method"
     df = pd.DataFrame(rows)
@@ -86,8 +88,8 @@ def study_table(rows):
         d = df[df.method==k]
         if len(d): lines.append(f"| {k} | {pct(d.single)} | {pct(d.ensemble)} | {num(100*d.gain.astype(float), '{:+.1f}')} | {num(d.distance)} | {num(d.disagreement)} | "
             f"{d.parameters.iloc[0]/1e6:.3f} M | {d.deployed.iloc[0]/1e6:.3f} M | {d.seconds.mean():.0f} |")
-        nets = [r['networks'] for r in rows if r['method']==k and 'networks' in r]
-        lines += [f"| {k}, network {o} alone | | {pct(pd.Series([n[o] for n in nets]))} | | | | | | |" for o in 'ts' if nets]
+        nets = [{was.get(o, o):v for o,v in r['networks'].items()} for r in rows if r['method']==k and 'networks' in r]
+        lines += [f"| {k}, {o} alone | | {pct(pd.Series([n[o] for n in nets]))} | | | | | | |" for o in ('net1','net2') if nets]
     return lines
 
 def study(a, labels, seeds, command, name):

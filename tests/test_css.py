@@ -63,11 +63,11 @@ def loop_total(t, s, y, T=3., cw=None):
                 res += T*T*sum(p[k]*math.log(p[k]/q[k]) for k in range(nk))
         return res/(n*b)
     ct,cs,kt,ks = ce(t),ce(s),kd(t, s),kd(s, t)
-    return ct+ct/cs*kt+cs+cs/ct*ks,dict(ce_t=ct, ce_s=cs, kd_t=kt, kd_s=ks)
+    return ct+ct/cs*kt+cs+cs/ct*ks,dict(ce_1=ct, ce_2=cs, kd_1=kt, kd_2=ks)
 
 def total(t, s, y, detach_targets=False, detach_ratio=False, loss_func=lf, T=3.):
     parts = css_losses(t, s, y, loss_func, T, detach_targets)
-    ws = css_ratios(parts['ce_t'], parts['ce_s'], detach_ratio)
+    ws = css_ratios(parts['ce_1'], parts['ce_2'], detach_ratio)
     return sum(ws.get(k, 1)*v for k,v in parts.items())
 
 @pytest.mark.parametrize('T', [1.,3.])
@@ -96,7 +96,7 @@ def test_exchange_leaves_the_loss(rand):
 def test_ratios(rand):
     a,b = tensor(2.),tensor(.5)
     ws = css_ratios(a, b)
-    assert ws['kd_t']==4 and ws['kd_s']==.25 and ws['kd_t']*ws['kd_s']==1
+    assert ws['kd_1']==4 and ws['kd_2']==.25 and ws['kd_1']*ws['kd_2']==1
     zero = css_ratios(tensor(0., requires_grad=True), a)
     assert all(torch.isfinite(v) for v in zero.values())
 
@@ -105,13 +105,13 @@ def test_gradients_by_default_reach_targets_and_ratios(rand):
     t.requires_grad_(), s.requires_grad_()
     g = lambda loss,z: torch.autograd.grad(loss, z, retain_graph=True, allow_unused=True)[0]
     free,held = css_losses(t, s, y, lf),css_losses(t, s, y, lf, detach_targets=True)
-    assert g(free['kd_t'], s).abs().sum()>0 and g(held['kd_t'], s) is None
-    assert g(free['kd_s'], t).abs().sum()>0 and g(held['kd_s'], t) is None
-    assert torch.allclose(g(free['kd_t'], t), g(held['kd_t'], t))
+    assert g(free['kd_1'], s).abs().sum()>0 and g(held['kd_1'], s) is None
+    assert g(free['kd_2'], t).abs().sum()>0 and g(held['kd_2'], t) is None
+    assert torch.allclose(g(free['kd_1'], t), g(held['kd_1'], t))
     p = free
-    rt,rs = (p['ce_t']/p['ce_s']),(p['ce_s']/p['ce_t'])
-    want = p['ce_t']+p['ce_s']+rt*p['kd_t']+rs*p['kd_s']
-    fixed = p['ce_t']+p['ce_s']+rt.item()*p['kd_t']+rs.item()*p['kd_s']
+    rt,rs = (p['ce_1']/p['ce_2']),(p['ce_2']/p['ce_1'])
+    want = p['ce_1']+p['ce_2']+rt*p['kd_1']+rs*p['kd_2']
+    fixed = p['ce_1']+p['ce_2']+rt.item()*p['kd_1']+rs.item()*p['kd_2']
     assert torch.allclose(g(total(t, s, y), t), g(want, t), atol=1e-7)
     assert torch.allclose(g(total(t, s, y, detach_ratio=True), t), g(fixed, t), atol=1e-7)
     assert not torch.allclose(g(want, t), g(fixed, t), atol=1e-4)
@@ -165,7 +165,7 @@ def test_loss_of_a_branch_ignores_the_argmax_but_not_the_mass_of_other_slices(ra
     off = t.clone()
     off[1,:,0::3] += 20
     assert torch.equal(aggregate(off), aggregate(t))
-    before,after = (css_losses(o, s, y, lf)['ce_t'].item() for o in (t,off))
+    before,after = (css_losses(o, s, y, lf)['ce_1'].item() for o in (t,off))
     assert after>before+1
     same = sum(-F.log_softmax(off[i], -1)[range(5),y*3+i].mean() for i in range(3))/3
     assert abs(after-same.item())<1e-6
@@ -224,29 +224,29 @@ def test_each_splits_the_networks():
     assert logits.shape==(6,2,12) and each.shape==(6,2,4) and len(feats)==6
     for j in range(6): assert torch.equal(each[j], logits[j][:,j%3::3])
     nets = net.by_network(each)
-    for k in ('t','s','both'): assert torch.allclose(net.subnet(k)(x), nets[k], atol=1e-6)
+    for k in ('net1','net2','both'): assert torch.allclose(net.subnet(k)(x), nets[k], atol=1e-6)
 
-@pytest.mark.parametrize('which', ['t','s'])
+@pytest.mark.parametrize('which', ['net1','net2'])
 def test_what_is_not_asked_does_not_run(which):
     net = css_net(pair, 4, n_branches=2, pretrained=False).eval()
     ran = []
-    for k in 'ts': getattr(net, k).trunk.register_forward_hook(lambda m,a,o,k=k: ran.append(k))
+    for k in ('net1','net2'): getattr(net, k).trunk.register_forward_hook(lambda m,a,o,k=k: ran.append(k))
     net.which = which
     net(torch.randn(1,3,64,64))
     assert ran==[which]
 
 def test_maps_of_unlike_backbones():
     net = css_net(('test_resnet','test_resnet'), 4, split=(None,'head'), n_branches=2, transform=None, pretrained=False).eval()
-    net.s.trunk.append(nn.AvgPool2d(2))
+    net.net2.trunk.append(nn.AvgPool2d(2))
     x,y = torch.randn(2,3,128,128),tensor([1,3])
     feats = net.branch_forward(x)[1]
     assert feats[0].shape[-1]!=feats[-1].shape[-1]
     maps = model_cam(net, x, y)
-    t,s = (model_cam(net.subnet(k), x, y) for k in 'ts')
+    t,s = (model_cam(net.subnet(k), x, y) for k in ('net1','net2'))
     assert maps.shape==t.shape!=s.shape
     assert torch.allclose(maps, (t+F.interpolate(s[None], t.shape[1:], mode='bilinear', align_corners=False)[0])/2, atol=1e-6)
 
-@pytest.mark.parametrize('which', ['t','s','both'])
+@pytest.mark.parametrize('which', ['net1','net2','both'])
 def test_maps_average_to_the_logits_of_what_is_deployed(which):
     torch.manual_seed(0)
     net = css_net(('test_resnet','test_resnet'), 4, n_branches=3, pretrained=False).eval()
@@ -259,7 +259,7 @@ def test_maps_average_to_the_logits_of_what_is_deployed(which):
     assert torch.allclose(net.ensemble(*net.branch_forward(x)), z, atol=1e-6)
 
 @pytest.mark.parametrize('transform', ['corner','permute'])
-@pytest.mark.parametrize('which', ['t','s','both'])
+@pytest.mark.parametrize('which', ['net1','net2','both'])
 def test_picked_networks_round_trip_through_a_file(tmp_path, which, transform):
     set_seed(0)
     net = css_net(pair, 4, n_branches=2, transform=transform, seed=3, pretrained=False).eval()
@@ -273,7 +273,7 @@ def test_groups_cover_every_parameter_once():
     groups = branch_splitter(net)
     ids = [id(p) for g in groups for p in g]
     assert len(groups)==3 and len(ids)==len(set(ids)) and set(ids)=={id(p) for p in net.parameters()}
-    assert {id(p) for p in groups[2]}=={id(p) for o in (net.t,net.s) for p in o.heads.parameters()}
+    assert {id(p) for p in groups[2]}=={id(p) for o in (net.net1,net.net2) for p in o.heads.parameters()}
 
 def test_freeze_bn_reaches_both_networks():
     net = css_net(pair, 4, n_branches=2, freeze_bn=True, pretrained=False).train()
@@ -282,8 +282,8 @@ def test_freeze_bn_reaches_both_networks():
 
 def test_options_for_either_network():
     net = css_net(('test_resnet','test_resnet'), 4, n_branches=2, split=('head',None), pretrained=False, arch_args=({},dict(act_layer=nn.SiLU)))
-    assert len(list(net.t.branches.parameters()))==0<len(list(net.s.branches.parameters()))
-    assert [any(isinstance(m, nn.SiLU) for m in o.modules()) for o in (net.t,net.s)]==[False,True]
+    assert len(list(net.net1.branches.parameters()))==0<len(list(net.net2.branches.parameters()))
+    assert [any(isinstance(m, nn.SiLU) for m in o.modules()) for o in (net.net1,net.net2)]==[False,True]
 
 # --- the callback
 
@@ -323,7 +323,7 @@ def test_columns_are_the_means_of_the_parts(dls):
         def after_loss(self):
             if self.training: seen.append(([v.item() for v in self.learn.css.parts.values()],len(self.learn.yb[0])))
     quiet_fit(learn, 1, Note())
-    assert learn.recorder.metric_names[4:8]==['ce_t','ce_s','kd_t','kd_s']
+    assert learn.recorder.metric_names[4:8]==['ce_1','ce_2','kd_1','kd_2']
     w = np.array([n for _,n in seen])
     want = (np.array([v for v,_ in seen])*w[:,None]).sum(0)/w.sum()
     assert np.allclose(learn.recorder.values[-1][3:7], want, rtol=1e-4)
@@ -343,9 +343,9 @@ def test_mixed_batches_have_the_joint_labels_of_both(dls, mix):
     t,s = c.got.chunk(2)
     rec,parts = c.rec,css_losses(t, s, c.targ, lf, rec=c.rec)
     assert rec is not None
-    assert abs(parts['ce_t'].item()-loop_mixed(t, c.targ, rec))<1e-4 and abs(parts['ce_s'].item()-loop_mixed(s, c.targ, rec))<1e-4
-    kt,ks = (loop_total(t.double(), s.double(), c.targ)[1][k] for k in ('kd_t','kd_s'))
-    ct,cs = parts['ce_t'].item(),parts['ce_s'].item()
+    assert abs(parts['ce_1'].item()-loop_mixed(t, c.targ, rec))<1e-4 and abs(parts['ce_2'].item()-loop_mixed(s, c.targ, rec))<1e-4
+    kt,ks = (loop_total(t.double(), s.double(), c.targ)[1][k] for k in ('kd_1','kd_2'))
+    ct,cs = parts['ce_1'].item(),parts['ce_2'].item()
     assert abs(c.total-(ct+cs+ct/cs*kt+cs/ct*ks))<1e-3
 
 def test_classes_of_any_kind(rand):
@@ -355,8 +355,8 @@ def test_classes_of_any_kind(rand):
     for kind in (torch.uint8,torch.int8,torch.int32):
         got = css_losses(t, s, y.to(kind), lf)
         assert all(got[k]==v for k,v in want.items())
-    off = css_losses(t, s, tensor([90,99,3,-100]), lf)['ce_t']
-    assert torch.allclose(off, css_losses(t[:,:3], s[:,:3], y[:3], lf)['ce_t'])
+    off = css_losses(t, s, tensor([90,99,3,-100]), lf)['ce_1']
+    assert torch.allclose(off, css_losses(t[:,:3], s[:,:3], y[:3], lf)['ce_1'])
 
 def test_weights_of_a_function(dls):
     "Class weights of a `partial` are repeated like those of a module"
@@ -372,7 +372,7 @@ def test_which_is_kept_in_a_file(tmp_path):
     "A network that evaluates one of two does so after `save_net` and `load_net`"
     net = css_net(pair, 3, 2, pretrained=False).eval()
     x = torch.randn(2,3,64,64)
-    for which in ('s','both','t'):
+    for which in ('net2','both','net1'):
         net.which = which
         save_net(net, tmp_path/'n.pt')
         again = load_net(tmp_path/'n.pt')[0]
@@ -382,7 +382,7 @@ def test_diversity_of_one_network(dls):
     "With `which` the branches that are compared are those that predict"
     from cekd_fastai.online.diversity import diversity
     learn = make(dls)
-    learn.model.which = 't'
+    learn.model.which = 'net1'
     d = diversity(learn)
     assert len(d.branches)==2 and d.gain==pytest.approx(diversity(learn).ensemble-sum(d.branches)/2)
 
@@ -398,7 +398,7 @@ def test_own_callback_replaces_the_default(dls):
 
 def test_valid_loss_is_that_of_what_is_deployed(dls):
     learn = quiet_fit(make(dls))
-    for which in ('t','s','both'):
+    for which in ('net1','net2','both'):
         learn.model.which = which
         with learn.no_bar(): loss,acc = learn.validate()
         z,y = [],[]
@@ -432,7 +432,7 @@ def test_freeze_trains_heads_only(dls):
     quiet_fit(learn, lr=.1)
     changed = {n for n,p in learn.model.named_parameters() if not torch.equal(p, before[n])}
     bn = {f'{k}.{n}' for k,m in learn.model.named_modules() if isinstance(m, nn.BatchNorm2d) for n,_ in m.named_parameters()}
-    assert changed and all('.heads.' in n for n in changed-bn) and {n[0] for n in changed-bn}=={'t','s'}
+    assert changed and all('.heads.' in n for n in changed-bn) and {n.split('.')[0] for n in changed-bn}=={'net1','net2'}
 
 def test_save_load_and_resume(dls, tmp_path):
     def fresh():

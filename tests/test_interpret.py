@@ -49,7 +49,7 @@ def css(dls, which='both'):
     return learn
 
 branchy = dict(two=two, gate=partial(online_learner, **small), one=partial(online_learner, method='one', **small), okddip=partial(online_learner, method='okddip', **small),
-    ffl=partial(online_learner, method='ffl', **small), fau=partial(online_learner, method=FFMCD(), gate='fau', **small), css=css, css_s=partial(css, which='s'),
+    ffl=partial(online_learner, method='ffl', **small), fau=partial(online_learner, method=FFMCD(), gate='fau', **small), css=css, css_2=partial(css, which='net2'),
     peers=lambda dls: branch_learner(dls, ('test_resnet','resnet10t'), pretrained=False, arch_args=[{},dict(channels=(16,16,24,32))]),
     meal=lambda dls: meal_learner(dls, 'test_resnet', [two(dls)], n_branches=2, pretrained=False))
 single = dict(alone=partial(two, n_branches=1), torchvision=partial(vision_learner, arch=resnet18, pretrained=False),
@@ -94,7 +94,7 @@ def test_maps_of_branches(dls, name):
     n = len(look.names)-1
     y = torch.arange(len(x))%3
     with torch.no_grad(): feats = net.branch_forward(x)[1]
-    per = net.t.n_branches if name.startswith('css') else 1
+    per = net.net1.n_branches if name.startswith('css') else 1
     for i in range(n):
         with torch.no_grad(): want = torch.cat([loop_map(net.heads[i], feats[i][j:j+1], k*per+i%per, (64,64)) for j,k in enumerate(y.tolist())])
         assert torch.allclose(look.maps(i, y), want, atol=1e-6)
@@ -377,7 +377,7 @@ def test_components_without_parts_or_weights(dls, tmp_path):
         with o.no_bar(), o.no_logging(): o.fit(1, 1e-3)
     assert plot_components(plain).index.tolist()==['train_loss'] and plot_components(plain)[1].tolist()==history(plain).train_loss.tolist()
     df = plot_components(three)
-    assert df.index.tolist()==['ce_t','ce_s','kd_t','kd_s'] and list(df)==[1]
+    assert df.index.tolist()==['ce_1','ce_2','kd_1','kd_2'] and list(df)==[1]
     history(three).to_csv(tmp_path/'h.csv', index=False)
     assert np.allclose(plot_components(pd.read_csv(tmp_path/'h.csv')), df)
 

@@ -1,4 +1,4 @@
-"""Channel Self-Supervision for online distillation ([arXiv 2203.11660](https://arxiv.org/abs/2203.11660)): two networks whose branches see different pictures, answer different questions, and teach each other
+"""Channel Self-Supervision for online distillation ([arXiv 2203.11660](https://arxiv.org/abs/2203.11660)): two networks whose branches see different maps, learn different labels, and teach each other
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/css.callback.html.md"""
 
@@ -10,93 +10,121 @@ __all__ = ['joint_loss', 'css_losses', 'css_ratios', 'CSS']
 # %% ../../nbs/34_css.callback.ipynb #imports
 from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
-from ..core import unwrap_model
+from ..core import check_above,check_share,unwrap_model
 from ..mix.core import MixRecord
 from ..losses import mixed_loss,ramp_up,soft_kl,soft_log_probs
 from ..distill import Distill
 from .net import CSSNet,joint_label
 
-# %% ../../nbs/34_css.callback.ipynb #cs-loss
+# %% ../../nbs/34_css.callback.ipynb #cs-joint
 def joint_loss(
     loss_func, # The task loss, e.g. `CrossEntropyLossFlat()`
     n:int,     # Number of branches of a network
 ):
     "`loss_func` for joint labels: class weights, where it has some, are repeated for each branch"
     if isinstance(loss_func, partial):
-        w = loss_func.keywords.get('weight')
-        return loss_func if w is None else partial(loss_func, weight=w.repeat_interleave(n))
-    w = getattr(getattr(loss_func, 'func', loss_func), 'weight', None)
-    if w is None: return loss_func
+        weight = loss_func.keywords.get('weight')
+        return loss_func if weight is None else partial(loss_func, weight=weight.repeat_interleave(n))
+    weight = getattr(getattr(loss_func, 'func', loss_func), 'weight', None)
+    if weight is None: return loss_func
     res = deepcopy(loss_func)
-    getattr(res, 'func', res).weight = w.repeat_interleave(n)
+    getattr(res, 'func', res).weight = weight.repeat_interleave(n) # fastai's losses hold torch's as `func`
     return res
 
+# %% ../../nbs/34_css.callback.ipynb #cs-loss
 def css_losses(
-    t:Tensor,            # Joint logits of one network, shape (n, B, n*K)
-    s:Tensor,            # Joint logits of the other, shape (n, B, n*K)
+    z1:Tensor,           # Joint logits of one network, shape (n, B, n*K)
+    z2:Tensor,           # Joint logits of the other, shape (n, B, n*K)
     y:Tensor,            # Classes, integers of shape (B,)
     loss_func,           # The task loss, e.g. `CrossEntropyLossFlat()`
     T:float=3.,          # Temperature of the mutual distillation
     detach_targets=False,# Let no gradient flow through a target
     rec:MixRecord=None,  # How the batch was mixed, None if it was not
-)->dict:                 # `ce_t`, `ce_s`, `kd_t`, `kd_s`: scalar tensors, unweighted
+)->dict:                 # `ce_1`, `ce_2`, `kd_1`, `kd_2`: scalar tensors, unweighted
     "The parts of the CSS loss (arXiv 2203.11660)"
-    n = len(t)
-    lf = joint_loss(loss_func, n)
-    task = lf if rec is None else lambda z,j: mixed_loss(lf, z, j, rec)
-    ce = lambda m: sum(task(z, joint_label(y, i, n)) for i,z in enumerate(m))/n
-    logt,logs = (soft_log_probs(m, T).flatten(0, 1) for m in (t,s)) # the branches join the batch, for the mean over both
-    target = Tensor.detach if detach_targets else noop
-    return dict(ce_t=ce(t), ce_s=ce(s), kd_t=soft_kl(logt, target(logs), T), kd_s=soft_kl(logs, target(logt), T))
+    n = len(z1)
+    task = joint_loss(loss_func, n)
+    def ce(z, joint): return task(z, joint) if rec is None else mixed_loss(task, z, joint, rec)
+    def ce_of(net): return sum(ce(z, joint_label(y, i, n)) for i,z in enumerate(net))/n
+    # the branches join the batch, so that the KL divergence is a mean over both
+    log1,log2 = [soft_log_probs(z, T).flatten(0, 1) for z in (z1,z2)]
+    target1,target2 = (log1.detach(),log2.detach()) if detach_targets else (log1,log2)
+    return dict(ce_1=ce_of(z1), ce_2=ce_of(z2), kd_1=soft_kl(log1, target2, T), kd_2=soft_kl(log2, target1, T))
 
 # %% ../../nbs/34_css.callback.ipynb #cs-ratio
 def css_ratios(
-    ce_t:Tensor,        # Task loss of one network
-    ce_s:Tensor,        # Task loss of the other
+    ce_1:Tensor,        # Task loss of one network
+    ce_2:Tensor,        # Task loss of the other
     detach:bool=False,  # Let no gradient flow through the ratios
-)->dict:                # `kd_t` and `kd_s`; their product is 1
-    "Weights of the two distillations: the network with the larger loss listens more"
-    t,s = (o.detach() if detach else o for o in (ce_t.clamp(min=1e-7),ce_s.clamp(min=1e-7)))
-    return dict(kd_t=t/s, kd_s=s/t)
+)->dict:                # `kd_1` and `kd_2`; their product is 1
+    "Weights of the two distillations: the network with the larger loss learns more from the other"
+    ce_1,ce_2 = ce_1.clamp(min=1e-7),ce_2.clamp(min=1e-7)
+    if detach: ce_1,ce_2 = ce_1.detach(),ce_2.detach()
+    return dict(kd_1=ce_1/ce_2, kd_2=ce_2/ce_1)
 
 # %% ../../nbs/34_css.callback.ipynb #cs-code
-def _one_class(why):
-    "What to say to soft and several labels"
-    return f"`CSS` gives each branch labels of its own and needs one class per image, but {why}: train a `branch_learner` without `CSS` for soft or several labels."
-
 class CSS(Distill):
-    "Channel Self-Supervision (arXiv 2203.11660): two networks of branches with joint labels that teach each other; needs a `CSSNet`"
-    own_labels = True
+    "Channel Self-Supervision (arXiv 2203.11660): the two networks of a `CSSNet` learn joint labels and teach each other"
+    own_labels = True # For networks whose branches have labels of their own
     def __init__(self,
         T:float=3.,                # Temperature of the mutual distillation, above 0
         detach_targets:bool=False, # Let no gradient flow through a target; the released code does
         detach_ratio:bool=False,   # Let no gradient flow through the ratios of the losses; the released code does
-        ramp:float=0.              # Share of the run over which the weight of the distillation rises; 0: no ramp, as in the released code
+        ramp:float=0.              # Share of the run over which the distillation rises; 0: no ramp, as in the released code
     ):
-        if not T>0: raise ValueError(f"CSS: the temperature `T` is {T}, but it must be above 0.")
-        if not 0<=ramp<=1: raise ValueError(f"CSS: `ramp` is {ramp}, but it is a share of the run, from 0 to 1.")
+        check_above('CSS', T=T)
+        check_share('CSS', ramp=ramp)
         store_attr()
 
-    def check(self):
-        model,lf = unwrap_model(self.learn.model),self.learn.loss_func
-        if not isinstance(model, CSSNet):
-            raise ValueError(f"`CSS` trains two networks at once, but the model is a `{type(model).__name__}`: make the learner with `css_learner(dls, ('resnet34','resnet18'))`.")
-        super().check()
-        if model.t.n_branches<2: raise ValueError("`CSS` tells the branches of a network apart, but each network has only one: pass `n_branches=2` or more.")
-        if isinstance(getattr(lf, 'func', lf), nn.BCEWithLogitsLoss): raise ValueError(_one_class('the loss is for several labels'))
-        ignored = getattr(getattr(lf, 'func', lf), 'ignore_index', -100)
-        if ignored>=0: raise ValueError(f"`CSS` has {model.t.n_branches} labels for each class, but the loss ignores class {ignored}: leave its images out of the data, or give them the label -100.")
-        if cb := first(o for o in self.learn.cbs if isinstance(o, MixHandler)):
-            raise ValueError(f"fastai's `{cb}` mixes labels that have no branch: use `MixUp`, `CutMix` or `SnapMix` of cekd_fastai with `CSS`.")
-
-    def part_names(self): return ['ce_t','ce_s','kd_t','kd_s']
-    def before_batch(self):
-        y = self.learn.yb[0]
-        if y.ndim!=1 or y.is_floating_point(): raise ValueError(_one_class(f'the targets are {y.dtype} of shape {tuple(y.shape)}'))
+    def part_names(self): return ['ce_1','ce_2','kd_1','kd_2']
 
     def losses(self):
+        "The parts of the loss of this step, unweighted"
+        z1,z2 = self.logits.float().chunk(2)
         y = self.learn.yb[0].as_subclass(Tensor)
-        return css_losses(*self.logits.float().chunk(2), y, self.learn.loss_func, self.T, self.detach_targets, self.record)
+        return css_losses(z1, z2, y, self.learn.loss_func, self.T, self.detach_targets, self.record)
+
     def weights(self):
+        "The ratios of the two task losses, on the ramp"
+        ratios = css_ratios(self.parts['ce_1'], self.parts['ce_2'], self.detach_ratio)
         r = ramp_up(self.learn.pct_train, self.ramp)
-        return {k:r*v for k,v in css_ratios(self.parts['ce_t'], self.parts['ce_s'], self.detach_ratio).items()}
+        return {k:r*v for k,v in ratios.items()}
+
+# %% ../../nbs/34_css.callback.ipynb #cs-check
+def _one_class(why):
+    "The message for soft labels and for several labels"
+    return (f"`CSS` gives each branch labels of its own and needs one class per image, but {why}: "
+        "train a `branch_learner` without `CSS` for soft or several labels.")
+
+@patch
+def check(self:CSS):
+    "Refuse a learner that CSS cannot train, in one sentence"
+    model = unwrap_model(self.learn.model)
+    if not isinstance(model, CSSNet):
+        raise ValueError(f"`CSS` trains two networks at once, but the model is a `{type(model).__name__}`: "
+            "make the learner with `css_learner(dls, ('resnet34','resnet18'))`.")
+    Distill.check(self)
+    if model.net1.n_branches<2:
+        raise ValueError("`CSS` needs branches that differ, but each network has only one: pass `n_branches=2` or more.")
+    _check_loss(self.learn.loss_func, model.net1.n_branches)
+    fastai_mix = first(cb for cb in self.learn.cbs if isinstance(cb, MixHandler))
+    if fastai_mix:
+        raise ValueError(f"fastai's `{fastai_mix}` mixes labels that have no branch: "
+            "use `MixUp`, `CutMix` or `SnapMix` of cekd_fastai with `CSS`.")
+
+# %% ../../nbs/34_css.callback.ipynb #cs-check2
+def _check_loss(loss_func, n):
+    "Refuse a loss that has no meaning for joint labels of `n` branches"
+    inner = getattr(loss_func, 'func', loss_func)
+    if isinstance(inner, nn.BCEWithLogitsLoss): raise ValueError(_one_class('the loss is for several labels'))
+    ignored = getattr(inner, 'ignore_index', -100)
+    if ignored<0: return
+    raise ValueError(f"`CSS` has {n} labels for each class, but the loss ignores class {ignored}: "
+        "leave its images out of the data, or give them the label -100.")
+
+@patch
+def before_batch(self:CSS):
+    "Refuse labels that are not one class per image"
+    y = self.learn.yb[0]
+    if y.ndim==1 and not y.is_floating_point(): return
+    raise ValueError(_one_class(f'the targets are {y.dtype} of shape {tuple(y.shape)}'))

@@ -201,7 +201,8 @@ def open_cache(self:MEAL)->TargetCache:
     folder = self.cache_dir or Path(self.learn.path)/'meal_targets'
     n_answers = len(self.teachers) if self.choose=='each' else 1
     bs = dl.bs if extra is None else dl.bs+extra.dl.bs
-    return TargetCache(folder, key, [*self.sizes,self.n_out,self.n_out], n_answers, len(dl)*bs, self.views, self.seed)
+    sizes = [*self.sizes,self.n_out,self.n_out]
+    return TargetCache(folder, key, sizes, n_answers, rows=len(dl)*bs, views=self.views, seed=self.seed)
 
 @patch
 def start_view(self:MEAL):
@@ -243,7 +244,7 @@ def get_targets(self:MEAL, x)->list:
     "The teachers' answers, from the cache if there is one"
     if not self.cache_targets: return self.query_teachers(x)
     answers = self.target_cache.cached_answers(x, self.query_teachers)
-    self.target_cache.restore_rng() # what the student draws, for dropout say, is not repeated
+    self.target_cache.restore_rng() # what the student draws, for dropout for example, is not repeated
     return answers
 
 @patch

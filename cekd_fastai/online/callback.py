@@ -1,4 +1,4 @@
-"""Online distillation among branches: FFM + CD ([arXiv 2010.00795](https://arxiv.org/abs/2010.00795)), and the peers that it is compared to, DML, ONE, OKDDip, FFL and a KDCL with the mean
+"""Online distillation among the branches of one network: FFM + CD ([arXiv 2010.00795](https://arxiv.org/abs/2010.00795)) beside DML, ONE, OKDDip, FFL and KDCL
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/online.callback.html.md"""
 
@@ -9,122 +9,149 @@ __all__ = ['ONLINE', 'OnlineKD', 'DML', 'KDCL', 'ONE', 'OKDDip', 'FFL', 'FFMCD']
 
 # %% ../../nbs/31_online.callback.ipynb #imports
 from fastai.vision.all import *
-from ..core import unwrap_model
+from ..core import check_above,check_not_negative,check_share,one_of,unwrap_model
 from ..losses import kd_loss,mixed_loss,others_mean_kd,ramp_up
 from ..distill import Distill
 from .gates import CD_FORMS,GateNet,cd_loss,classifier_weight
 
 # %% ../../nbs/31_online.callback.ipynb #dv-cb
 class OnlineKD(Distill):
-    "Base class of online distillation among the branches of one network; needs two branches"
-    min_branches,branches,gates,ce_ens,terms,trains = 2,3,('mean',),False,['kd'],('gate',)
+    "Base class of online distillation among the branches of one network"
+    min_branches = 2   # A branch needs a peer to learn from
+    branches = 3       # Number of branches in the paper of the method
+    gates = ('mean',)  # Names of the gates that it works with, its own first
+    ce_ens = False     # Does the ensemble have a loss of the labels?
+    terms = ['kd']     # Names of the terms that `soft` returns
+    trains = ('gate',) # The loss reaches the gate
     def __init__(self,
-        alpha:float=1.,    # Weight of the distillation terms, 0 or above
-        T:float=3.,        # Temperature, above 0
-        ramp:float=.27,    # Share of the run over which the distillation terms rise; 0: no ramp
-        detach:bool=True,  # Keep the gradient out of the targets
+        w_kd:float=1.,    # Weight of the distillation terms, 0 or above
+        T:float=3.,       # Temperature, above 0
+        ramp:float=.27,   # Share of the run over which the distillation terms rise; 0: no ramp
+        detach:bool=True, # Keep the gradient out of the targets
     ):
         name = type(self).__name__
-        if alpha<0: raise ValueError(f"{name}: `alpha` is {alpha}, but the weight of a loss cannot be negative.")
-        if not T>0: raise ValueError(f"{name}: the temperature `T` is {T}, but it must be above 0.")
-        if not 0<=ramp<=1: raise ValueError(f"{name}: `ramp` is {ramp}, but it is a share of the run, from 0 to 1.")
+        check_not_negative(name, w_kd=w_kd)
+        check_above(name, T=T)
+        check_share(name, ramp=ramp)
         store_attr()
 
-    def check(self):
-        super().check()
-        name,net = type(self).__name__,unwrap_model(self.learn.model)
-        has = net.gate.name if isinstance(net, GateNet) else 'mean'
-        if has not in self.gates:
-            raise ValueError(f"`{name}` needs the gate {' or '.join(map(repr, self.gates))}, but the network has {has!r}: build it with `gate_net(..., gate={self.gates[0]!r})`.")
-        if isinstance(getattr(self.learn.loss_func, 'func', self.learn.loss_func), nn.BCEWithLogitsLoss):
-            raise ValueError(f"`{name}` distils one class distribution per image, but the loss is for several labels: use a cross-entropy.")
-
-    def hard(self, z):
-        "The learner's own loss of the logits `z`, mixed where the batch is"
-        lf,y,rec = self.learn.loss_func,self.learn.yb[0],self.record
-        return lf(z, y) if rec is None else mixed_loss(lf, z, y, rec)
-
-    def kd(self, z, t):
-        "Distillation of `z` towards the logits `t`"
-        return kd_loss(z, t, self.T, logit_target=True, detach=self.detach)
-
     def losses(self):
+        "The loss of the labels, summed over the branches, and the terms of the method"
         z,e = self.logits.float(),self.learn.pred.float()
         parts = dict(ce=sum(self.hard(o) for o in z))
         if self.ce_ens: parts['ce_ens'] = self.hard(e)
         return parts | self.soft(z, e, unwrap_model(self.learn.model))
 
+    def hard(self, z):
+        "The learner's own loss of the logits `z`, of both labels where the batch is mixed"
+        loss_func,y,rec = self.learn.loss_func,self.learn.yb[0],self.record
+        return loss_func(z, y) if rec is None else mixed_loss(loss_func, z, y, rec)
+
+    def kd(self, z, target):
+        "Distillation of `z` towards the logits `target`"
+        return kd_loss(z, target, self.T, logit_target=True, detach=self.detach)
+
 # %% ../../nbs/31_online.callback.ipynb #dv-cb2
 @patch
 def soft(self:OnlineKD, z, e, net)->dict:
-    "The distillation terms of the method by name, unweighted; written by each method"
+    "Distillation terms of the method by name, unweighted; written by each method"
     raise NotImplementedError(f"{type(self).__name__} must define `soft(z, e, net)`.")
 
-# %% ../../nbs/31_online.callback.ipynb #dv-cb2b
+@patch
+def weights(self:OnlineKD): return dict.fromkeys(self.terms, self.w_kd*ramp_up(self.learn.pct_train, self.ramp))
+
 @patch
 def part_names(self:OnlineKD): return ['ce'] + ['ce_ens']*self.ce_ens + self.terms
 
+# %% ../../nbs/31_online.callback.ipynb #dv-check
 @patch
-def weights(self:OnlineKD): return dict.fromkeys(self.terms, self.alpha*ramp_up(self.learn.pct_train, self.ramp))
+def shown_per(self:OnlineKD): return unwrap_model(self.learn.model).n_branches+self.ce_ens
 
 @patch
-def loss_divisor(self:OnlineKD): return unwrap_model(self.learn.model).n_branches+self.ce_ens
+def check(self:OnlineKD):
+    "Refuse a network, gate or loss that this method cannot train"
+    Distill.check(self)
+    name,net,loss_func = type(self).__name__,unwrap_model(self.learn.model),self.learn.loss_func
+    gate = net.gate.name if isinstance(net, GateNet) else 'mean'
+    if gate not in self.gates:
+        needs = ' or '.join(map(repr, self.gates))
+        raise ValueError(f"`{name}` needs the gate {needs}, but the network has {gate!r}: "
+            f"build it with `gate_net(..., gate={self.gates[0]!r})`.")
+    if isinstance(getattr(loss_func, 'func', loss_func), nn.BCEWithLogitsLoss):
+        raise ValueError(f"`{name}` distils one class distribution per image, but the loss is for several labels: "
+            "use a cross-entropy.")
 
 # %% ../../nbs/31_online.callback.ipynb #dv-cb3
 class DML(OnlineKD):
     "Deep mutual learning: every branch learns from each of the others (arXiv 1706.00384)"
-    def __init__(self, alpha:float=1., T:float=3., ramp:float=0., detach:bool=False): super().__init__(alpha, T, ramp, detach)
+    def __init__(self, w_kd:float=1., T:float=3., ramp:float=0., detach:bool=False): super().__init__(w_kd, T, ramp, detach)
     def soft(self, z, e, net): return dict(kd=others_mean_kd(z, self.T, self.detach))
 
 class KDCL(OnlineKD):
-    "Every branch learns from the mean of all, itself included; inferred, the simplest target of the family of KDCL (CVPR 2020)"
-    def __init__(self, alpha:float=1., T:float=3., ramp:float=.27): super().__init__(alpha, T, ramp)
+    "Every branch learns from the mean of all, itself included: inferred from KDCL (CVPR 2020), its simplest target"
+    def __init__(self, w_kd:float=1., T:float=3., ramp:float=.27): super().__init__(w_kd, T, ramp)
     def soft(self, z, e, net): return dict(kd=self.kd(z, z.mean(0).expand_as(z)))
 
 class ONE(OnlineKD):
     "Every branch learns from the gated ensemble of all (arXiv 1806.04606)"
-    gates,ce_ens = ('one',),True
+    gates = ('one',)
+    ce_ens = True
     def soft(self, z, e, net): return dict(kd=self.kd(z, e.expand_as(z)))
 
 # %% ../../nbs/31_online.callback.ipynb #dv-cb4
 class OKDDip(OnlineKD):
     "Peers learn from their own mixtures of the peers, and a leader from the mean of all peers (arXiv 1912.00350)"
-    min_branches,branches,gates,terms = 3,4,('leader',),['kd','kd_lead']
-    def __init__(self, alpha:float=1., T:float=3., ramp:float=.27, detach:bool=False): super().__init__(alpha, T, ramp, detach)
+    min_branches = 3
+    branches = 4
+    gates = ('leader',)
+    terms = ['kd','kd_lead']
+    def __init__(self, w_kd:float=1., T:float=3., ramp:float=.27, detach:bool=False): super().__init__(w_kd, T, ramp, detach)
+
     def soft(self, z, e, net):
-        peers = z[:-1]
-        if self.detach: mine = net.gate.targets(z.detach(), [o.detach() for o in self.feats]) # the attention itself learns in any case
-        else: mine = net.gate.targets(z, self.feats)
-        kd = kd_loss(peers, mine, self.T, logit_target=True, detach=False)
+        feats,peers = self.feats,z[:-1]
+        # the attention learns in any case: only what the branches put in is detached
+        if self.detach: targets = net.gate.targets(z.detach(), [f.detach() for f in feats])
+        else: targets = net.gate.targets(z, feats)
+        kd = kd_loss(peers, targets, self.T, logit_target=True, detach=False)
         return dict(kd=kd, kd_lead=self.kd(z[-1], peers.mean(0)))
 
 class FFL(OnlineKD):
     "Feature fusion learning: two branches and a fused classifier teach each other (arXiv 1904.09058)"
-    branches,gates,ce_ens,terms = 2,('fusion',),True,['kd','kd_ens']
+    branches = 2
+    gates = ('fusion',)
+    ce_ens = True
+    terms = ['kd','kd_ens']
     def check(self):
         super().check()
         n = unwrap_model(self.learn.model).n_branches
-        if n!=2: raise ValueError(f"`FFL` is defined for two branches, but the network has {n}: pass `n_branches=2`, or use `FFMCD`.")
+        if n==2: return
+        raise ValueError(f"`FFL` is defined for two branches, but the network has {n}: pass `n_branches=2`, or use `FFMCD`.")
+
     def soft(self, z, e, net): return dict(kd=self.kd(z, e.expand_as(z)), kd_ens=self.kd(e, z.mean(0)))
 
 # %% ../../nbs/31_online.callback.ipynb #dv-cb5
 class FFMCD(OnlineKD):
-    "Multi-branch diversity enhancement: the gated ensemble teaches the branches, and their classifiers are kept apart (arXiv 2010.00795)"
-    gates,ce_ens,terms = ('ffm','one','fau','mean'),True,['kd','cd']
+    "FFM + CD: the gated ensemble teaches the branches, and their classifiers are kept apart (arXiv 2010.00795)"
+    gates = ('ffm','one','fau','mean')
+    ce_ens = True
+    terms = ['kd','cd']
     def __init__(self,
-        cd:float=5e-8,    # Weight of the classifier diversification, 0 or above
-        form:str='fro',   # How it is measured: 'fro', 'l1' or 'cos'
-        alpha:float=1.,   # Weight of the distillation, 0 or above
+        w_cd:float=5e-8,  # Weight of the classifier diversification, 0 or above
+        form:str='fro',   # How it is measured, one of `CD_FORMS`: 'fro', 'l1' or 'cos'
+        w_kd:float=1.,    # Weight of the distillation, 0 or above
         T:float=3.,       # Temperature, above 0
         ramp:float=.27,   # Share of the run over which the distillation rises; 0: no ramp
         detach:bool=True, # Keep the gradient out of the targets
     ):
-        super().__init__(alpha, T, ramp, detach)
-        if cd<0: raise ValueError(f"FFMCD: `cd` is {cd}, but the weight of a loss cannot be negative.")
-        if form not in CD_FORMS: raise ValueError(f"FFMCD: `form` is {form!r}: choose {', '.join(map(repr, CD_FORMS))}.")
-        self.cd,self.form = cd,form
+        super().__init__(w_kd, T, ramp, detach)
+        check_not_negative('FFMCD', w_cd=w_cd)
+        one_of('FFMCD', [*CD_FORMS], form=form)
+        store_attr('w_cd,form')
 
-    def weights(self): return super().weights() | dict(cd=self.cd)
-    def soft(self, z, e, net): return dict(kd=self.kd(z, e.expand_as(z)), cd=cd_loss([classifier_weight(h) for h in net.heads], self.form))
+    def weights(self): return super().weights() | dict(cd=self.w_cd)
+
+    def soft(self, z, e, net):
+        classifiers = [classifier_weight(h) for h in net.heads]
+        return dict(kd=self.kd(z, e.expand_as(z)), cd=cd_loss(classifiers, self.form))
 
 ONLINE = dict(diversity=FFMCD, one=ONE, okddip=OKDDip, ffl=FFL, dml=DML, kdcl=KDCL)

@@ -1,4 +1,4 @@
-"""Distance, disagreement and gain of the branches of a network
+"""Distance, disagreement and gain of the branches of a network, and what a loss on their classifiers does to them
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/online.diversity.html.md"""
 
@@ -10,15 +10,26 @@ __all__ = ['Diversity', 'diversity']
 # %% ../../nbs/32_online.diversity.ipynb #imports
 import pandas as pd
 from fastai.vision.all import *
-from ..core import eval_mode,unwrap_model
-from ..branches import BranchNet
+from ..core import unwrap_model
+from ..branches import BranchNet,branch_accuracy,branch_preds
 
-# %% ../../nbs/32_online.diversity.ipynb #dv-div
+# %% ../../nbs/32_online.diversity.ipynb #dv-pairs
+def _distance(p, q): return (p-q).norm(dim=-1).mean()
+def _unlike(a, b): return (a!=b).float().mean()
 def _pairs(f, each):
     "Symmetric matrix of `f` over pairs of branches, zero on the diagonal"
-    m = torch.zeros(len(each), len(each))
-    for i,j in itertools.combinations(range(len(each)), 2): m[i,j] = m[j,i] = f(each[i], each[j])
-    return m
+    n = len(each)
+    res = torch.zeros(n, n)
+    for i,j in itertools.combinations(range(n), 2): res[i,j] = res[j,i] = f(each[i], each[j])
+    return res
+
+# %% ../../nbs/32_online.diversity.ipynb #dv-div
+def _check_logits(each, y):
+    "Refuse a single branch, and labels that are not one class per image"
+    if len(each)<2: raise ValueError("Diversity compares branches, but the network has one: train with `n_branches=2` or more.")
+    if y.ndim==1: return
+    raise ValueError("Diversity is measured on images with one class each, but these labels are vectors: "
+        "validate on unmixed, single labels.")
 
 class Diversity:
     "How much the branches of a network differ, and what their ensemble gains by it"
@@ -27,20 +38,33 @@ class Diversity:
         each:Tensor,  # Logits of each branch, shape (n, N, K)
         y:Tensor,     # Classes, shape (N,)
     ):
-        if len(each)<2: raise ValueError("Diversity compares branches, but the network has one: train with at least `n_branches=2`.")
-        if y.ndim>1: raise ValueError("Diversity is measured on images with one class each, but these labels are vectors: validate on unmixed, single labels.")
-        acc = lambda z: (z.argmax(-1)==y).float().mean().item()
-        self.ensemble,self.branches = acc(whole),[acc(z) for z in each]
-        self.distances = _pairs(lambda a,b: (a-b).norm(dim=-1).mean(), each.float().softmax(-1))
-        self.disagreements = _pairs(lambda a,b: (a!=b).float().mean(), each.argmax(-1))
+        _check_logits(each, y)
+        accuracies = branch_accuracy(whole, each, y)
+        self.ensemble,self.branches = accuracies['ensemble'],accuracies['branches']
+        self.distances = _pairs(_distance, each.float().softmax(-1))
+        self.disagreements = _pairs(_unlike, each.argmax(-1))
 
-    def _mean(self, m): return (m.sum()/(len(m)*(len(m)-1))).item()
-    @property
-    def distance(self): return self._mean(self.distances)
-    @property
-    def disagreement(self): return self._mean(self.disagreements)
-    @property
-    def gain(self): return self.ensemble-sum(self.branches)/len(self.branches)
+# %% ../../nbs/32_online.diversity.ipynb #dv-prop
+def _mean_pair(m):
+    "Mean over the pairs of a matrix with a diagonal of zeros"
+    n = len(m)
+    return (m.sum()/(n*(n-1))).item()
+
+@patch(as_prop=True)
+def distance(self:Diversity):
+    "Euclidean distance between the probabilities of two branches, from 0 to 1.414"
+    return _mean_pair(self.distances)
+
+@patch(as_prop=True)
+def disagreement(self:Diversity):
+    "Share of images for which two branches predict different classes"
+    return _mean_pair(self.disagreements)
+
+# %% ../../nbs/32_online.diversity.ipynb #dv-gain
+@patch(as_prop=True)
+def gain(self:Diversity):
+    "Accuracy of the ensemble over that of the mean branch"
+    return self.ensemble - sum(self.branches)/len(self.branches)
 
 # %% ../../nbs/32_online.diversity.ipynb #dv-div2
 @patch
@@ -52,10 +76,11 @@ def as_dict(self:Diversity)->dict:
 def table(self:Diversity)->pd.DataFrame:
     "A row per branch, their mean, and the ensemble with its gain"
     n = len(self.branches)
-    df = pd.DataFrame(dict(accuracy=self.branches, distance=(self.distances.sum(1)/(n-1)).tolist(), disagreement=(self.disagreements.sum(1)/(n-1)).tolist()),
-        index=[f'branch {i}' for i in range(n)])
+    def to_others(m): return (m.sum(1)/(n-1)).tolist()
+    cols = dict(accuracy=self.branches, distance=to_others(self.distances), disagreement=to_others(self.disagreements))
+    df = pd.DataFrame(cols, index=[f'branch {i}' for i in range(n)])
     df.loc['mean branch'] = df.mean()
-    df = df.assign(gain='').astype(object)
+    df = df.assign(gain='').astype(object) # so that a cell may be empty
     df.loc['ensemble'] = [self.ensemble,'','',self.gain]
     return df
 
@@ -65,38 +90,41 @@ def _repr_html_(self:Diversity): return self.table().to_html(float_format='{:.3f
 @patch
 def __repr__(self:Diversity): return self.table().to_string(float_format='{:.3f}'.format)
 
-# %% ../../nbs/32_online.diversity.ipynb #dv-div3
+# %% ../../nbs/32_online.diversity.ipynb #dv-learn
+def diversity(
+    learn:Learner,  # A learner of a network with branches
+    dl=None,        # Data to measure on, the validation set by default
+)->Diversity:
+    "Distance, disagreement and gain of the branches, from one pass over the data"
+    model = unwrap_model(learn.model)
+    if not isinstance(model, BranchNet):
+        raise ValueError(f"`diversity` compares branches, but the model is a `{type(model).__name__}`: "
+            "make the learner with `branch_learner` or `online_learner`.")
+    whole,each,y = branch_preds(learn, learn.dls.valid if dl is None else dl)
+    predicting = getattr(model, 'predicting', slice(None)) # CSS may predict with one of its two networks
+    return Diversity(whole, each[predicting], y)
+
+# %% ../../nbs/32_online.diversity.ipynb #dv-plot
+def _plot_distances(ax, distances):
+    "A matrix of the distances between branches, with numbers"
+    n = len(distances)
+    im = ax.imshow(distances, cmap='viridis', vmin=0)
+    look = dict(ha='center', va='center', color='w', fontsize=8)
+    for i,j in itertools.permutations(range(n), 2): ax.text(j, i, f'{distances[i,j]:.2f}', **look)
+    ax.set(title='distance', xlabel='branch', ylabel='branch', xticks=range(n), yticks=range(n))
+    ax.figure.colorbar(im, ax=ax)
+
 @patch
 def plot(self:Diversity,
     figsize:tuple=(6.4,2.4) # Size of the figure in inches
 )->plt.Figure:
     "Distances between branches, and the accuracy of each beside the ensemble's"
-    fig,(a,b) = plt.subplots(1, 2, figsize=figsize)
+    fig,(left,right) = plt.subplots(1, 2, figsize=figsize)
+    _plot_distances(left, self.distances)
     n = len(self.branches)
-    im = a.imshow(self.distances, cmap='viridis', vmin=0)
-    for i,j in itertools.permutations(range(n), 2): a.text(j, i, f'{self.distances[i,j]:.2f}', ha='center', va='center', color='w', fontsize=8)
-    a.set(title='distance', xlabel='branch', ylabel='branch', xticks=range(n), yticks=range(n))
-    fig.colorbar(im, ax=a)
-    b.bar([str(i) for i in range(n)]+['ensemble'], self.branches+[self.ensemble], color=['C0']*n+['C1'])
-    b.set(title='accuracy', xlabel='branch', ylim=(0,1))
+    names = [str(i) for i in range(n)] + ['ensemble']
+    right.bar(names, [*self.branches,self.ensemble], color=['C0']*n+['C1'])
+    right.set(title='accuracy', xlabel='branch', ylim=(0,1))
     fig.tight_layout()
-    plt.close(fig)
+    plt.close(fig) # the notebook shows what is returned
     return fig
-
-@torch.no_grad()
-def diversity(
-    learn:Learner,  # A learner of a network with branches: CEKD, CSS, or any method of this notebook
-    dl=None,        # Data to measure on, the validation set by default
-)->Diversity:
-    "Distance, disagreement and gain of the branches, from one pass over the data"
-    model,dl = unwrap_model(learn.model),learn.dls.valid if dl is None else dl
-    if not isinstance(model, BranchNet):
-        raise ValueError(f"`diversity` compares the branches of a network, but the model is a `{type(model).__name__}`: make the learner with `branch_learner` or `online_learner`.")
-    if getattr(model, 'which', 'both')!='both': model = model.subnet() # one network of CSS is compared within itself
-    device,res = next(model.parameters()).device,[]
-    with eval_mode(model):
-        for x,y in dl:
-            logits,feats = model.branch_forward(to_device(x, device).as_subclass(Tensor))
-            res.append([o.float().cpu() for o in (model.ensemble(logits, feats),model.class_logits(logits))] + [y.as_subclass(Tensor).cpu()])
-    whole,each,y = zip(*res)
-    return Diversity(torch.cat(whole), torch.cat(each, 1), torch.cat(y))

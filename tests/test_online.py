@@ -207,7 +207,7 @@ def test_diversification_trains(dls, form):
     gs = grad_of('cd', 'diversity', lambda o, net: [h[-1].weight for h in net.heads], dls, form=form)
     assert len(gs)==3 and all(g is not None and g.abs().sum()>1e-4 for g in gs)
     torch.manual_seed(0)
-    learn = make(dls, FFMCD(cd=10., form=form))
+    learn = make(dls, FFMCD(w_cd=10., form=form))
     ws = lambda: [classifier_weight(h).detach().clone() for h in learn.model.heads]
     before = cd_loss(ws(), form)
     quiet(learn, 2, 1e-2)
@@ -237,10 +237,10 @@ def test_official_detach_and_ramp():
     cbs = {k:v() for k,v in ONLINE.items()}
     assert {k:(c.detach,c.ramp,c.T) for k,c in cbs.items()}==dict(diversity=(True,.27,3.), one=(True,.27,3.), okddip=(False,.27,3.), ffl=(True,.27,3.),
         dml=(False,0.,3.), kdcl=(True,.27,3.))
-    assert cbs['diversity'].cd==5e-8 and cbs['diversity'].form=='fro'
+    assert cbs['diversity'].w_cd==5e-8 and cbs['diversity'].form=='fro'
 
 @pytest.mark.parametrize('method', methods)
-@pytest.mark.parametrize('kw', [dict(alpha=3.), dict(T=1.), dict(ramp=.5), 'detach'])
+@pytest.mark.parametrize('kw', [dict(w_kd=3.), dict(T=1.), dict(ramp=.5), 'detach'])
 def test_options_matter(dls, method, kw):
     if kw=='detach':
         if method=='kdcl': pytest.skip('its target has no gradient either way, so there is no such option')
@@ -410,7 +410,7 @@ def test_export_in_a_fresh_process(tmp_path, method):
     torch.manual_seed(0)
     torch.save(x:=torch.randn(2,3,56,56), tmp_path/'x.pt')
     with learn.no_bar(): want = learn.predict(file)[2]
-    code = ("import sys,torch\nfrom pathlib import Path\nfrom fastai.vision.all import load_learner\nimport cekd_fastai.diversity\nfrom cekd_fastai.branches import load_net\n"
+    code = ("import sys,torch\nfrom pathlib import Path\nfrom fastai.vision.all import load_learner\nimport cekd_fastai.online.diversity\nfrom cekd_fastai.branches import load_net\n"
         "p,f = Path(sys.argv[1]),sys.argv[2]\nl = load_learner(p/'net.pkl')\nwith l.no_bar(): a = l.predict(f)[2]\n"
         "with torch.no_grad(): torch.save((a, load_net(p/'net.pt')[0](torch.load(p/'x.pt'))), p/'out.pt')\n")
     subprocess.run([sys.executable, '-c', code, str(tmp_path), str(file)], check=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
