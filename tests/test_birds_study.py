@@ -264,6 +264,9 @@ def test_unfinished_line(birds, tmp_path):
     f = tmp_path/'rows.jsonl'
     f.write_text('{"a": 1}\n{"b": ')
     assert birds.read_rows(f, tmp_path/'none')==[dict(a=1)]
+    birds.add_row(f, dict(c=2))
+    birds.add_row(tmp_path/'new', dict(d=3))
+    assert birds.read_rows(f, tmp_path/'new')==[dict(a=1),dict(c=2),dict(d=3)]
 
 def test_epochs_by_speed(birds):
     "As many epochs as the time allows, within the bounds, an even number"

@@ -247,7 +247,9 @@ def read_rows(*files):
     return res
 
 def add_row(file, row):
-    with open(file, 'a') as f: f.write(json.dumps(row)+'\n')
+    "Append a row, on a line of its own whatever stands before it"
+    whole = not file.exists() or file.read_bytes()[-1:] in (b'',b'\n')
+    with open(file, 'a') as f: f.write('\n'*(not whole)+json.dumps(row)+'\n')
 
 def plan_epochs(c, rate, workers, n, seconds):
     "Epochs at which each worker can make its waves of runs after the stage `select`, within the bounds"
