@@ -446,7 +446,8 @@ def table(c, out):
     tables = dict(select=('candidates on a held-out fifth of train',select_table(rows)),
         final=('official test part',final_table(rows, forward_gmacs(c))))
     for name,(what,text) in tables.items():
-        res = dict(title=f"{c['title']}: {what}", command='python benchmarks/cekd/birds.py run', **info, table=text)
+        on = f", on one {info['machine']['gpu']}" if info['machine']['gpu'] else ''
+        res = dict(title=f"{c['title']}: {what}{on}", command='python benchmarks/cekd/birds.py run', **info, table=text)
         res |= dict(rows='benchmarks/cekd/results/birds.jsonl')
         (here.parent/'results'/f'cekd_birds_{name}.json').write_text(json.dumps(res, indent=1)+'\n')
         print(text, end='\n\n')
