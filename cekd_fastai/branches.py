@@ -162,7 +162,7 @@ def _arguments(f, *args, **kwargs):
 def register_builder(
     f, # A function that returns a `BranchNet`; its arguments `pretrained` and `weights` are not part of the recipe
 ):
-    "Let files name the function `f`, and let each network that it returns remember its arguments as `net.recipe`"
+    "Register `f` by its name for `load_net`, and store its arguments in each network that it returns as `net.recipe`"
     @functools.wraps(f)
     def _f(*args, **kwargs):
         net = f(*args, **kwargs)
@@ -251,7 +251,7 @@ def save_net(
     net,file = unwrap_model(net),Path(file)
     recipe = getattr(net, 'recipe', None)
     if recipe is None:
-        raise ValueError("This network was made from a module or function, not from names, so a file cannot say how to build it again: "
+        raise ValueError("This network was made from a module or function, not from names, so a file cannot describe how to build it again: "
             "pass the name of the backbone as `arch`, or use `learn.export`.")
     state = net.state_dict()
     state = {k:state[k].cpu() for k in _build(recipe).state_dict()} # without the optional parts of a run

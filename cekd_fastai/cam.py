@@ -29,8 +29,8 @@ def cam(
     "Logit of class `y` at each place of a feature map: the class activation map"
     z = cam_logits(head, feat)
     if y.ndim==2: return torch.einsum('bhwk,bk->bhw', z, y.to(z.dtype))
-    b,h,w,_ = z.shape
-    return z.gather(3, y[:,None,None,None].expand(b, h, w, 1))[...,0]
+    cls = y[:,None,None,None].expand(*z.shape[:3], 1)
+    return z.gather(3, cls)[...,0]
 
 # %% ../nbs/15_cam.ipynb #snap-weights-x
 def semantic_map(
@@ -46,8 +46,8 @@ def semantic_map(
 def _body_head(model):
     "Functions from images to the last map and from the last map to logits, None if unknown"
     if isinstance(model, nn.Sequential) and len(model)==2: return model[0],model[1]
-    is_timm = hasattr(model, 'forward_features') and hasattr(model, 'forward_head')
-    return (model.forward_features,model.forward_head) if is_timm else (None,None)
+    body,head = getattr(model, 'forward_features', None),getattr(model, 'forward_head', None) # of timm
+    return (body,head) if body and head else (None,None)
 
 def map_and_head(
     model:nn.Module, # A `vision_learner` model (body, head), or a timm model
@@ -73,7 +73,7 @@ def model_cam(
     with eval_mode(model):
         if hasattr(model, 'cam'): return model.cam(model.branch_forward(x)[1], y)
         feat,head = map_and_head(model, x)
-        if feat is None or feat.shape[-1]*feat.shape[-2]==1:
+        if feat is None or feat.shape[-2:].numel()==1:
             raise ValueError(f"`{type(model).__name__}` has no spatial feature map to look at: use a convolutional "
                 "network made by `branch_learner` or `vision_learner`, or mix with `CutMix` or `MixUp`.")
         return cam(head, feat, y)

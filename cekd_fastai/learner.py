@@ -35,7 +35,7 @@ def _learner(dls, net, method, cbs, splitter, freeze_bn, kwargs):
 def _peers(archs, n_branches, n_out, **kw):
     "One network for each of `archs`, side by side"
     n = len(archs)
-    if n_branches not in (2,n): # 2 is the default, so it says nothing
+    if n_branches not in (2,n): # 2 is the default, so it need not be meant
         raise ValueError(f"`n_branches` is {n_branches} for {n} peers, but each peer is one branch: leave it out.")
     return peer_net(archs, n_out, **kw)
 

@@ -103,7 +103,8 @@ def soft_kl(
 )->Tensor:                 # Mean over the batch, summed over leading dimensions
     "`T*T` times KL(teacher || student), from distributions at temperature `T`"
     terms = F.kl_div(log_p, target, reduction='none', log_target=log_target)
-    return T*T*terms.sum(-1) if per_sample else T*T*terms.sum()/log_p.shape[-2]
+    if per_sample: return T*T*terms.sum(-1)
+    return T*T*terms.sum()/log_p.shape[-2]
 
 def kd_loss(
     logits:Tensor,           # Logits of the student, shape (..., B, K)

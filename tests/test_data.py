@@ -956,7 +956,7 @@ def test_presize_interrupted(tmp_path, monkeypatch):
         if src.name == 'pic 3.jpg': raise KeyboardInterrupt
         return before(src, *args)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(data, '_shrink', broken)
+        m.setattr(check, '_shrink', broken)
         presize(root, 20)
     assert [o.name for o in tmp_path.iterdir()] == ['cub']
     spoil(root/'images'/'003.Mallard'/'pic 2.jpg', 'truncated')
@@ -1005,7 +1005,7 @@ def test_verify_works_in_parallel(tmp_path, monkeypatch):
     def meet(*args, **kwargs):
         gate.wait()
         return before(*args, **kwargs)
-    monkeypatch.setattr(defaults, 'cpus', 2)
+    monkeypatch.setattr(image.defaults, 'cpus', 2)
     monkeypatch.setattr(image, 'open_image', meet)
     assert len(verify(root)) == 0
 

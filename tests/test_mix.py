@@ -11,7 +11,7 @@ from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelFitException
     vision_learner)
 from torch.utils._python_dispatch import TorchDispatchMode
 from cekd_fastai.all import CEKD,CutMix,MixOneOf,MixUp,SnapMix,branch_learner,fine_grained_dls,make_birds
-from cekd_fastai.cam import cam,model_cam
+from cekd_fastai.cam import model_cam
 from cekd_fastai.losses import _setting
 from cekd_fastai.mix import callback,snapmix
 from cekd_fastai.mix.callback import Mix
@@ -216,7 +216,7 @@ def test_one_of_weights():
     x,y = torch.rand(4,1,8,8),torch.zeros(4).long()
     for kw in (dict(),dict(per='sample')):
         cb = MixOneOf([MixUp(),CutMix(),CutMix()], weights=[1,3,0], **kw)
-        picks = torch.cat([o[1].pick for o in (cb.mix(x, y) for _ in range(300)) if o is not None])
+        picks = torch.cat([o[1].mix_idx for o in (cb.mix(x, y) for _ in range(300)) if o is not None])
         assert not (picks==2).any() and .65<(picks==1).float().mean()<.85
 
 def test_refused():

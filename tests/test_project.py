@@ -1,5 +1,5 @@
 "The promises that the repository makes about itself: one fact in one file, files in step, notebooks in reading order."
-import ast,importlib,inspect,json,pkgutil,re,runpy,subprocess
+import ast,importlib,inspect,json,os,pkgutil,re,runpy,shutil,subprocess,sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest,setuptools,yaml
@@ -158,7 +158,20 @@ def pins():
         res.setdefault(canonicalize_name(m[1]), []).append((Version(m[2]), m[3]))
     return res
 
-@pytest.mark.parametrize('python', ['3.10', '3.11', '3.12', '3.13'])
+def text(path): return (root/path).read_text(encoding='utf-8')
+
+def only(pat, src):
+    "The one match of `pat` in `src`."
+    found = re.findall(pat, src)
+    assert len(found)==1, f'{pat!r} matches {len(found)} times, not once'
+    return found[0]
+
+def workflow(name): return yaml.safe_load(text(f'.github/workflows/{name}.yaml'))
+
+# Every Python that `tools/python.sh` takes, oldest first
+pythons = sorted(only(r'(?m)^pythons="(.+)"$', text('tools/python.sh')).split(), key=Version)
+
+@pytest.mark.parametrize('python', pythons)
 def test_constraints(python):
     "Exactly one pin of every requirement holds for each Python on Linux, macOS and Windows, and it satisfies settings.ini."
     found = pins()
@@ -169,6 +182,128 @@ def test_constraints(python):
             assert len(vs)==1 and vs[0] in req.specifier, f'{req} on Python {python}, {plat}: constraints.txt has {vs}; run `make constraints`'
 
 def test_constraints_are_releases(): assert [o for o,vs in pins().items() if any(v.local for v,_ in vs)]==[]
+
+# Pythons
+
+def test_pythons():
+    "Tested, claimed, pinned and looked for are the same ones, without a gap."
+    low,high = ends = pythons[0],pythons[-1]
+    assert pythons==[f'3.{o}' for o in range(Version(low).minor, Version(high).minor+1)]
+    assert workflow('test')['jobs']['test']['strategy']['matrix']['python']==pythons
+    assert low==cfg['min_python']
+    assert only(r'They need Python ([\d.]+) to ([\d.]+) ', text('CONTRIBUTING.md'))==ends
+    assert only(r'which holds for Python ([\d.]+) to ([\d.]+)\s', text('CONTRIBUTING.md'))==ends
+    assert only(r'(?m)^# For Python ([\d.]+) to ([\d.]+)$', text('constraints.txt'))==ends
+
+@pytest.mark.parametrize('name', ['docs', 'release', 'test'])
+def test_workflow_pythons(name):
+    "Every job of a workflow that sets up a Python takes one of them."
+    steps = [o for job in workflow(name)['jobs'].values() for o in job['steps'] if 'setup-python' in o.get('uses', '')]
+    assert steps and {o['with']['python-version'] for o in steps}<={*pythons, '${{ matrix.python }}'}
+
+@pytest.fixture
+def find_python(tmp_path):
+    "Runs `tools/python.sh` where the only Pythons are pretended: names to versions."
+    def _f(pythons, **env):
+        for o in ('bash', 'sed', 'dirname', 'sort', 'head', 'tail'): (tmp_path/o).symlink_to(shutil.which(o))
+        for name,v in pythons.items():
+            py = tmp_path/name
+            set_version = f'sys.version_info = ({v.replace(".", ",")},0); sys._base_executable = "{py}"'
+            fake = f'import sys; {set_version}; exec(sys.argv[1])'
+            py.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c '{fake}' \"$2\"\n")
+            py.chmod(0o755)
+        cmd = [tmp_path/'bash', root/'tools'/'python.sh']
+        res = subprocess.run(cmd, env={'PATH': str(tmp_path), **env}, capture_output=True, text=True)
+        return Path(res.stdout.strip()).name if not res.returncode else res.stderr
+    return _f
+
+@pytest.mark.parametrize('found,name', [
+    ({'python3.14': '3.14'}, 'python3.14'),
+    ({'python3.14': '3.14', 'python3.10': '3.10'}, 'python3.10'),
+    ({'python3': '3.12', 'python3.9': '3.9'}, 'python3'),
+    ({'python3': '3.15', 'python': '3.11'}, 'python')])
+def test_find_python(find_python, found, name): assert find_python(found)==name
+
+def test_find_python_refuses(find_python):
+    "Older and newer ones are named, with what to do."
+    res = find_python({'python3': '3.15', 'python': '3.9'})
+    assert f'python3 is Python 3.15, python is Python 3.9): install Python {pythons[0]} to {pythons[-1]}' in res
+
+def test_find_python_refuses_named(find_python):
+    "PYTHON is not replaced by another, even if there is a suitable one."
+    res = find_python({'python3.15': '3.15', 'python3': '3.12'}, PYTHON='python3.15')
+    assert res.startswith(f'PYTHON=python3.15 is Python 3.15: install Python {pythons[0]} to {pythons[-1]}')
+
+# Releases and forms
+
+def check_tag(
+    tmp_path, # folder that takes the place of a checkout
+    tag,      # what was pushed
+    version,  # in `__init__.py`
+    heading,  # in CHANGELOG.md
+):
+    "What the first step of the release workflow says of a tag; empty if it agrees."
+    (tmp_path/'cekd_fastai').mkdir()
+    (tmp_path/'cekd_fastai'/'__init__.py').write_text(f'__version__ = "{version}"\n')
+    (tmp_path/'CHANGELOG.md').write_text(f'# Changes\n\n## {heading}\n')
+    script, = [o['run'] for o in workflow('release')['jobs']['build']['steps'] if 'agree' in o.get('name', '')]
+    env = {**os.environ, 'GITHUB_REF_NAME': tag}
+    res = subprocess.run(['bash', '-e', '-c', script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert bool(res.returncode)==bool(res.stdout), res.stderr
+    return res.stdout
+
+@pytest.mark.parametrize('tag,version,heading,fault', [
+    ('v0.2.0', '0.2.0', '0.2.0 (2026-12-31)', ''),
+    ('v0.2.1', '0.2.0', '0.2.0 (2026-12-31)', 'The tag is v0.2.1 and cekd_fastai/__init__.py says 0.2.0'),
+    ('v0.2.0', '0.2.0', '0.2.0 (unreleased)', "CHANGELOG.md lacks the heading '## 0.2.0 ("),
+    ('v0.2.0', '0.2.0', '0.1.0 (2026-12-31)', "CHANGELOG.md lacks the heading '## 0.2.0 (")])
+def test_release_tag(tmp_path, tag, version, heading, fault):
+    said = check_tag(tmp_path, tag, version, heading)
+    assert fault in said and bool(fault)==bool(said)
+
+def test_release_reads_version(tmp_path):
+    "The step finds the version in the package's own `__init__.py`, as nbdev writes it."
+    assert f'__version__ = "{cekd_fastai.__version__}"' in text('cekd_fastai/__init__.py').splitlines()
+    assert cekd_fastai.__version__ in check_tag(tmp_path, 'v9', cekd_fastai.__version__, 'x')
+
+def test_release_publishes_after_checks():
+    "Only one job may publish; it waits for the other, which checks the wheel before it builds the files."
+    wf = workflow('release')
+    assert wf[True]=={'push': {'tags': ['v*']}} # YAML reads `on` as a truth
+    assert wf['permissions']=={'contents': 'read'} and wf['jobs']['publish']['permissions']=={'id-token': 'write'}
+    assert wf['jobs']['publish']['needs']=='build' and 'permissions' not in wf['jobs']['build']
+    runs = [o['run'] for o in wf['jobs']['build']['steps'] if 'run' in o]
+    check,build = (next(i for i,o in enumerate(runs) if s in o) for s in ('tools/check.py wheel', '-m build'))
+    assert check < build
+
+forms = sorted(p.name for p in (root/'.github'/'ISSUE_TEMPLATE').glob('*.yml') if p.name!='config.yml')
+def form(name): return yaml.safe_load(text(f'.github/ISSUE_TEMPLATE/{name}'))
+
+@pytest.mark.parametrize('name', forms)
+def test_form(name):
+    "What GitHub asks of a form: it does not show one that breaks these rules."
+    f = form(name)
+    assert {'name', 'description', 'body'}<=f.keys()<={'name', 'description', 'body', 'labels', 'title', 'assignees'}
+    fields = [o for o in f['body'] if o['type']!='markdown']
+    ids,labels = [o['id'] for o in fields],[o['attributes']['label'] for o in fields]
+    assert fields and len({*ids})==len(ids) and len({*labels})==len(labels)
+    assert all(re.fullmatch(r'[\w-]+', o) for o in ids)
+    assert {o['type'] for o in f['body']}<={'markdown', 'textarea', 'input', 'dropdown', 'checkboxes'}
+    assert {k for o in fields for k in o}<={'type', 'id', 'attributes', 'validations'}
+
+def test_forms():
+    "One form for each kind of issue, and the link beside them is that of the documentation."
+    assert forms==['bug.yml', 'feature.yml', 'question.yml']
+    assert [o['url'] for o in form('config.yml')['contact_links']]==[pyproject['project']['urls']['Documentation']]
+
+def test_bug_form_asks():
+    "A bug needs the versions, the code and the traceback, and the command for the versions works as it stands."
+    asks = {o['id']: o for o in form('bug.yml')['body']}
+    assert asks.keys()>={'versions', 'code', 'traceback', 'folder'}
+    cmd = only(r'```\n(python -c .+)\n```', asks['versions']['attributes']['description'])
+    env = {**os.environ, 'PATH': f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    said = subprocess.run(cmd, shell=True, check=True, capture_output=True, text=True, env=env).stdout.splitlines()
+    assert f'cekd_fastai {cekd_fastai.__version__}' in said and any(o.startswith('torch ') for o in said)
 
 # Papers, pages and paths
 

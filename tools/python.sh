@@ -2,14 +2,18 @@
 # Prints the Python to make the virtual environment with: $PYTHON if it is set, else the first suitable one on PATH.
 set -u
 cd "$(dirname "$0")/.."
-min=$(sed -n 's/^min_python *= *//p' settings.ini)
-remedy="install Python $min or newer (with its venv package: apt install python3-venv on Debian and Ubuntu) or name one with make PYTHON=/path/to/python"
+# Versions that constraints.txt has pins for, in the order in which they are looked for. 3.14 comes last: processes that load images
+# import fastai anew in each epoch there, and torch says of `torch.jit.script`, which fastai calls, that it "may break".
+pythons="3.13 3.12 3.11 3.10 3.14"
+oldest=$(printf '%s\n' $pythons | sort -V | head -n 1)
+newest=$(printf '%s\n' $pythons | sort -V | tail -n 1)
+remedy="install Python $oldest to $newest (with its venv package: apt install python3-venv on Debian and Ubuntu) or name one with make PYTHON=/path/to/python"
 
 # Prints why $1 cannot be used, or nothing. A version manager's shim may exist and still not run.
 fault() {
     local version
     version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null </dev/null) || { echo "does not run"; return; }
-    "$1" -c "import sys; sys.exit(sys.version_info[:2] < tuple(map(int, '$min'.split('.'))))" </dev/null || { echo "is Python $version"; return; }
+    [[ " $pythons " = *" $version "* ]] || { echo "is Python $version"; return; }
     "$1" -c 'import venv, ensurepip' 2>/dev/null </dev/null || echo "lacks the modules venv and ensurepip"
 }
 
@@ -24,7 +28,7 @@ if [ -n "${PYTHON:-}" ]; then
 fi
 
 seen=
-for name in python3.13 python3.12 python3.11 python3.10 python3 python; do
+for name in $(printf 'python%s ' $pythons) python3 python; do
     command -v "$name" >/dev/null || continue
     why=$(fault "$name")
     [ -z "$why" ] && { base "$name"; exit; }

@@ -8,7 +8,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/data.check.html.md"""
 __all__ = ['verify', 'presize']
 
 # %% ../../nbs/11_data.check.ipynb #imports
-import math,shutil,warnings
+import math,shutil
 from fastai.vision.all import *
 from concurrent.futures import ThreadPoolExecutor
 from scipy.io import savemat
@@ -18,75 +18,111 @@ from .image import ResizeShort,open_image,unreadable
 from .readers import _folder,_id_lines,_images,_mat
 from .benchmarks import BENCHMARKS,read_table
 
-# %% ../../nbs/11_data.check.ipynb #unreadable-x
+# %% ../../nbs/11_data.check.ipynb #verify
+def _files_of(source):
+    "The pictures that `source` stands for"
+    if isinstance(source, DataLoaders):
+        return source.table.files if hasattr(source, 'table') else [o for dl in source.loaders for o in dl.items]
+    if isinstance(source, (list,tuple,L)): return [Path(o) for o in source]
+    if isinstance(source, ImageTable) or (isinstance(source, str) and source in BENCHMARKS): return read_table(source).files
+    return [Path(source)] if Path(source).is_file() else _images(_folder(source))
+
 def verify(
-    source,         # `DataLoaders`, `ImageTable`, path of a folder or a picture, or name of a benchmark
-    max_pixels=None # a picture with more is oversized; Pillow's limit if None
-): # `DataFrame` with columns `file` and `fault`, one row for each file that has one
+    source,         # `DataLoaders`, `ImageTable`, a list of files, path of a folder or a picture, or name of a benchmark
+    max_pixels=None # A picture with more is oversized; Pillow's limit if None
+)->pd.DataFrame:    # Columns `file` and `fault`, one row for each file that has one
     "Decode every picture and list those that are missing, empty, truncated, corrupt, oversized or no pictures"
-    if isinstance(source, DataLoaders): files = source.table.files if hasattr(source, 'table') else [o for dl in source.loaders for o in dl.items]
-    elif isinstance(source, ImageTable) or (isinstance(source, str) and source in BENCHMARKS): files = read_table(source).files
-    else: files = [Path(source)] if Path(source).is_file() else _images(_folder(source))
-    return unreadable(files, max_pixels)
+    return unreadable(_files_of(source), max_pixels)
 
 # %% ../../nbs/11_data.check.ipynb #scale
 def _scale_cub(src, dst, ratio):
-    ids = _id_lines(src.parent/'images.txt')
-    lines = [f'{k} ' + ' '.join(f'{float(v)*ratio.get(src.parent/"images"/ids[k], 1):.1f}' for v in o.split()) for k,o in _id_lines(src).items() if k in ids]
+    "Write boxes of CUB, scaled by the ratio of each picture"
+    names,lines = _id_lines(src.parent/'images.txt'),[]
+    for k,box in _id_lines(src).items():
+        if k not in names: continue
+        r = ratio.get(src.parent/'images'/names[k], 1)
+        lines.append(' '.join([k, *(f'{float(v)*r:.1f}' for v in box.split())]))
     dst.write_text('\n'.join(lines)+'\n', encoding='utf-8')
 
-def _corner(v, r, up): return max(1, math.ceil(v*r) if up else math.floor((v-1)*r)+1)
+def _corner(v, r, up):
+    "A corner counted from 1, scaled and rounded outwards"
+    return max(1, math.ceil(v*r) if up else math.floor((v-1)*r)+1)
 
 def _scale_aircraft(src, dst, ratio):
-    r = {k.stem:v for k,v in ratio.items()}
-    lines = [f'{k} ' + ' '.join(str(_corner(float(v), r.get(k, 1), i>1)) for i,v in enumerate(o.split())) for k,o in _id_lines(src).items()]
+    "Write corners of Aircraft, scaled by the ratio of each picture"
+    by_stem,lines = {k.stem:v for k,v in ratio.items()},[]
+    for k,box in _id_lines(src).items():
+        corners = [_corner(float(v), by_stem.get(k, 1), i>1) for i,v in enumerate(box.split())]
+        lines.append(f'{k} ' + ' '.join(map(str, corners)))
     dst.write_text('\n'.join(lines)+'\n')
 
 # %% ../../nbs/11_data.check.ipynb #scale2
 def _scale_cars(src, dst, ratio):
-    rows,folder = np.atleast_1d(_mat(src)['annotations']).copy(),src.parent.parent/'cars_train' if src.parent.name=='devkit' else src.parent/'cars_test'
+    "Write corners of Cars, scaled by the ratio of each picture"
+    rows = np.atleast_1d(_mat(src)['annotations']).copy()
+    in_devkit = src.parent.name=='devkit'
+    folder = src.parent.parent/'cars_train' if in_devkit else src.parent/'cars_test'
     for o in rows:
-        for c in ('x1','y1','x2','y2'): o[f'bbox_{c}'] = _corner(int(o[f'bbox_{c}']), ratio.get(folder/str(o['fname']), 1), c[1]=='2')
+        r = ratio.get(folder/str(o['fname']), 1)
+        for c in ('x1','y1','x2','y2'): o[f'bbox_{c}'] = _corner(int(o[f'bbox_{c}']), r, c[1]=='2')
     savemat(dst, dict(annotations=rows))
 
-_SCALE = {'bounding_boxes.txt':_scale_cub, 'images_box.txt':_scale_aircraft, 'cars_train_annos.mat':_scale_cars, 'cars_test_annos_withlabels.mat':_scale_cars}
+_SCALE = {'bounding_boxes.txt':_scale_cub, 'images_box.txt':_scale_aircraft}
+_SCALE |= dict.fromkeys(('cars_train_annos.mat','cars_test_annos_withlabels.mat'), _scale_cars)
 
-# %% ../../nbs/11_data.check.ipynb #presize
+# %% ../../nbs/11_data.check.ipynb #shrink
+_QUALITY = ('JPEG','WEBP')
+_WRITES = (*_QUALITY,'PNG','BMP','TIFF')
+
 def _shrink(src, dst, size, quality):
     "Write picture `src` to `dst` with its shortest side at `size`, or copy a smaller one; returns the ratio"
     dst.parent.mkdir(parents=True, exist_ok=True)
     im = open_image(src, 2*size)
     with Image.open(src) as o: short,fmt = min(o.size),o.format
-    if short <= size or fmt not in ('JPEG','PNG','WEBP','BMP','TIFF'):
+    if short<=size or fmt not in _WRITES:
         shutil.copyfile(src, dst)
         return 1.
-    ResizeShort(size)(im).save(dst, format=fmt, **(dict(quality=quality) if fmt in ('JPEG','WEBP') else {}))
+    how = dict(quality=quality) if fmt in _QUALITY else {}
+    ResizeShort(size)(im).save(dst, format=fmt, **how)
     return size/short
 
+# %% ../../nbs/11_data.check.ipynb #shrink-all
+def _shrink_all(files, size, quality, n_workers):
+    "Write the copies `{src: dst}` in threads; returns the ratio of each"
+    with ThreadPoolExecutor(n_workers or defaults.cpus) as ex:
+        done = ex.map(lambda o: _shrink(*o, size, quality), files.items())
+        return dict(zip(files, progress_bar(done, total=len(files), leave=False, display=len(files)>1000)))
+
+def _is_copy(dest, what):
+    "Whether `dest` is the copy that `what` describes"
+    note = dest/'presized.json'
+    return note.exists() and json.loads(note.read_text())==what
+
+# %% ../../nbs/11_data.check.ipynb #presize
 def presize(
-    source,        # name of a benchmark, or path of a folder
-    size:int,      # of the shortest side, in pixels: 8/7 of the network's input, or more
-    dest=None,     # folder of the copy; beside the data set, with the size behind its name, if None
-    root=None,     # folder with the files of a named benchmark; fastai's data folder if None
-    quality=90,    # of JPEG and WebP files, up to 95
-    n_workers=None # threads; one for each CPU if None
-)->Path: # folder of the copy
+    source,        # Name of a benchmark, or path of a folder
+    size:int,      # Of the shortest side, in pixels: 8/7 of the network's input, or more
+    dest=None,     # Folder of the copy; beside the data set, with the size after its name, if None
+    root=None,     # Folder with the files of a named benchmark; fastai's data folder if None
+    quality=90,    # Of JPEG and WebP files, up to 95
+    n_workers=None # Threads; one for each CPU if None
+)->Path:           # Folder of the copy
     "Write a copy with smaller pictures, in full or not at all, in the layout of the data set and with its labels, parts and scaled boxes"
     check_count(size=size, quality=quality)
-    if isinstance(source, ImageTable): raise TypeError('presize copies a whole data set with its label files: pass a name or a path, and take a part of the copy')
+    if isinstance(source, ImageTable):
+        raise TypeError('presize copies a whole data set with its label files: pass a name or a path, and take a part of the copy')
     t = read_table(source, root=root)
     dest = t.root.with_name(f'{t.root.name}-{size}') if dest is None else Path(dest).expanduser()
     what = dict(size=size, quality=quality, files=len(t))
     if dest.exists():
-        if (f := dest/'presized.json').exists() and json.loads(f.read_text()) == what: return dest
+        if _is_copy(dest, what): return dest
         raise FileExistsError(f'{dest} exists and is not this copy: delete it, or choose another dest')
     with whole_folder(dest) as tmp:
-        new = {o:tmp/o.relative_to(t.root) for o in [*t.files, *t.sources]}
-        with ThreadPoolExecutor(n_workers or defaults.cpus) as ex:
-            done = ex.map(lambda o: _shrink(o, new[o], size, quality), t.files)
-            ratio = dict(zip(t.files, progress_bar(done, total=len(t), leave=False, display=len(t)>1000)))
+        def new(o): return tmp/o.relative_to(t.root)
+        ratio = _shrink_all({o:new(o) for o in t.files}, size, quality, n_workers)
         for o in t.sources:
-            new[o].parent.mkdir(parents=True, exist_ok=True)
-            _SCALE[o.name](o, new[o], ratio) if o.name in _SCALE else shutil.copyfile(o, new[o])
+            new(o).parent.mkdir(parents=True, exist_ok=True)
+            if o.name in _SCALE: _SCALE[o.name](o, new(o), ratio)
+            else: shutil.copyfile(o, new(o))
         (tmp/'presized.json').write_text(json.dumps(what))
     return dest

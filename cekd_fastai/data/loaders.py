@@ -1,4 +1,4 @@
-"""`fine_grained_dls`: a benchmark or a folder as fastai `DataLoaders`
+"""`fine_grained_dls`: a benchmark, a folder or a spreadsheet as fastai `DataLoaders`, in one call
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/data.loaders.html.md"""
 
@@ -14,47 +14,49 @@ from fastai.vision.all import *
 from concurrent.futures import ThreadPoolExecutor
 from ..core import check_count
 from .table import RECIPES
-from .image import ResizeShort,scaling_tfms,_stats,open_image,recipe_tfms
+from .image import ResizeShort,_stats,open_image,recipe_tfms,scaling_tfms
 from .benchmarks import read_table
 
-# %% ../../nbs/10_data.loaders.ipynb #label
+# %% ../../nbs/10_data.loaders.ipynb #local
 class _Local(dict):
-    "What is known about files of this machine: goes along to a worker process and into a copy, but not into a file"
-    def __reduce__(self): return _Local,(dict(self) if multiprocessing.context.get_spawning_popen() is not None else {},)
+    "What holds for files of this machine: goes along to a worker process and into a copy, but not into a file"
+    def __reduce__(self):
+        to_worker = multiprocessing.context.get_spawning_popen() is not None
+        return _Local,(dict(self) if to_worker else {},)
     def __deepcopy__(self, memo): return self
 
+# %% ../../nbs/10_data.loaders.ipynb #label
 class TableLabeller(Transform):
     "Class name of a path: that of its folder, or as a table says; an exported learner keeps the rule, not the table"
     def __init__(self,
         table # `ImageTable`
     ):
         super().__init__()
-        self.odd = _Local({f:o for f,o in zip(table.files, table.labels) if f.parent.name != o})
-    def encodes(self, o:Path|str):
-        o = Path(o)
-        return self.odd.get(o, o.parent.name)
+        self.odd = _Local({f:o for f,o in zip(table.files, table.labels) if f.parent.name!=o})
+    def encodes(self, o:Path|str): return self.odd.get(Path(o), Path(o).parent.name)
 
 class TableSplitter:
     "Splits paths by the parts of a table; those of its test part are in neither"
     def __init__(self,
         table # `ImageTable`
-    ): self.part = {f:2 if t else int(v) for f,v,t in zip(table.files, table.is_valid, table.is_test)}
-    def __call__(self, items): # indices of training and validation items
+    ): self.part = {f:2 if test else int(valid) for f,valid,test in zip(table.files, table.is_valid, table.is_test)}
+    def __call__(self, items): # Indices of training and validation items
         parts = [self.part.get(o, 0) for o in items]
-        return tuple([i for i,p in enumerate(parts) if p==k] for k in (0, 1))
+        return tuple([i for i,p in enumerate(parts) if p==k] for k in (0,1))
 
 # %% ../../nbs/10_data.loaders.ipynb #block
 class OpenImage(Transform):
     "`open_image` as a transform, with `draft` and the boxes fixed"
     input_types = (Path,str,Tensor,ndarray,bytes,Image.Image)
     def __init__(self,
-        draft=None, # as for `open_image`
+        draft=None, # As for `open_image`
         boxes=None  # {path: box}; pictures that it does not list are opened whole
     ):
         super().__init__()
         self.draft,self.boxes = draft,_Local(boxes or {})
     def encodes(self, o:Path|str|Tensor|ndarray|bytes|Image.Image):
-        return open_image(o, self.draft, self.boxes.get(Path(o)) if self.boxes and isinstance(o, (Path,str)) else None)
+        named = self.boxes and isinstance(o, (Path,str))
+        return open_image(o, self.draft, self.boxes.get(Path(o)) if named else None)
 
 class FineGrainedBlock(DataBlock):
     "A `DataBlock` of images that opens them no larger than its `ResizeShort` needs, and cuts out their boxes"
@@ -65,9 +67,9 @@ class FineGrainedBlock(DataBlock):
         self.boxes = boxes
         super().__init__(*args, **kwargs)
     def new(self,
-        item_tfms=None, # all item transforms
-        batch_tfms=None # all batch transforms
-    ): # self
+        item_tfms=None, # All item transforms
+        batch_tfms=None # All batch transforms
+    ):                  # `self`
         "Replace the transforms"
         super().new(item_tfms, batch_tfms)
         f = first(L(self.item_tfms).sorted(key='order'))
@@ -78,88 +80,107 @@ class FineGrainedBlock(DataBlock):
 def _table_files(table): return table.files
 
 def _boxes(table, crop_to_box):
+    "{path: box} if pictures are to be cut, else None"
     if not crop_to_box: return None
     if table.boxes is None: raise ValueError(f'crop_to_box=True: {table.root} has no boxes; CUB, NABirds, Cars, Aircraft and synthetic do')
     return dict(zip(table.files, table.boxes))
 
 def fine_grained_block(
     table,             # `ImageTable`
-    size=None,         # of the network's input, in pixels; that of the recipe if None
-    item_tfms=None,    # to replace those of the same class in `recipe_tfms`, or to add
-    batch_tfms=None,   # to replace `Normalize`, or to add
-    recipe=None,       # one of `RECIPES`; the table's if None
-    stats=None,        # mean and standard deviation to normalise with, or an architecture as for `norm_stats`; the table's if None
-    crop_to_box=False, # cut every picture to the box around its object
-): # `FineGrainedBlock`
+    size=None,         # Of the network's input, in pixels; that of the recipe if None
+    item_tfms=None,    # To replace those of the same class in `recipe_tfms`, or to add
+    batch_tfms=None,   # To replace `Normalize`, or to add
+    recipe=None,       # One of `RECIPES`; the table's if None
+    stats=None,        # Mean and standard deviation to normalise with, or an architecture as for `norm_stats`; the table's if None
+    crop_to_box=False, # Cut every picture to the box around its object
+):                     # `FineGrainedBlock`
     "The `DataBlock` for `table`; `block.dataloaders(table)` reads it"
     recipe = table.recipe if recipe is None else recipe
-    items = recipe_tfms(RECIPES.get(recipe, 1) if size is None else size, recipe) + list(L(item_tfms))
-    return FineGrainedBlock(blocks=(ImageBlock, CategoryBlock(vocab=table.classes, sort=False)), get_items=_table_files,
-        get_y=TableLabeller(table), splitter=TableSplitter(table), item_tfms=items,
-        batch_tfms=[Normalize.from_stats(*_stats(stats, table))]+list(L(batch_tfms)), boxes=_boxes(table, crop_to_box))
+    size = RECIPES.get(recipe, 1) if size is None else size
+    items = recipe_tfms(size, recipe) + list(L(item_tfms))
+    norm = Normalize.from_stats(*_stats(stats, table))
+    return FineGrainedBlock(blocks=(ImageBlock,CategoryBlock(vocab=table.classes, sort=False)), get_items=_table_files,
+        get_y=TableLabeller(table), splitter=TableSplitter(table), item_tfms=items, batch_tfms=[norm,*L(batch_tfms)],
+        boxes=_boxes(table, crop_to_box))
 
 # %% ../../nbs/10_data.loaders.ipynb #store
 class PixelStore:
     "Pictures scaled once and kept as bytes on `device`, from which whole batches are cropped; `OSError` names a file that cannot be read"
     def __init__(self,
-        files,         # paths of the pictures
-        size:int,      # of the crops, in pixels
-        device='cpu',  # where the bytes are kept
-        recipe='crop', # one of `RECIPES`
+        files,         # Paths of the pictures
+        size:int,      # Of the crops, in pixels
+        device='cpu',  # Where the bytes are kept
+        recipe='crop', # One of `RECIPES`
         boxes=None     # {path: box} to cut out
     ):
         tfms = recipe_tfms(size, recipe)
-        scale = scaling_tfms(tfms)
-        steps = Pipeline([OpenImage(2*scale[0].size, boxes), *scale])
-        def read(fn): return np.asarray(steps(fn))
-        with ThreadPoolExecutor(os.cpu_count()) as ex: ims = list(progress_bar(ex.map(read, files), total=len(files), leave=False, display=len(files)>1000))
-        self.size,(self.h,self.w) = size,(torch.tensor([o.shape[i] for o in ims], device=device) for i in (0,1))
-        self.start,self.flips = (self.h*self.w).cumsum(0) - self.h*self.w,isinstance(tfms[-1], FlipItem)
+        scaling = scaling_tfms(tfms)
+        self.size,self.flips = size,isinstance(tfms[-1], FlipItem)
+        ims = self._read(files, Pipeline([OpenImage(2*scaling[0].size, boxes), *scaling]))
+        self.h,self.w = (torch.tensor([o.shape[i] for o in ims], device=device) for i in (0,1))
+        self.start = (self.h*self.w).cumsum(0)-self.h*self.w
         self.pixels = torch.from_numpy(np.concatenate([o.reshape(-1, 3) for o in ims])).to(device)
 
+    @staticmethod
+    def _read(files, steps):
+        "Arrays (h, w, 3) of the pictures, read in threads"
+        def read(fn): return np.asarray(steps(fn))
+        with ThreadPoolExecutor(os.cpu_count()) as ex:
+            return list(progress_bar(ex.map(read, files), total=len(files), leave=False, display=len(files)>1000))
+
     def crops(self,
-        idxs:Tensor,      # of the pictures, shape (B,), on the store's device
-        random:bool=False # random crops and flips, or the centre
-    ): # uint8, shape (B, 3, size, size)
+        idxs:Tensor,      # Of the pictures, shape (B,), on the store's device
+        random:bool=False # Random crops and flips, or the centre
+    ):                    # Uint8, shape (B, 3, size, size)
         "Crops of some pictures"
-        s,h,w,r = self.size,self.h[idxs],self.w[idxs],torch.arange(self.size, device=idxs.device)
-        if random: y,x = ((torch.rand(len(idxs), device=idxs.device)*(o-s+1)).long() for o in (h,w))
+        n,s,dev = len(idxs),self.size,idxs.device
+        h,w = self.h[idxs],self.w[idxs]
+        if random: y,x = ((torch.rand(n, device=dev)*(o-s+1)).long() for o in (h,w))
         else: y,x = (h-s)//2,(w-s)//2
-        flip = (torch.rand(len(idxs), 1, device=idxs.device) < .5) & (random and self.flips)
-        cols = x[:,None] + torch.where(flip, s-1-r, r)
-        rows = self.start[idxs][:,None] + (y[:,None]+r)*w[:,None]
+        flip = (torch.rand(n, 1, device=dev)<.5) & (random and self.flips)
+        side = torch.arange(s, device=dev)
+        cols = x[:,None]+torch.where(flip, s-1-side, side)
+        rows = self.start[idxs][:,None]+(y[:,None]+side)*w[:,None]
         return self.pixels[rows[:,:,None]+cols[:,None]].permute(0,3,1,2)
 
-# %% ../../nbs/10_data.loaders.ipynb #memdl
+# %% ../../nbs/10_data.loaders.ipynb #balance
 class BalancedDL(TfmdDL):
     "A `TfmdDL` that shuffles with every class equally often, if it has been given the rows of each class"
-    by_class,draws = None,None # lists of rows, a `random.Random`
+    by_class = None # Lists of rows
+    draws = None    # A `random.Random`
     def get_idxs(self):
         if self.by_class is None or not self.shuffle: return super().get_idxs()
-        cls,rand = self.draws.sample(self.by_class, len(self.by_class)),self.draws
-        share = [self.n//len(cls) + (i < self.n%len(cls)) for i in range(len(cls))]
-        res = [i for o,n in zip(cls, share) for i in o*(n//len(o)) + rand.sample(o, n%len(o))]
-        rand.shuffle(res)
+        classes = self.draws.sample(self.by_class, len(self.by_class))
+        each,more = divmod(self.n, len(classes))
+        res = []
+        for k,rows in enumerate(classes):
+            whole,part = divmod(each+(k<more), len(rows))
+            res += rows*whole + self.draws.sample(rows, part)
+        self.draws.shuffle(res)
         return res
+
     def _same(self, dataset): return dataset is None or dataset is self.dataset
     def new(self, dataset=None, cls=None, **kwargs):
         res = super().new(dataset, cls, **kwargs)
         if self._same(dataset) and isinstance(res, BalancedDL): res.by_class,res.draws = self.by_class,self.draws
         return res
 
+# %% ../../nbs/10_data.loaders.ipynb #memdl
 class MemoryDL(BalancedDL):
     "A `TfmdDL` whose batches are cropped from a `PixelStore`, if it has been given one"
-    store,targets = None,None
+    store = None   # A `PixelStore`
+    targets = None # Class of each picture, a tensor on the store's device
     def create_batches(self, samps):
-        if self.store is None: yield from super().create_batches(samps)
-        else:
-            for o in chunked(samps, self.bs, self.drop_last):
-                idxs = torch.tensor(o, device=self.targets.device)
-                yield TensorImage(self.store.crops(idxs, self.dataset.split_idx==0)),TensorCategory(self.targets[idxs])
+        if self.store is None: return (yield from super().create_batches(samps))
+        train = self.dataset.split_idx==0
+        for rows in chunked(samps, self.bs, self.drop_last):
+            idxs = torch.tensor(rows, device=self.targets.device)
+            yield TensorImage(self.store.crops(idxs, train)),TensorCategory(self.targets[idxs])
 
     def new(self, dataset=None, cls=None, **kwargs):
         res = super().new(dataset, cls, **kwargs)
-        if self._same(dataset) and 'after_item' not in kwargs and isinstance(res, MemoryDL): res.store,res.targets = self.store,self.targets
+        keeps = self._same(dataset) and 'after_item' not in kwargs
+        if keeps and isinstance(res, MemoryDL): res.store,res.targets = self.store,self.targets
         return res
 
 # %% ../../nbs/10_data.loaders.ipynb #fill
@@ -173,37 +194,49 @@ def _balance(dl, table, seed):
     "Give `dl` the rows of each class"
     label = dict(zip(table.files, table.labels))
     rows = groupby(range(len(dl.items)), lambda i: label[dl.items[i]])
-    dl.by_class,dl.draws = [rows[o] for o in table.classes],random.Random(seed)
+    dl.by_class = [rows[o] for o in table.classes]
+    dl.draws = random.Random(seed)
+
+# %% ../../nbs/10_data.loaders.ipynb #dls-check
+def _check_loading(table, bs, in_memory, balanced, item_tfms, kwargs):
+    "Refuse arguments that contradict the data or each other"
+    if table.n_train<bs and kwargs.get('drop_last') is not False:
+        remedy = f'pass bs={table.n_train} or less, or drop_last=False'
+        raise ValueError(f'bs={bs} is more than the {table.n_train} training images of {table.root}: {remedy}')
+    if in_memory and item_tfms is not None:
+        remedy = 'pass yours as batch_tfms, or leave in_memory out'
+        raise ValueError(f"in_memory=True keeps pictures as the recipe's item transforms leave them: {remedy}")
+    if balanced and 'dl_type' in kwargs: raise ValueError('balanced=True has a dl_type of its own: leave one of them out')
+
+_SPREADSHEET = ('fn_col','label_col','valid_col','group_col','folder','suff')
 
 # %% ../../nbs/10_data.loaders.ipynb #dls
 def fine_grained_dls(
-    source,            # name of a benchmark, path of a folder, or `ImageTable`
-    size=None,         # of the network's input, in pixels; that of the recipe if None: 224, or 32 for CIFAR, CINIC and SVHN
-    bs:int=32,         # images in a batch
-    classes=None,      # an int for the first so many classes, or a list of names; all if None
-    valid_pct=None,    # share of train to hold out for validation; None for the official split, and 0.2 where class folders have no split
-    seed=42,           # of the split, of the draw for `per_class` and of `balanced`
-    verify=False,      # decode every image once, warn of those that cannot be read, and leave them out
-    num_workers=None,  # processes that load images; one for each CPU if None, up to 16
-    root=None,         # folder with the files of a named benchmark; fastai's data folder if None
-    path=None,         # where a `Learner` saves models; the folder of the data set if None
-    in_memory=False,   # read every picture once and keep it, for sets that fit into memory; with the recipe's item transforms only
-    item_tfms=None,    # to replace those of the same class in `recipe_tfms`, or to add
-    batch_tfms=None,   # to replace `Normalize`, or to add
-    per_class=None,    # training images of each class; all if None
-    balanced=False,    # draw every class equally often in training; to predict the training images, pass `ds_idx=0`, since its loader repeats some
-    crop_to_box=False, # cut every picture to the box around its object
-    recipe=None,       # one of `RECIPES`; the data set's if None
-    stats=None,        # mean and standard deviation to normalise with, or an architecture as for `norm_stats`; the data set's if None
-    **kwargs           # for `DataBlock.dataloaders`, such as `val_bs`, `device`, `drop_last`
-): # `DataLoaders`
-    "A benchmark or a folder of images as `DataLoaders`; whatever is wrong with the data is said here"
+    source,            # Name of a benchmark, path of a folder, `DataFrame` or CSV file, or `ImageTable`
+    size=None,         # Of the network's input, in pixels; that of the recipe if None: 224, or 32 for CIFAR, CINIC and SVHN
+    bs:int=32,         # Images in a batch
+    classes=None,      # An int for the first so many classes, or a list of names; all if None
+    valid_pct=None,    # Share of train to hold out for validation; None for the official split, and 0.2 where there is none
+    seed=42,           # Of the split, of the draw for `per_class` and of `balanced`
+    verify=False,      # Decode every image once, warn of those that cannot be read, and leave them out
+    num_workers=None,  # Processes that load images; one for each CPU if None, up to 16
+    root=None,         # Folder with the files of a named benchmark; fastai's data folder if None
+    path=None,         # Where a `Learner` saves models; the folder of the data set if None
+    in_memory=False,   # Read every picture once and keep it, for sets that fit into memory; with the recipe's item transforms only
+    item_tfms=None,    # To replace those of the same class in `recipe_tfms`, or to add
+    batch_tfms=None,   # To replace `Normalize`, or to add
+    per_class=None,    # Training images of each class; all if None
+    balanced=False,    # Draw every class equally often in training; to predict the training images pass `ds_idx=0`, as its loader repeats some
+    crop_to_box=False, # Cut every picture to the box around its object
+    recipe=None,       # One of `RECIPES`; the data set's if None
+    stats=None,        # Mean and standard deviation to normalise with, or an architecture as for `norm_stats`; the data set's if None
+    **kwargs           # Columns of a spreadsheet as for `read_table`, and arguments of `DataBlock.dataloaders`, such as `val_bs`, `device`, `drop_last`
+):                     # `DataLoaders`
+    "A benchmark, a folder or a spreadsheet of images as `DataLoaders`; whatever is wrong with the data is said here"
     check_count(bs=bs, **({} if size is None else dict(size=size)))
-    t = read_table(source, classes, valid_pct, seed, verify, root, per_class)
-    if t.n_train < bs and kwargs.get('drop_last') is not False:
-        raise ValueError(f'bs={bs} is more than the {t.n_train} training images of {t.root}: pass bs={t.n_train} or less, or drop_last=False')
-    if in_memory and item_tfms is not None: raise ValueError("in_memory=True keeps pictures as the recipe's item transforms leave them: pass yours as batch_tfms, or leave in_memory out")
-    if balanced and 'dl_type' in kwargs: raise ValueError('balanced=True has a dl_type of its own: leave one of them out')
+    columns = {k: kwargs.pop(k) for k in _SPREADSHEET if k in kwargs}
+    t = read_table(source, classes, valid_pct, seed, verify, root, per_class, **columns)
+    _check_loading(t, bs, in_memory, balanced, item_tfms, kwargs)
     block = fine_grained_block(t, size, item_tfms, batch_tfms, recipe, stats, crop_to_box)
     if in_memory: kwargs,num_workers = dict(dl_type=MemoryDL) | kwargs,0
     elif balanced: kwargs['dl_type'] = BalancedDL
@@ -214,9 +247,11 @@ def fine_grained_dls(
     if balanced: _balance(dls.train, t, seed)
     return dls
 
+# %% ../../nbs/10_data.loaders.ipynb #official
 def official_test_dl(
-    dls # from `fine_grained_dls`
-): # `DataLoader` with labels
+    dls # From `fine_grained_dls`
+):      # `DataLoader` with labels
     "The test part that `valid_pct` set free, or that class folders have beside a validation part; else the validation part, which is a benchmark's official test set"
     t = dls.table
-    return dls.test_dl([f for f,o in zip(t.files, t.is_test) if o], with_labels=True) if t.n_test else dls.valid
+    if not t.n_test: return dls.valid
+    return dls.test_dl([f for f,test in zip(t.files, t.is_test) if test], with_labels=True)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from ..core import show_panel,eval_mode,decode_images,unwrap_model
 from ..mix.core import box_share
 from ..cam import cam,map_and_head,semantic_map
-from ..mix.noise import _evidence
+from ..mix.noise import find_evidence
 from ..branches import BranchNet,branch_preds
 from ..css.net import joint_label
 from .history import _labels,_pictures,_vocab
@@ -102,7 +102,7 @@ def _item_boxes(learn, files):
     "Box of the object in each image of a batch, shape (B, 4); None where it is not known"
     if not files or not all(isinstance(o, (str,Path)) for o in files): return None
     try:
-        with no_random(): return _evidence(learn.dls, [Path(o) for o in files], 'box').rects[:,0]
+        with no_random(): return find_evidence(learn.dls, [Path(o) for o in files], 'box').rects[:,0]
     except (FileNotFoundError,KeyError,ValueError): return None
 
 # %% ../../nbs/37_interpret.maps.ipynb #place-code

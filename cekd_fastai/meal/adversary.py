@@ -42,7 +42,7 @@ def disc_loss(
 
 # %% ../../nbs/27_meal.adversary.ipynb #adv-code
 class Adversary(nn.Module):
-    "Discriminators and their optimiser: in the checkpoints of the network that they are attached to, but in none of its parameters, copies and exports"
+    "Discriminators and their optimiser, in the checkpoints of a network but in none of its parameters, copies and exports"
     held = None # List with the discriminators, None in a copy
     opt = None  # Their optimiser
     def __init__(self,
@@ -80,7 +80,8 @@ def _save_to_state_dict(self:Adversary, destination, prefix, keep_vars):
 def _load_from_state_dict(self:Adversary, state_dict, prefix, local_metadata, *args):
     saved = local_metadata.get('adversary')
     if saved is None or self.nets is None: return
-    shapes,own_shapes = ([v.shape for v in o.values()] for o in (saved['nets'],self.nets.state_dict()))
+    shapes = [v.shape for v in saved['nets'].values()]
+    own_shapes = [v.shape for v in self.nets.state_dict().values()]
     if shapes!=own_shapes:
         remedy = 'pass the same `taps`, `dims` and `reduce` to go on with them'
         return warn(f"The discriminators of the checkpoint are of other sizes, so those of this learner are kept: {remedy}.")
@@ -92,7 +93,7 @@ def _load_from_state_dict(self:Adversary, state_dict, prefix, local_metadata, *a
 # %% ../../nbs/27_meal.adversary.ipynb #adv-surrogate
 def _surrogate(values, grads, blocks):
     "A scalar with the value of the losses `values` of all blocks, which sends `grads` back to `blocks`"
-    # The losses are means over the branches, and each branch is to be trained as it would be alone: hence `len(o)`, their number.
+    # A loss is the mean over its branches, and each of these is to be trained as it would be alone: hence `len(o)`
     value = sum(len(o)*v.detach() for v,o in zip(values, blocks))
     path = sum(len(o)*(g*o.float()).sum() for g,o in zip(grads, blocks))
     return value + path - path.detach() # `path` carries the gradient; its value is of no meaning, so it is taken off

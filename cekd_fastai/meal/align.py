@@ -10,7 +10,7 @@ __all__ = ['KINDS', 'align', 'similarity', 'block_weights', 'BlockLoss', 'stages
 # %% ../../nbs/25_meal.align.ipynb #imports
 from fastai.vision.all import *
 from ..core import check_above,eval_mode,near_hint,one_of
-from ..losses import soft_probs
+from ..losses import soft_log_probs,soft_probs
 from ..branches import BranchNet
 
 # %% ../../nbs/25_meal.align.ipynb #al-code
@@ -54,7 +54,7 @@ def similarity(
     if kind=='l1_soft': return F.l1_loss(soft_probs(s, T, multi), p)
     if kind=='l2_soft': return F.mse_loss(soft_probs(s, T, multi), p)
     if multi: return T*T*F.binary_cross_entropy_with_logits(s/T, p)
-    log_p = (s/T).log_softmax(-1)
+    log_p = soft_log_probs(s, T)
     return -T*T*(p*log_p).sum(-1).mean()
 
 # %% ../../nbs/25_meal.align.ipynb #w-code
@@ -88,8 +88,9 @@ class BlockLoss:
     def each_block(self, maps, z, answer, multi):
         "The weighted similarity of each block to one answer, summed over the branches"
         *answer_maps,answer_z = answer.blocks
-        for w,s,t in zip(self.gammas, maps, answer_maps): yield w*sum(similarity(o, t, self.kind, self.T) for o in s)
-        yield self.gammas[-1]*sum(similarity(o, answer_z, self.kind, self.T, multi, answer.p) for o in z)
+        def over_branches(s, t, *args): return sum(similarity(o, t, self.kind, self.T, *args) for o in s)
+        for w,s,t in zip(self.gammas, maps, answer_maps): yield w*over_branches(s, t)
+        yield self.gammas[-1]*over_branches(z, answer_z, multi, answer.p)
 
     def __call__(self,
         maps:list,        # Aligned maps of the student, each (n, B, d) for n branches

@@ -73,8 +73,9 @@ def _checksum(model):
 
 def _teacher_key(teacher, paths):
     "What a teacher's answers depend on: its weights, its taps, and how it was matched to the data"
-    matched = (teacher.order,teacher.scale,teacher.shift)
-    return [_checksum(teacher.model), paths, [None if o is None else o.flatten().tolist() for o in matched]]
+    def plain(o): return None if o is None else o.flatten().tolist()
+    matched = [plain(teacher.order), plain(teacher.scale), plain(teacher.shift)]
+    return [_checksum(teacher.model), paths, matched]
 
 def _mix_key(mix):
     "Name and arguments of a mix, those of its parts included, None without one"
@@ -183,7 +184,8 @@ def write(self:TargetCache,
     prints:Tensor, # Fingerprints of the images, shape (B,)
 ):
     "Keep the answers for a batch"
-    cols = [o for a in answers for o in (*a.blocks,a.p)] + [prints[:,None]]
+    cols = [o for a in answers for o in (*a.blocks,a.p)]
+    cols.append(prints[:,None])
     self.data[self.view,rows] = torch.cat(cols, 1).cpu().numpy()
 
 @patch

@@ -37,9 +37,8 @@ class Teacher(nn.Module):
         model = unwrap_model(model)
         if copy: model = deepcopy(model)
         self.model = model.requires_grad_(False)
-        self.name = name or _model_name(model)
-        self.vocab = None if vocab is None else [str(o) for o in vocab]
-        self.stats = stats
+        self.name,self.stats = name or _model_name(model),stats
+        self.vocab = vocab if vocab is None else [str(o) for o in vocab]
         for o in ('order','scale','shift'): self.register_buffer(o, None, persistent=False)
         self.train(False)
 
@@ -60,7 +59,9 @@ def reorder(self:Teacher,
     lacks = [repr(o) for o in vocab if o not in self.vocab]
     extra = [repr(o) for o in self.vocab if o not in vocab]
     if lacks or extra:
-        found = [f'it lacks {few(lacks)}']*bool(lacks) + [f'it alone knows {few(extra)}']*bool(extra)
+        found = []
+        if lacks: found.append(f'it lacks {few(lacks)}')
+        if extra: found.append(f'it alone has {few(extra)}')
         counts = f'has {len(self.vocab)} classes and the data has {len(vocab)}'
         raise ValueError(f"Teacher `{self.name}` {counts}, and they differ: {' and '.join(found)}. Take a teacher of the same classes.")
     device = next(self.model.parameters()).device
@@ -281,4 +282,5 @@ def ensemble_accuracy(
         n_right = n_right + _n_right(p, y, multi)
         n += len(y)
     *each,ensemble = (n_right/n).tolist()
-    return dict(teachers=[dict(name=t.name, accuracy=a) for t,a in zip(teachers, each)], ensemble=ensemble)
+    rows = [dict(name=t.name, accuracy=a) for t,a in zip(teachers, each)]
+    return dict(teachers=rows, ensemble=ensemble)

@@ -33,7 +33,8 @@ class MixRecord:
     @property
     def mixed(self):
         "Which samples were mixed, shape (B,)"
-        return box_share(self.box_a, 1, 1)>0 if self.per_sample else self.lam_a<1
+        if self.per_sample: return box_share(self.box_a, 1, 1)>0
+        return self.lam_a<1
 
 # %% ../../nbs/13_mix.core.ipynb #snap-code-x
 def same_label(
@@ -62,7 +63,8 @@ def draw_lam(
 def _rand_span(length, size):
     "Start and end of a span with a uniform centre, clipped to `size`"
     mid = torch.randint(size, (1,), device='cpu').item()
-    return max(mid-length//2, 0),min(mid+length//2, size)
+    half = length//2
+    return max(mid-half, 0),min(mid+half, size)
 
 def _rand_spans(lengths, size):
     "`_rand_span` for each of `lengths`, a float tensor"
@@ -103,7 +105,8 @@ def box_mask(
 )->Tensor:      # Shape (B, h, w)
     "Which pixels lie in each box"
     x1,y1,x2,y2 = box[...,None].unbind(1)
-    row,col = torch.arange(h, device=box.device),torch.arange(w, device=box.device)
+    row = torch.arange(h, device=box.device)
+    col = torch.arange(w, device=box.device)
     in_rows = (row>=y1)&(row<y2)
     in_cols = (col>=x1)&(col<x2)
     return in_rows[:,:,None]&in_cols[:,None]
@@ -124,7 +127,8 @@ def _take(x, perm):
 def _paste(x, rec):
     "The mixed images for one box that serves the whole batch: plain slices"
     out = x.clone()
-    src,dst = box_crop(x, rec.box_b),box_crop(out, rec.box_a)
+    src = box_crop(x, rec.box_b)
+    dst = box_crop(out, rec.box_a)
     if not dst.numel() or not src.numel(): return out
     if dst.shape==src.shape: torch.index_select(src, 0, rec.perm, out=dst) # straight into the slice, without a copy between
     else:
@@ -134,28 +138,35 @@ def _paste(x, rec):
     return out
 
 # %% ../../nbs/13_mix.core.ipynb #pix-between
+def _spans(boxes, axis):
+    "Starts and ends of boxes along x (0) or y (1), each of shape (B, 1)"
+    return boxes[:,axis,None],boxes[:,axis+2,None]
+
 def _between(a, b, n):
     "For each of `n` pixels along a side: the two pixels of the donor that it lies between, and the weight of the second"
-    a0,a1 = a.T[...,None] # start and end in the host, each of shape (B, 1)
-    b0,b1 = b.T[...,None] # and in the donor
+    (a0,a1),(b0,b1) = a,b
     last = (b1-b0-1).clamp(min=0)
     step = last/(a1-a0-1).clamp(min=1)
-    pos = (torch.arange(n, device=a.device)-a0)*step
-    pos = torch.minimum(pos.clamp(min=0), last)
+    pixel = torch.arange(n, device=a0.device)
+    pos = ((pixel-a0)*step).clamp(min=0)
+    pos = torch.minimum(pos, last)
     lo = pos.long()
     hi = torch.minimum(lo+1, last)
     return b0+lo, b0+hi, pos-lo
 
 def _resampled(x, rec):
     "Each donor, moved and resized so that its box lies on the box of the host, shape of `x`"
-    h,w = x.shape[-2:]
+    a,b,(h,w) = rec.box_a,rec.box_b,x.shape[-2:]
+    lo,hi,t = _between(_spans(a, 1), _spans(b, 1), h)
     perm = rec.perm[:,None]
-    lo,hi,t = _between(rec.box_a[:,1::2], rec.box_b[:,1::2], h)
-    upper,lower = x[perm,:,lo].transpose(1, 2),x[perm,:,hi].transpose(1, 2)
-    rows = upper.lerp_(lower, t[:,None,:,None].to(x.dtype))
-    lo,hi,t = _between(rec.box_a[:,::2], rec.box_b[:,::2], w)
-    left,right = (rows.gather(3, o[:,None,None].expand(x.shape)) for o in (lo,hi))
-    return left.lerp_(right, t[:,None,None].to(x.dtype))
+    upper = x[perm,:,lo].transpose(1, 2)
+    lower = x[perm,:,hi].transpose(1, 2)
+    t = t[:,None,:,None].to(x.dtype)
+    rows = upper.lerp_(lower, t)
+    lo,hi,t = (o[:,None,None] for o in _between(_spans(a, 0), _spans(b, 0), w))
+    left = rows.gather(3, lo.expand(x.shape))
+    right = rows.gather(3, hi.expand(x.shape))
+    return left.lerp_(right, t.to(x.dtype))
 
 # %% ../../nbs/13_mix.core.ipynb #pix-each
 def mix_pixels(
@@ -167,8 +178,9 @@ def mix_pixels(
     moved = rec.per_sample and rec.box_b is not rec.box_a
     donor = _resampled(x, rec) if moved else _take(x, rec.perm) # a copy, which may be written
     share = rec.host_share
-    if isinstance(share, Tensor): donor.lerp_(x, share.to(x.dtype).reshape(-1, *[1]*(x.ndim-1)))
-    elif share: donor.lerp_(x, share)
+    if isinstance(share, Tensor): share = share.to(x.dtype).reshape(-1, 1, 1, 1)
+    if isinstance(share, Tensor) or share: donor.lerp_(x, share)
     if not rec.per_sample: return donor
     out = donor if donor.stride()==x.stride() else torch.empty_like(x) # keeps the memory format of `x`
-    return torch.where(box_mask(rec.box_a, *x.shape[-2:])[:,None], donor, x, out=out)
+    in_box = box_mask(rec.box_a, *x.shape[-2:])[:,None]
+    return torch.where(in_box, donor, x, out=out)

@@ -9,17 +9,17 @@ __all__ = ['snap_weights', 'SnapMix', 'MixOneOf']
 
 # %% ../../nbs/17_mix.snapmix.ipynb #imports
 from fastai.vision.all import *
-from ..core import amp_context,loss_owner,unwrap_model
-from .core import box_mask,box_share,draw_lam,rand_box,same_label
+from ..core import amp_context,unwrap_model
+from .core import box_crop,box_mask,box_share,draw_lam,rand_box,same_label
 from ..cam import model_cam,semantic_map
-from .callback import Mix
+from .callback import Mix,mix_only
 
 # %% ../../nbs/17_mix.snapmix.ipynb #snap-weights
 def _mass(sem, box):
     "Sum of each map over its box"
-    if isinstance(box, Tensor): return (sem*box_mask(box, *sem.shape[-2:])).sum((1,2))
-    x1,y1,x2,y2 = box
-    return sem[:,y1:y2,x1:x2].sum((1,2))
+    if isinstance(box, Tensor): sem = sem*box_mask(box, *sem.shape[-2:])
+    else: sem = box_crop(sem, box)
+    return sem.sum((1,2))
 
 def snap_weights(
     sem:Tensor,  # Semantic maps, shape (B, H, W)
@@ -30,18 +30,20 @@ def snap_weights(
 )->tuple:        # `lam_a`, `lam_b`, each of shape (B,)
     "Label weights of SnapMix: the meaning that the host keeps and the meaning that the donor brings"
     share = box_share(box_a, *sem.shape[-2:])
-    if isinstance(box_b, Tensor): lb = _mass(sem[perm], box_b)
-    else: lb = _mass(sem, box_b)[perm]
-    la = 1-_mass(sem, box_a)
-    flat = torch.isnan(la) | torch.isnan(lb)
-    la,lb = torch.where(flat, 1-share, la),torch.where(flat, share, lb)
-    same = same & (share>0)
-    return torch.where(same, la+lb, la),torch.where(same, la+lb, lb)
+    lost = _mass(sem, box_a)
+    gained = _mass(sem[perm], box_b) if isinstance(box_b, Tensor) else _mass(sem, box_b)[perm]
+    flat = torch.isnan(lost)|torch.isnan(gained)
+    lam_a = torch.where(flat, 1-share, 1-lost)
+    lam_b = torch.where(flat, share, gained)
+    both = lam_a+lam_b
+    same = same&(share>0) # an empty box adds nothing
+    return torch.where(same, both, lam_a),torch.where(same, both, lam_b)
 
 # %% ../../nbs/17_mix.snapmix.ipynb #snap-code
 class SnapMix(Mix):
     "Paste a resized box of the donor; the label weights follow the class activation maps (arXiv 2012.04846)"
-    needs_maps,shared = True,None # semantic maps of the batch that a `MixOneOf` has looked for already
+    needs_maps = True # Weighs labels by class activation maps
+    shared = None     # Semantic maps of the batch, where a `MixOneOf` has computed them already
     @delegates(Mix.__init__)
     def __init__(self,
         alpha:float=5.,       # Parameter of the Beta distribution, the paper's best is 5
@@ -53,36 +55,63 @@ class SnapMix(Mix):
         super().__init__(alpha, prob, **kwargs)
         store_attr('same_label,two_draws')
 
-# %% ../../nbs/17_mix.snapmix.ipynb #snap-mix
+# %% ../../nbs/17_mix.snapmix.ipynb #snap-draw
 @patch
 def draw(self:SnapMix, h, w, n=None):
     "Draw a box in the host and one in the donor"
-    lam = draw_lam(self.alpha, n)
-    boxes = [rand_box(o, h, w) for o in (lam, draw_lam(self.alpha, n) if self.two_draws else lam)]
-    (a,sa),(b,sb) = ((o, box_share(o, h, w)) for o in boxes)
-    if n is None: return dict(lam=1-sa, box_a=a, box_b=b) if sa and sb else None
-    on = (sa>0)&(sb>0)
-    return dict(lam=torch.where(on, 1-sa, 1.), box_a=a*on[:,None], box_b=b*on[:,None])
+    lam_a = draw_lam(self.alpha, n)
+    lam_b = draw_lam(self.alpha, n) if self.two_draws else lam_a
+    box_a,box_b = rand_box(lam_a, h, w),rand_box(lam_b, h, w)
+    share_a,share_b = box_share(box_a, h, w),box_share(box_b, h, w)
+    geometry = dict(lam=1-share_a, box_a=box_a, box_b=box_b)
+    if n is not None: return mix_only(geometry, (share_a>0)&(share_b>0))
+    return geometry if share_a and share_b else None
 
+# %% ../../nbs/17_mix.snapmix.ipynb #snap-mix
 @patch
-def maps(self:SnapMix, x, y):
-    "Class activation maps (B, h, w) of the unmixed batch, from the features of the step's own clean pass where there is one"
-    if self.learn is None: raise ValueError("`SnapMix` weighs labels by where a network looks, but it belongs to no learner: pass it to one in `cbs`.")
-    if self.features is not None and torch.is_grad_enabled(): # a look without gradient is none of the step's passes
-        return unwrap_model(self.learn.model).cam([f.detach() for f in self.features(x)], y)
-    with amp_context(self.learn): return model_cam(self.learn.model, x, y)
+def maps(self:SnapMix,
+    x:Tensor, # Unmixed images, shape (B, 3, H, W)
+    y:Tensor, # Their labels
+)->Tensor:    # Shape (B, h, w)
+    "Class activation maps of the unmixed batch, from the step's own clean pass where there is one"
+    if self.learn is None:
+        raise ValueError("`SnapMix` weighs labels by where a network looks, but it belongs to no learner: "
+            "pass it to one in `cbs`.")
+    model = unwrap_model(self.learn.model)
+    in_step = self.features is not None and torch.is_grad_enabled()
+    if in_step: return model.cam([f.detach() for f in self.features(x)], y)
+    with amp_context(self.learn): return model_cam(model, x, y)
 
 @patch
 def weigh(self:SnapMix, x, y, rec):
     "Weigh both labels by where the network looks"
-    sem = semantic_map(self.maps(x, y), x.shape[-2:]) if self.shared is None else self.shared
-    same = same_label(y, rec.perm) if self.same_label else torch.zeros_like(rec.perm, dtype=torch.bool)
+    sem = self.shared
+    if sem is None: sem = semantic_map(self.maps(x, y), x.shape[-2:])
+    if self.same_label: same = same_label(y, rec.perm)
+    else: same = torch.zeros_like(rec.perm, dtype=torch.bool)
     return snap_weights(sem, rec.perm, rec.box_a, rec.box_b, same)
+
+# %% ../../nbs/17_mix.snapmix.ipynb #oneof-check
+def _check_choice(mixes, weights):
+    "Refuse what `MixOneOf` cannot choose among"
+    for m in mixes:
+        if not isinstance(m, Mix) or isinstance(m, MixOneOf):
+            cls = type(m)
+            raise ValueError(f"MixOneOf: `mixes` has a {cls.__module__}.{cls.__name__}, but it chooses among `MixUp`, "
+                "`CutMix` and `SnapMix` of this library.")
+        own = m.prob<1 or m.stop_at<1
+        if own: raise ValueError(f"MixOneOf: `{m}` has its own `prob` or `stop_at`: give them to `MixOneOf` instead.")
+    fits = mixes and len(weights)==len(mixes)
+    if not fits or not (min(weights)>=0 and sum(weights)>0):
+        raise ValueError(f"MixOneOf: `weights` is {weights} for {len(mixes)} mixes: "
+            "give each a number of 0 or more, not all 0.")
 
 # %% ../../nbs/17_mix.snapmix.ipynb #oneof-code
 class MixOneOf(Mix):
     "Choose one of several mixes, by weight, for each batch or each sample"
-    _learn,_features = None,None
+    mixes = ()       # Set in the constructor; fastai reads `learn` before that
+    _learn = None    # The learner of this callback and of its mixes
+    _features = None # The clean pass that a distillation lends to all of them
     def __init__(self,
         mixes:list,        # Mixing callbacks, e.g. `[MixUp(), CutMix()]`
         weights:list=None, # How often each is chosen, up to a factor; None: equally often
@@ -91,14 +120,11 @@ class MixOneOf(Mix):
         stop_at:float=1.,  # Share of the training run after which nothing is mixed
     ):
         super().__init__(prob=prob, per=per, stop_at=stop_at)
-        mixes,weights = list(mixes),[1.]*len(mixes) if weights is None else list(weights)
-        for m in mixes:
-            if not isinstance(m, Mix) or isinstance(m, MixOneOf):
-                raise ValueError(f"MixOneOf: `mixes` has a {type(m).__module__}.{type(m).__name__}, but it chooses among `MixUp`, `CutMix` and `SnapMix` of this library.")
-            if m.prob<1 or m.stop_at<1: raise ValueError(f"MixOneOf: `{m}` has its own `prob` or `stop_at`: give them to `MixOneOf` instead.")
-        if not mixes or len(weights)!=len(mixes) or min(weights)<0 or not sum(weights)>0:
-            raise ValueError(f"MixOneOf: `weights` is {weights} for {len(mixes)} mixes: give each a number of 0 or more, not all 0.")
-        self.mixes,self.weights = mixes,torch.tensor(weights, dtype=torch.float, device='cpu')
+        mixes = list(mixes)
+        weights = [1.]*len(mixes) if weights is None else list(weights)
+        _check_choice(mixes, weights)
+        self.mixes = mixes
+        self.weights = torch.tensor(weights, dtype=torch.float, device='cpu')
         self.needs_maps = any(m.needs_maps for m in mixes)
 
     @property
@@ -106,44 +132,54 @@ class MixOneOf(Mix):
     @learn.setter
     def learn(self, learn):
         self._learn = learn
-        for m in self.__dict__.get('mixes', ()): m.learn = learn
+        for m in self.mixes: m.learn = learn
 
     @property
     def features(self): return self._features
     @features.setter
     def features(self, f):
         self._features = f
-        for m in self.__dict__.get('mixes', ()): m.features = f
+        for m in self.mixes: m.features = f
 
-    def mix(self, x, y):
-        if self.per=='sample': return super().mix(x, y)
-        k = torch.multinomial(self.weights, 1).item()
-        res = self.mixes[k].mix(x, y)
-        if res is not None: res[1].mix_idx = torch.full((len(x),), k, device=x.device)
-        return res
+# %% ../../nbs/17_mix.snapmix.ipynb #oneof-mix
+@patch
+def mix(self:MixOneOf, x, y):
+    "Mix with one of the mixes, or with the one chosen for each sample"
+    if self.per=='sample': return super(MixOneOf, self).mix(x, y)
+    k = torch.multinomial(self.weights, 1).item()
+    res = self.mixes[k].mix(x, y)
+    if res is not None: res[1].mix_idx = torch.full((len(x),), k, device=x.device)
+    return res
 
-# %% ../../nbs/17_mix.snapmix.ipynb #oneof-each
 @patch
 def draw(self:MixOneOf, h, w, n):
     "Choose a mix for each of `n` samples, and take its geometry"
-    pick,ds = torch.multinomial(self.weights, n, replacement=True),[m.draw(h, w, n) for m in self.mixes]
-    chosen = lambda k,default: torch.stack([d.get(k, default) for d in ds])[pick,torch.arange(n)]
+    idx = torch.multinomial(self.weights, n, replacement=True)
+    draws = [m.draw(h, w, n) for m in self.mixes]
+    def chosen(key, default=None):
+        rows = torch.stack([d.get(key, default) for d in draws])
+        return rows[idx,torch.arange(n)]
     whole = torch.tensor([[0,0,w,h]]).expand(n, 4)
-    a = chosen('box_a', whole)
-    b = a if all(d.get('box_a') is d.get('box_b') for d in ds) else chosen('box_b', whole)
-    return dict(lam=chosen('lam', None), box_a=a, box_b=b, host_share=chosen('host_share', torch.zeros(n)), mix_idx=pick)
+    one_box = all(d.get('box_a') is d.get('box_b') for d in draws)
+    box_a = chosen('box_a', whole)
+    box_b = box_a if one_box else chosen('box_b', whole)
+    share = chosen('host_share', torch.zeros(n))
+    return dict(lam=chosen('lam'), box_a=box_a, box_b=box_b, host_share=share, mix_idx=idx)
 
+# %% ../../nbs/17_mix.snapmix.ipynb #oneof-weigh
 @patch
 def weigh(self:MixOneOf, x, y, rec):
-    "Weigh the labels of each sample as the mix does that made it"
-    la,lb = rec.lam_a,rec.lam_b
-    same = [m for m in self.mixes if getattr(type(m), 'maps', None) is SnapMix.maps]
-    sem = semantic_map(same[0].maps(x, y), x.shape[-2:]) if len(same)>1 else None # one look serves them all
-    for k,m in enumerate(self.mixes):
-        if type(m).weigh is Mix.weigh: continue
-        if m in same: m.shared = sem
-        try: own = m.weigh(x, y, rec)
-        finally:
-            if m in same: m.shared = None
-        la,lb = (torch.where(rec.mix_idx==k, new, old) for new,old in zip(own, (la,lb)))
-    return la,lb
+    "Weigh the labels of each sample by the rule of the mix that made it"
+    lam_a,lam_b = rec.lam_a,rec.lam_b
+    snaps = [m for m in self.mixes if getattr(type(m), 'maps', None) is SnapMix.maps]
+    sem = semantic_map(snaps[0].maps(x, y), x.shape[-2:]) if len(snaps)>1 else None
+    try:
+        for m in snaps: m.shared = sem
+        for k,m in enumerate(self.mixes):
+            if type(m).weigh is Mix.weigh: continue # the record holds its weights already
+            new_a,new_b = m.weigh(x, y, rec)
+            lam_a = torch.where(rec.mix_idx==k, new_a, lam_a)
+            lam_b = torch.where(rec.mix_idx==k, new_b, lam_b)
+    finally:
+        for m in snaps: m.shared = None
+    return lam_a,lam_b

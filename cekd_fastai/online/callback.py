@@ -65,7 +65,7 @@ def part_names(self:OnlineKD): return ['ce'] + ['ce_ens']*self.ce_ens + self.ter
 
 # %% ../../nbs/31_online.callback.ipynb #dv-check
 @patch
-def shown_per(self:OnlineKD): return unwrap_model(self.learn.model).n_branches+self.ce_ens
+def loss_divisor(self:OnlineKD): return unwrap_model(self.learn.model).n_branches+self.ce_ens
 
 @patch
 def check(self:OnlineKD):
