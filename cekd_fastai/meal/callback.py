@@ -66,7 +66,7 @@ class MEAL(Distill):
 
     def part_names(self): return ['sim'] + ['adv','disc']*bool(self.adversarial) + ['hard']*bool(self.w_hard)
     def weights(self): return dict(disc=0., hard=self.w_hard)
-    def loss_divisor(self): return unwrap_model(self.learn.model).n_branches
+    def loss_divisor(self): return self.net.n_branches
 
 # %% ../../nbs/29_meal.callback.ipynb #mc-args
 @patch
