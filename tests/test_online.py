@@ -471,7 +471,7 @@ def test_diversity(dls, which):
 def test_refused(dls):
     for kw,msg in ((dict(n_branches=1),'One branch has no peer'), (dict(gate='ffn'),"There is no gate 'ffn'"), (dict(loss_func=BCEWithLogitsLossFlat()),'for several labels'),
         (dict(method='dml', gate='ffm'),"`DML` needs the gate 'mean', but the network has 'ffm'"), (dict(method='okddip', n_branches=2),'needs at least 3 branches'),
-        (dict(method='ffl', n_branches=4),'defined for two branches'), (dict(method='kd'),"There is no method 'kd'"), (dict(cbs=CEKD()),'keep one of them'),
+        (dict(method='ffl', n_branches=4),'defined for two branches'), (dict(method='kd'),"There is no method of online distillation 'kd'"), (dict(cbs=CEKD()),'keep one of them'),
         (dict(split='layer7'),"did you mean 'layer")):
         with pytest.raises(ValueError, match=msg): make(dls, **kw)
     with pytest.raises(ValueError, match='trains a network with branches'): Learner(dls, nn.Linear(2,2), loss_func=F.cross_entropy, cbs=ONE())

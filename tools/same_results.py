@@ -32,7 +32,7 @@ package = Path(cekd_fastai.__file__).resolve().parent
 
 # Later names of what the cases below call by its first name.
 NAMES = dict(CheckpointTrunk=['GradCheckpoint', 'GradCheckpointing', 'GradientCheckpoint', 'GradientCheckpointing'],
-    class_maps=['cam', 'class_cam', 'image_cam', 'model_cam'], few=['few_shot'],
+    class_maps=['model_cam', 'class_maps'], few=['few_shot'],
     official_test=['official_test_dl', 'official_test_loader', 'test_dl', 'test_loader'])
 ARGS = dict(alpha=['w_cross', 'w_kd', 'w_distil'], eta=['w_adv'], beta=['w_clean'], cd=['w_cd'], hard=['w_hard'],
     cache=['cache_dir', 'folder'], online=['cache_targets'], checkpoint_trunk=['grad_checkpoint'])
@@ -652,6 +652,7 @@ def run_all(words):
     "All cases whose names contain one of `words`, every one if there are none"
     global root
     names = [o for o in CASES if not words or any(w in o for w in words)]
+    rooms() # a module that cannot be imported ends the run here, not once in each case
     res,start = {},time.perf_counter()
     with tempfile.TemporaryDirectory() as tmp:
         root = Path(tmp)

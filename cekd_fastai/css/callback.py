@@ -10,7 +10,7 @@ __all__ = ['joint_loss', 'css_losses', 'css_ratios', 'CSS']
 # %% ../../nbs/34_css.callback.ipynb #imports
 from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
-from ..core import check_above,check_share,unwrap_model
+from ..core import check_above,check_share
 from ..mix.core import MixRecord
 from ..losses import mixed_loss,ramp_up,soft_kl,soft_log_probs
 from ..distill import Distill
@@ -99,14 +99,13 @@ def _one_class(why):
 @patch
 def check(self:CSS):
     "Refuse a learner that CSS cannot train, in one sentence"
-    model = unwrap_model(self.learn.model)
-    if not isinstance(model, CSSNet):
-        raise ValueError(f"`CSS` trains two networks at once, but the model is a `{type(model).__name__}`: "
+    if not isinstance(self.net, CSSNet):
+        raise ValueError(f"`CSS` trains two networks at once, but the model is a `{type(self.net).__name__}`: "
             "make the learner with `css_learner(dls, ('resnet34','resnet18'))`.")
     Distill.check(self)
-    if model.net1.n_branches<2:
-        raise ValueError("`CSS` needs branches that differ, but each network has only one: pass `n_branches=2` or more.")
-    _check_loss(self.learn.loss_func, model.net1.n_branches)
+    n = self.net.net1.n_branches
+    if n<2: raise ValueError("`CSS` needs branches that differ, but each network has only one: pass `n_branches=2` or more.")
+    _check_loss(self.learn.loss_func, n)
     fastai_mix = first(cb for cb in self.learn.cbs if isinstance(cb, MixHandler))
     if fastai_mix:
         raise ValueError(f"fastai's `{fastai_mix}` mixes labels that have no branch: "

@@ -10,7 +10,7 @@ __all__ = ['TRANSFORMS', 'NETWORKS', 'joint_label', 'split_label', 'class_slices
 
 # %% ../../nbs/33_css.net.ipynb #imports
 from fastai.vision.all import *
-from ..core import eval_mode
+from ..core import eval_mode,one_of
 from ..cam import cam
 from ..branches import BranchNet,branch_net,register_builder
 
@@ -300,32 +300,15 @@ def _pair(v, name):
     if len(v)!=2: raise ValueError(f"`{name}` has {len(v)} values, but CSS trains two networks: pass one for both, or two.")
     return tuple(v)
 
-@register_builder
-def css_net(
-    archs,                # Two backbones, each a name in timm or torchvision, a function that builds a model, or an `nn.Module`
-    n_out:int,            # Number of classes
-    n_branches:int=3,     # Number of branches of each network, 1 or more
-    split:str=None,       # Name of the last part of the trunk, or 'head'; a pair for different ones; None: before the last stage
-    transform='corner',   # 'corner', 'permute', a function of the map and the index of the branch, or None
-    seed:int=0,           # For the order of the channels with 'permute', the same in both networks
-    freeze_bn:bool=False, # Keep the statistics of batch normalisation in training
-    pretrained:bool=True, # Download ImageNet weights; ignored with `weights` or a module
-    weights=None,         # Local checkpoint to load instead; a pair for different ones
-    arch_args:dict=None,  # Passed to the functions that build the backbones; a pair for different ones
-    which:str='both',     # What evaluation runs: 't', 's', or 'both'
-)->CSSNet:
-    "The two networks of CSS around any two convolutional backbones"
+def _check_archs(archs):
+    "Refuse what is not two backbones"
     if not isinstance(archs, (list,tuple)) or len(archs)!=2:
-        raise ValueError(f"CSS trains two networks, but `archs` is {archs!r}: pass two backbones such as ('resnet34','resnet18'), or the same name twice.")
-    if isinstance(archs[0], nn.Module) and archs[0] is archs[1]:
-        raise ValueError("The two backbones of CSS are one and the same object: build two, of one architecture if you like.")
-    if n_out<1: raise ValueError(f"`n_out` is {n_out}, but CSS needs the number of classes: set `dls.c` if it cannot be told from the data.")
-    nets = [css_branch_net(a, n_out, n_branches, sp, transform, seed, freeze_bn, pretrained=pretrained, weights=w, **(kw or {}))
-        for a,sp,w,kw in zip(archs, _pair(split, 'split'), _pair(weights, 'weights'), _pair(arch_args, 'arch_args'))]
-    return CSSNet(*nets, which)
+        raise ValueError(f"CSS trains two networks, but `archs` is {archs!r}: "
+            "pass two backbones such as ('resnet34','resnet18'), or the same name twice.")
+    if isinstance(archs[0], nn.Module): _check_distinct(*archs, 'backbones')
 
 # %% ../../nbs/33_css.net.ipynb #cs-net2
-@builder
+@register_builder
 def css_net(
     archs,                # Two backbones, each a name in timm or torchvision, a function that builds a model, or an `nn.Module`
     n_out:int,            # Number of classes

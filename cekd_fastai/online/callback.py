@@ -9,7 +9,7 @@ __all__ = ['ONLINE', 'OnlineKD', 'DML', 'KDCL', 'ONE', 'OKDDip', 'FFL', 'FFMCD']
 
 # %% ../../nbs/31_online.callback.ipynb #imports
 from fastai.vision.all import *
-from ..core import check_above,check_not_negative,check_share,one_of,unwrap_model
+from ..core import check_above,check_not_negative,check_share,one_of
 from ..losses import kd_loss,mixed_loss,others_mean_kd,ramp_up
 from ..distill import Distill
 from .gates import CD_FORMS,GateNet,cd_loss,classifier_weight
@@ -40,7 +40,7 @@ class OnlineKD(Distill):
         z,e = self.logits.float(),self.learn.pred.float()
         parts = dict(ce=sum(self.hard(o) for o in z))
         if self.ce_ens: parts['ce_ens'] = self.hard(e)
-        return parts | self.soft(z, e, unwrap_model(self.learn.model))
+        return parts | self.soft(z, e, self.net)
 
     def hard(self, z):
         "The learner's own loss of the logits `z`, of both labels where the batch is mixed"
@@ -65,14 +65,14 @@ def part_names(self:OnlineKD): return ['ce'] + ['ce_ens']*self.ce_ens + self.ter
 
 # %% ../../nbs/31_online.callback.ipynb #dv-check
 @patch
-def shown_per(self:OnlineKD): return unwrap_model(self.learn.model).n_branches+self.ce_ens
+def loss_divisor(self:OnlineKD): return self.net.n_branches+self.ce_ens
 
 @patch
 def check(self:OnlineKD):
     "Refuse a network, gate or loss that this method cannot train"
     Distill.check(self)
-    name,net,loss_func = type(self).__name__,unwrap_model(self.learn.model),self.learn.loss_func
-    gate = net.gate.name if isinstance(net, GateNet) else 'mean'
+    name,loss_func = type(self).__name__,self.learn.loss_func
+    gate = self.net.gate.name if isinstance(self.net, GateNet) else 'mean'
     if gate not in self.gates:
         needs = ' or '.join(map(repr, self.gates))
         raise ValueError(f"`{name}` needs the gate {needs}, but the network has {gate!r}: "
@@ -123,7 +123,7 @@ class FFL(OnlineKD):
     terms = ['kd','kd_ens']
     def check(self):
         super().check()
-        n = unwrap_model(self.learn.model).n_branches
+        n = self.net.n_branches
         if n==2: return
         raise ValueError(f"`FFL` is defined for two branches, but the network has {n}: pass `n_branches=2`, or use `FFMCD`.")
 

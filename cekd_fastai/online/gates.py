@@ -10,7 +10,7 @@ __all__ = ['GATES', 'CD_FORMS', 'MeanGate', 'Maps', 'SafeBN', 'ONEGate', 'FFMGat
 
 # %% ../../nbs/30_online.gates.ipynb #imports
 from fastai.vision.all import *
-from ..core import eval_mode
+from ..core import eval_mode,lookup,one_of
 from ..cam import cam
 from ..branches import BranchNet,branch_net,register_builder
 
@@ -273,7 +273,7 @@ def _channels(net):
     return dict(c=feats[0].shape[1], c_shared=shared.shape[1], n_out=logits.shape[-1])
 
 @delegates(branch_net, keep=True)
-@builder
+@register_builder
 def gate_net(
     arch,                 # Name in timm or torchvision, a function that builds a model, or an `nn.Module`
     n_out:int,            # Number of classes

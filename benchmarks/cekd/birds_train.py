@@ -1,0 +1,287 @@
+"""What `birds.py` trains: photographs that live on the device, softer labels and distillations of their own, and one run.
+
+They are written so that they can stand in the library: `SoftLabels` and what is made from it replace the labels of a batch, whoever
+writes the loss afterwards; `StoredTargets` and `MixSKDLogits` are distillations. What is kept for an image is found by `learn.dl.rows`,
+the rows of the training data that the batch holds."""
+import time
+import numpy as np,torch
+import torch.nn.functional as F
+from torch import nn
+from fastai.basics import Callback,CancelFitException,CancelValidException,DataLoaders,OptimWrapper,partial,set_seed
+from cekd_fastai.all import branch_learner,branch_preds,branch_accuracy,ece,loss_owner,mixed_loss
+from cekd_fastai.all import soft_probs,cross_target,soft_losses,kd_loss,ramp_up,Distill,CEKD,MixUp,CutMix,SnapMix
+
+# Names and forms of the library that other versions of it may change
+MIXES = dict(MixUp=MixUp, CutMix=CutMix, SnapMix=SnapMix)
+def clean_logits(owner): return None if getattr(owner, 'clean', None) is None else owner.clean[1][0]
+
+# Photographs on the device
+
+class BirdLoader:
+    "Batches of photographs that live on the device; with a seed, shuffled, cropped and flipped, for all methods alike"
+    n_inp = 1
+    def __init__(self, ims, y, c, seed=None, last=False):
+        self.ims,self.y,self.c,self.seed,self.last = ims,y,c,seed,last
+        self.n,self.bs,self.epoch,self.rows = len(y),c['bs'] if seed is not None else 4*c['bs'],0,None
+        self.device = ims.device
+
+    def __len__(self): return self.n//self.bs if self.seed is not None and self.n>=self.bs else -(-self.n//self.bs)
+    def to(self, device): return self
+    def one_batch(self): return next(iter(self))
+
+    def draw(self):
+        "Order of the images, and the crop of each as a matrix for `affine_grid`, for the next epoch"
+        c,n = self.c,self.n
+        g = torch.Generator().manual_seed(1000*self.seed+self.epoch)
+        self.epoch += 1
+        area = torch.empty(n).uniform_(*c['crop'], generator=g)
+        ratio = torch.empty(n).uniform_(*np.log(c['ratio']).tolist(), generator=g).exp()
+        w,h = (area*ratio).sqrt().clamp(max=1),(area/ratio).sqrt().clamp(max=1)
+        x,y = ((2*torch.rand(n, generator=g)-1)*(1-o) for o in (w,h))
+        flip = torch.where(torch.rand(n, generator=g)<.5, -1., 1.)
+        z = torch.zeros(n)
+        return torch.randperm(n, generator=g),torch.stack([w*flip,z,x, z,h,y], 1).view(n, 2, 3)
+
+    def still(self):
+        "All images in their order, with the crop in the middle"
+        s = self.c['test_crop']
+        return torch.arange(self.n),torch.tensor([[s,0,0],[0,s,0]]).expand(self.n, 2, 3)
+
+    def crops(self, rows, theta):
+        size = self.c['size']
+        x = self.ims[rows].float()
+        grid = F.affine_grid(theta, (len(rows),3,size,size), align_corners=False)
+        x = F.grid_sample(x, grid, mode='bilinear', padding_mode='reflection', align_corners=False)/127.5-1
+        return x.contiguous(memory_format=torch.channels_last) if self.last else x
+
+    def __iter__(self):
+        rows,theta = (o.to(self.device) for o in (self.still() if self.seed is None else self.draw()))
+        for i in range(len(self)):
+            part = slice(i*self.bs, (i+1)*self.bs)
+            self.rows = rows[part]
+            yield self.crops(self.rows, theta[part]),self.y[self.rows]
+
+def split(label, test, held_out, seed, pct):
+    "Rows to train and to test on: the official parts, or for choosing a share of each class of train held out"
+    train,rest = np.flatnonzero(~test),np.flatnonzero(test)
+    if not held_out: return train,rest
+    rng = np.random.default_rng(seed)
+    groups = [rng.permutation(train[label[train]==k]) for k in np.unique(label)]
+    cut = [round(len(o)*pct) for o in groups]
+    parts = [o[n:] for o,n in zip(groups, cut)],[o[:n] for o,n in zip(groups, cut)]
+    return tuple(np.sort(np.concatenate(o)) for o in parts)
+
+# Softer labels
+
+class SoftLabels(Callback):
+    "Replace the classes of each training batch by vectors, after the mix has seen them and before the loss is written"
+    order,run_valid = 4.5,False # between `Mix` and `Distill`
+    def before_fit(self): self.eye = torch.eye(self.learn.dls.c, device=next(self.learn.model.parameters()).device)
+
+    def before_batch(self):
+        self.hard = self.learn.yb[0]
+        self.learn.yb = (self.targets(self.hard),)
+
+    def answers(self):
+        "The network's logits for the unmixed images of this step, None if it has not seen them"
+        owner = loss_owner(self.learn)
+        if getattr(owner, 'record', None) is None: return self.learn.pred
+        z = clean_logits(owner)
+        return None if z is None else z.mean(0)
+
+    def after_loss(self):
+        "Learn from the answers"
+        z = self.answers()
+        if z is not None: self.learned(soft_probs(z.detach()), self.hard)
+
+    def after_batch(self): self.learn.yb = (self.hard,)
+    def targets(self, y): "Vectors (B, K) for classes (B,)"
+    def learned(self, p, y): "Take note of probabilities (B, K) for unmixed images of classes (B,)"
+
+class OnlineLabels(SoftLabels):
+    "Online label smoothing (arXiv 2011.12562): a class's second label is the mean answer for those of its images that the network knows"
+    def __init__(self,
+        limit:float=.88, # A class whose label says this about one class is left as it is (for fine-grained sets)
+    ): self.limit = limit
+
+    def before_fit(self):
+        super().before_fit()
+        k = len(self.eye)
+        self.soft,self.sums = torch.full_like(self.eye, 1/k),torch.zeros(k, k+1, device=self.eye.device)
+
+    def targets(self, y): return self.eye[y]+self.soft[y] # two cross-entropies of weight 1
+    def learned(self, p, y):
+        right = (p.argmax(1)==y).float()[:,None]
+        self.sums.index_add_(0, y, torch.cat([p,torch.ones_like(right)], 1)*right)
+
+    def after_train(self):
+        "New labels from the epoch's answers: uniform for a class without a right one"
+        k,n = len(self.eye),self.sums[:,-1:]
+        new = torch.where(n>0, self.sums[:,:-1]/n.clamp(min=1), 1/k)
+        self.soft = torch.where((self.soft.amax(1, keepdim=True)>=self.limit)&(n>0), self.soft, new)
+        self.sums.zero_()
+
+class ProgressiveLabels(SoftLabels):
+    "Progressive self-distillation (PS-KD): an image's answer of the epoch before takes a growing share of its label"
+    def __init__(self,
+        share:float=.8, # Of the answer in the label, in the last epoch
+    ): self.share = share
+
+    def before_fit(self):
+        super().before_fit()
+        self.store = torch.zeros(self.learn.dls.train.n, len(self.eye), device=self.eye.device)
+
+    def targets(self, y):
+        p,hard,a = self.store[self.learn.dl.rows],self.eye[y],self.share*(self.epoch+1)/self.n_epoch
+        return (1-a)*hard + a*torch.where(p.sum(1, keepdim=True)>0, p, hard)
+
+    def learned(self, p, y): self.store[self.learn.dl.rows] = p
+
+# Distillations
+
+class StoredTargets(Distill):
+    "An image's own answers in unmixed batches, averaged over epochs, teach every branch about its mixes; no clean pass"
+    def __init__(self,
+        weight:float=1., # Of the stored target
+        T:float=3.,      # Temperature of the stored target
+        keep:float=.5,   # Share of the average that an epoch keeps
+        ramp:float=.3,   # Share of the run over which the weight rises
+    ): self.weight,self.T,self.keep,self.ramp = weight,T,keep,ramp
+
+    def before_fit(self):
+        super().before_fit()
+        dls,device = self.learn.dls,next(self.learn.model.parameters()).device
+        self.store = torch.zeros(dls.train.n, dls.c, device=device)
+
+    def part_names(self): return ['ce','stored']
+    def weights(self): return dict(stored=self.weight*ramp_up(self.learn.pct_train, self.ramp))
+    def losses(self):
+        lf,y,rec,z,rows = self.learn.loss_func,self.learn.yb[0],self.record,self.logits.float(),self.learn.dl.rows
+        p = self.store[rows]
+        known = p.sum(1)>0
+        if rec is None:
+            new = soft_probs(z.detach().mean(0), self.T)
+            self.store[rows] = torch.where(known[:,None], torch.lerp(new, p, self.keep), new)
+            return dict(ce=sum(lf(o, y) for o in z), stored=z.new_zeros(()))
+        known,q = known&known[rec.perm],cross_target(p, rec)
+        soft = sum((soft_losses(o, q, self.T)*known).mean() for o in z)
+        return dict(ce=sum(mixed_loss(lf, o, y, rec) for o in z), stored=soft)
+
+class MixSKDLogits(Distill):
+    "The part of MixSKD that needs no further branches: mixed logits and the logits of what was mixed teach each other"
+    needs_clean = True
+    def __init__(self, T=3.): self.T = T
+    def part_names(self): return ['ce_mix','ce_clean','mutual']
+    def losses(self):
+        lf,y,rec,z = self.learn.loss_func,self.learn.yb[0],self.record,self.logits.float()
+        if rec is None: return dict(ce_mix=z.new_zeros(()), ce_clean=sum(lf(o, y) for o in z), mutual=z.new_zeros(()))
+        clean = clean_logits(self).float()
+        lam = rec.lam_a[:,None]
+        both = lam*clean + (1-lam)*clean[:,rec.perm]
+        pair = lambda a,b: kd_loss(a, soft_probs(b.detach(), self.T), self.T)
+        mutual = sum(pair(a, b)+pair(b, a) for a,b in zip(z, both))
+        hard = sum(mixed_loss(lf, o, y, rec) for o in z)
+        return dict(ce_mix=hard, ce_clean=sum(lf(o, y) for o in clean), mutual=mutual)
+
+METHODS = dict(online=OnlineLabels, progressive=ProgressiveLabels, stored=StoredTargets, mixskd=MixSKDLogits)
+
+# One run
+
+class Lean(Callback):
+    "No validation between epochs, and an end when the time is up"
+    order,done = -100,0
+    def __init__(self, deadline): self.deadline = deadline
+    def before_validate(self): raise CancelValidException
+    def before_epoch(self):
+        if time.time()>self.deadline: raise CancelFitException
+    def after_epoch(self): self.done = self.epoch+1
+
+def callbacks(j, c):
+    "Mix and method of a job"
+    mix = c['mixes'].get(j['mix'])
+    res = [MIXES[mix['mix']](mix['alpha'], mix['prob'])] if mix else []
+    for o in j['methods']:
+        joint = mix and mix['mix']!='SnapMix' # with frozen statistics the same step in fewer calls
+        res.append(CEKD(**j['args'], joint=joint) if o=='cekd' else METHODS[o]())
+    return res
+
+def make_learner(j, c, dls, weights, last=False):
+    "The learner of a job, without what waits for the device in each step"
+    set_seed(j['seed'])
+    opt = partial(OptimWrapper, opt=torch.optim.AdamW, weight_decay=c['wd'], fused=dls.train.device.type=='cuda')
+    loss = nn.CrossEntropyLoss(label_smoothing=j['smoothing'])
+    learn = branch_learner(dls, c['arch'], j['branches'], pretrained=False, weights=weights, freeze_bn=True,
+        loss_func=loss, opt_func=opt, cbs=callbacks(j, c))
+    learn.remove_cb(learn.recorder)
+    learn.model.to(dls.train.device)
+    if last: learn.model.to(memory_format=torch.channels_last)
+    return learn
+
+class Bench:
+    "Pictures and weights on one device, and what can be done with them"
+    def __init__(self, bundle, pixels, label, test, c, device):
+        torch.set_num_threads(1)
+        torch.backends.cudnn.benchmark = False
+        torch.set_float32_matmul_precision('high') # TF32 in products and convolutions alike
+        torch.backends.cudnn.allow_tf32 = True
+        self.c,self.device,self.weights = c,torch.device(device),bundle/c['weights']
+        self.label,self.test,self.layout = label,test,c['layouts'][0]
+        self.ims = torch.from_numpy(np.load(pixels)).to(self.device)
+        self.y = torch.from_numpy(label).long().to(self.device)
+
+    def loaders(self, j):
+        tr,te = split(self.label, self.test, j['stage']=='select', j['seed'], self.c['valid_pct'])
+        last = self.layout=='channels_last'
+        def at(rows, seed=None):
+            rows = torch.from_numpy(rows).to(self.device)
+            return BirdLoader(self.ims[rows], self.y[rows], self.c, seed, last)
+        dls = DataLoaders(at(tr, j['seed']), at(te), device=self.device)
+        dls.c = int(self.label.max())+1
+        return dls,at(tr)
+
+    def fit(self, learn, j, cbs):
+        n = len(learn.splitter(learn.model))
+        rates = [j['lr']]*(n-1)+[j['lr']*self.c['head_lr']]
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(j['epochs'], rates, cbs=cbs)
+
+    def run(self, j, deadline):
+        "Train and test; what a row says about it, or None when the time was up"
+        start = time.time()
+        dls,seen = self.loaders(j)
+        learn,lean = make_learner(j, self.c, dls, self.weights, self.layout=='channels_last'),Lean(deadline)
+        self.fit(learn, j, [lean])
+        if self.device.type=='cuda': torch.cuda.synchronize()
+        if lean.done<j['epochs']: return None
+        seconds = time.time()-start
+        z,each,y = branch_preds(learn, dls.valid)
+        zt,_,yt = branch_preds(learn, seen)
+        acc,train = branch_accuracy(z, each, y),(zt.argmax(1)==yt).float().mean().item()
+        res = dict(accuracy=acc['ensemble'], ece=ece(z, y), loss=F.cross_entropy(z, y).item(), train_accuracy=train)
+        return {k:round(v, 5) for k,v in res.items()} | dict(each=[round(o, 5) for o in acc['branches']], images=len(y),
+            train_images=len(yt), seconds=round(seconds, 1))
+
+    def speed(self, layout, begin, seconds):
+        "Images a second of plain training on two branches in this process, for some seconds from the time `begin`"
+        self.layout = layout
+        j = dict(stage='final', seed=0, branches=2, mix=None, methods=[], args={}, smoothing=0., lr=1e-5, epochs=1000)
+        dls,_ = self.loaders(j)
+        clock = Clock(begin, seconds, self.device)
+        self.fit(make_learner(j, self.c, dls, self.weights, layout=='channels_last'), j, [clock])
+        return clock.rate
+
+class Clock(Callback):
+    "Count images for some seconds from a point in time, or from when the first step is over, then end the run"
+    rate,steps,last = 0.,0,None
+    def __init__(self, begin, seconds, device): self.begin,self.seconds,self.device = begin,seconds,device
+    def before_validate(self): raise CancelValidException
+    def after_batch(self):
+        self.steps += 1
+        if self.device.type=='cuda':
+            if self.steps%4: return
+            torch.cuda.synchronize()
+        now = time.time()
+        if self.last is None:
+            if now>self.begin: self.last,self.steps = now,0
+        elif now-self.last>self.seconds:
+            self.rate = self.steps*self.learn.dls.train.bs/(now-self.last)
+            raise CancelFitException
