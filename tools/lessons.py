@@ -8,7 +8,7 @@ course = root/'nbs'/'course'
 names = ('01_look_alikes', '02_your_photographs', '03_mixing', '04_two_heads', '05_cekd_from_scratch', '06_many_teachers', '07_staying_different', '08_out_of_the_notebook')
 blob = 'cekd-fastai/cekd_fastai/blob/main/nbs/course'
 install = r"""#| hide
-import importlib.util,warnings
+import importlib.util,warnings # chkstyle: ignore
 if not importlib.util.find_spec('cekd_fastai'):
     get_ipython().run_line_magic('pip', 'install -q git+https://github.com/cekd-fastai/cekd_fastai')
 # fastai 2.8 calls torch.jit.script while it is imported, and torch warns: remove this once fastai does without it
