@@ -1,10 +1,7 @@
 "The house: small rooms, seams that keep them apart, one of each helper, and a front door that a reader gets through."
 import ast,builtins,json,re,statistics,subprocess,sys
 from pathlib import Path
-import pytest
-import fastai.vision.all as fastai
-
-
+import pytest,fastai.vision.all as fastai
 import cekd_fastai.all,pictures
 
 root = Path(__file__).resolve().parent.parent
