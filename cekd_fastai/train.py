@@ -47,7 +47,9 @@ def named_values(
     res = {}
     for a in args:
         k,eq,v = a.partition('=')
-        if not eq or not k.isidentifier(): raise ValueError(f"`{a}` is no argument {what}: write name=value, as in pad_type=same.")
+        if not (eq and k.isidentifier()):
+            remedy = 'write name=value, as in pad_type=same'
+            raise ValueError(f"`{a}` is no argument {what}: {remedy}.")
         try: res[k] = ast.literal_eval(v)
         except (ValueError,SyntaxError): res[k] = v
     return res
@@ -76,7 +78,9 @@ def out_folder(
     "A folder for results; refuses one that has some, and leaves none behind if the work inside fails"
     path = Path(path)
     there = [n for n in RESULTS if (path/n).exists()]
-    if there and not force: raise FileExistsError(f"`{path}` already holds results ({', '.join(there)}): choose another --out, or replace them with --force.")
+    if there and not force:
+        remedy = 'choose another --out, or replace them with --force'
+        raise FileExistsError(f"`{path}` already holds results ({', '.join(there)}): {remedy}.")
     new = not path.exists()
     try: path.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise OSError(f"`{path}` cannot be made ({e.strerror or e}): choose another --out.") from e
@@ -104,13 +108,16 @@ def evaluate(
     if len(each)>1:
         d = Diversity(z, each, y)
         res['diversity'] = dict(distance=d.distance, disagreement=d.disagreement, gain=d.gain)
-    if isinstance(net:=unwrap_model(learn.model), CSSNet): res['networks'] = {k:accuracy(o, y).item() for k,o in net.by_network(each).items()}
+    net = unwrap_model(learn.model)
+    if isinstance(net, CSSNet): res['networks'] = {k:accuracy(o, y).item() for k,o in net.by_network(each).items()}
     return res,z,y
 
 def about(args:dict)->dict:
     "Arguments, versions and machine of a run"
-    return dict(args=args, versions={n:version(n) for n in ('cekd_fastai','fastai','torch','torchvision','timm')}|dict(python=platform.python_version()),
-        machine=dict(platform=platform.platform(), cores=os.cpu_count(), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None))
+    versions = {n:version(n) for n in ('cekd_fastai','fastai','torch','torchvision','timm')}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = dict(platform=platform.platform(), cores=os.cpu_count(), gpu=gpu)
+    return dict(args=args, versions=versions|dict(python=platform.python_version()), machine=machine)
 
 # %% ../nbs/41_train.ipynb #build-code
 def _make(a, n, dls, opts, cbs, **kw):
@@ -139,7 +146,10 @@ def _check_used(a):
         (a.method!='meal' and (a.teachers or a.adversarial!='joint' or a.trust), '--teachers, --adversarial and --trust are for MEAL: add --method meal')):
         if bad: raise ValueError(f"{what}, or leave them out.")
     late = [o for o in a.milestones if o>=a.epochs]
-    if late: raise ValueError(f"--milestones {' '.join(map(str, a.milestones))} do not fit {a.epochs} epochs, since the rate would not fall at {late[0]}: give --milestones before the last epoch.")
+    if late:
+        given = ' '.join(map(str, a.milestones))
+        why = f'do not fit {a.epochs} epochs, since the rate would not fall at {late[0]}'
+        raise ValueError(f"--milestones {given} {why}: give --milestones before the last epoch.")
 
 # %% ../nbs/41_train.ipynb #build-data
 def make_data(
@@ -165,9 +175,11 @@ def build(
     if a.precision!='full' and not torch.cuda.is_available(): raise ValueError(f"--precision {a.precision} needs a GPU: leave it out.")
     set_seed(a.seed)
     dls = make_data(args)
-    cbs = [ChannelsLast()] + [GradCheckpoint()]*a.grad_checkpoint + ([] if a.precision=='full' else [MixedPrecision(amp_mode=a.precision)])
+    cbs = [ChannelsLast()] + [GradCheckpoint()]*a.grad_checkpoint
+    if a.precision!='full': cbs.append(MixedPrecision(amp_mode=a.precision))
     if mix: cbs.append(_make_mix(mix, a))
-    kw = {o:args[o] for o in ('split','weights','freeze_bn','wd')} | dict(pretrained=not a.no_pretrained, arch_args=arch_args, opt_func=opt, metrics=accuracy)
+    kw = {o:args[o] for o in ('split','weights','freeze_bn','wd')}
+    kw |= dict(pretrained=not a.no_pretrained, arch_args=arch_args, opt_func=opt, metrics=accuracy)
     try: return _make(a, n if a.n_branches is None else a.n_branches, dls, opts, cbs, **kw)
     except TypeError as e:
         if not opts: raise
