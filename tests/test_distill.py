@@ -9,7 +9,8 @@ from cekd_fastai.learner import GradCheckpoint,branch_learner,css_learner,meal_l
 from cekd_fastai.mix.callback import CutMix
 from cekd_fastai.mix.snapmix import SnapMix
 
-defaults.use_cuda = False
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch): monkeypatch.setattr(defaults, 'use_cuda', False)
 
 def noise():
     g = torch.Generator().manual_seed(0)
