@@ -1,4 +1,4 @@
-"""Which places of an image speak for a class, and SnapMix's semantic maps
+"""Which places of an image support a class, and SnapMix's semantic maps
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/cam.html.md"""
 

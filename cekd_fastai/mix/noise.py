@@ -58,7 +58,7 @@ def part_weights(
     path,         # Folder written by `make_birds`
     classes:list, # Names of the classes, in the order of the rows
 )->Tensor:        # Shape (classes, `PARTS`), rows sum to 1
-    "How much each part says about each species: its share in what tells the species from its nearest rivals"
+    "How much each part counts for each species: its share in what sets the species apart from its nearest rivals"
     differ = diagnostic_parts(path)
     res = torch.zeros(len(classes), len(PARTS))
     for k,a in enumerate(classes):
@@ -217,8 +217,8 @@ def evidence_batches(
     dl = dls.test_dl(files, with_labels=True, bs=bs, num_workers=0)
     parts = zip(ev.rects.split(bs), ev.weights.split(bs)) # as the loader splits the files
     for (x,y),part in zip(dl, parts):
-        ev = Evidence(*part).to(x.device)
-        yield x.as_subclass(Tensor), y.as_subclass(Tensor), ev
+        shown = Evidence(*part).to(x.device)
+        yield x.as_subclass(Tensor), y.as_subclass(Tensor), shown
 
 # %% ../../nbs/18_mix.noise.ipynb #noise-rows
 def _record_rows(rec, y, ev):
