@@ -129,7 +129,7 @@ def halves(train, when):
         def mix(self, x, y):
             if self.learn.epoch*len(self.learn.dls.train)+self.learn.iter not in when: return None
             perm = tensor([1,0])
-            return .75*x+.25*x[perm],MixRecord(perm, torch.full((2,), .75), torch.full((2,), .25), keep=.75)
+            return .75*x+.25*x[perm],MixRecord(perm, torch.full((2,), .75), torch.full((2,), .25), host_share=.75)
     return Halves()
 
 def test_stored_targets(train):
@@ -168,7 +168,7 @@ def test_stored_targets_average(train):
 def test_cekd_with_soft_labels(train):
     "In CEKD's hard part the labels are the softened ones, and the clean pass is what they learn from"
     cb = train.OnlineLabels()
-    cekd = CEKD(alpha=0, target='both')
+    cekd = CEKD(w_cross=0, target='both')
     parts = []
     class Spy(Callback):
         order = 10
@@ -317,3 +317,15 @@ def test_tables(birds):
     lines = birds.final_table([r('plain', 0, .5), r('plain', 1, .6), r(bar, 0, .6), r(bar, 1, .8)], {1:.1, 2:.2}).split('\n')
     assert lines[2].startswith('| 2 branches, label smoothing | equal compute | 20 | 20 | 12.0 | 70.0 ± 10.0')
     assert '+15.0 ± 5.0 (+10.0, +20.0)' in lines[2]
+
+def test_recorded_rows_are_not_run_again(birds):
+    "Rows keep the names that arguments had when they were recorded"
+    c = birds.config
+    rows = birds.read_rows(FOLDER/'results'/'birds.jsonl')
+    done = {birds.key(r):r for r in rows if 'stage' in r}
+    rest = {birds.key(j) for j in birds.jobs(c, next(r['plan'] for r in rows if 'plan' in r), done)}
+    assert done and not rest&done.keys()
+    for name in ('clean + SnapMix','clean + MixUp','CEKD + SnapMix'):
+        j = birds.job(c, 'final', name, 0, 'equal compute', 20, .0012, 'separate')
+        assert birds.key(j) in done
+        CEKD(**j['args'])

@@ -1,4 +1,4 @@
-"What every lesson of the course keeps to, and that each rule catches who does not."
+"What every lesson of the course keeps to, and that each rule catches a lesson that does not."
 import copy,json,lessons,pytest
 
 found = sorted(lessons.course.glob('*.ipynb'))
@@ -12,7 +12,7 @@ def test_no_other_lessons(): assert {o.stem for o in found}-set(lessons.names)==
 def test_all_lessons(): assert [o for o in lessons.names if not (lessons.course/f'{o}.ipynb').exists()]==[]
 
 def test_library_names():
-    "The names read from the modules are those that the star import brings."
+    "The names read from the source are those that the star import brings."
     import cekd_fastai.all
     assert lessons.library_names()==set(cekd_fastai.all.__all__)
 
@@ -35,17 +35,17 @@ def good():
     return [md('\n'.join(['# Lesson 2: Small', '', '> A small one', '', *lessons.badges(name)])), code(lessons.install, id='install'),
         md('Hello.\n\n## What you will be able to do\n\n- a\n- b\n- c'), md('Imports.'),
         code('from fastai.vision.all import *\nfrom cekd_fastai.all import *', id='imports'),
-        md('## Birds\n\n`make_birds` draws birds. See [mix](../02_mix.ipynb) and `[x](no.ipynb)`.'),
+        md('## Birds\n\n`make_birds` draws birds. See [mix](../16_mix.callback.ipynb) and `[x](no.ipynb)`.'),
         code('x = make_birds()\nprint(x)', text('3\n'), id='birds'), code('plot_it()', picture, id='plot'), md('A picture of it.'),
         md('## Exercises\n\nTry them.'), *exercises,
         md('## Questionnaire\n\n' + '\n'.join(f'{i}. Why?' for i in range(1, 9))),
-        md('## Read on\n\n`make_birds`: [02 mix](../02_mix.ipynb), [paper](https://arxiv.org/abs/1)')]
+        md('## Read on\n\n`make_birds`: [16 mix.callback](../16_mix.callback.ipynb), [paper](https://arxiv.org/abs/1)')]
 
 def judged(cells, tmp_path):
     "Faults of a lesson with these cells, by rule."
     path = tmp_path/'course'/f'{name}.ipynb'
     path.parent.mkdir(exist_ok=True)
-    (tmp_path/'02_mix.ipynb').touch()
+    (tmp_path/'16_mix.callback.ipynb').touch()
     path.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
     return {k: lessons.faults(path, k, lib) for k in lessons.rules}
 
@@ -75,7 +75,7 @@ wrong = [('start', swap('# Lesson 2', '# Lesson 2', '# Lesson 3'), 'the first li
     ('sections', swap('## Questionnaire', '## Questionnaire', '## Questions'), 'the sections must be'),
     ('sections', swap('Hello', '\n- b\n- c', ''), '3 to 5 bullets, not 1'),
     ('sections', swap('## Questionnaire', '8. Why?', ''), '8 to 12 numbered questions, not 7'),
-    ('sections', swap('## Read on', '../02_mix.ipynb', 'https://a.b'), 'must link to the reference'),
+    ('sections', swap('## Read on', '../16_mix.callback.ipynb', 'https://a.b'), 'must link to the reference'),
     ('sections', swap('## Read on', 'arxiv.org', 'a.org'), 'a paper on arXiv'),
     ('sections', insert('Hello', md('## One\n\n## Two')), 'near the top'),
     ('exercises', remove('### Exercise 3'), '3 to 6 exercises, not 2'),
@@ -97,13 +97,13 @@ wrong = [('start', swap('# Lesson 2', '# Lesson 2', '# Lesson 3'), 'the first li
     ('names', swap('birds', 'print', 'CEKD()\nprint'), 'cell `birds` uses `CEKD`'),
     ('names', swap('## Birds', '`make_birds`', 'make_birds'), 'cell `birds` uses `make_birds`'),
     ('reading', swap('## Read on', '`make_birds`', 'birds'), 'does not say where `make_birds` is explained'),
-    ('links', swap('## Birds', '../02_mix', '02_mix'), 'the link 02_mix.ipynb leads nowhere'),
+    ('links', swap('## Birds', '../16_mix', '16_mix'), 'the link 16_mix.callback.ipynb leads nowhere'),
     ('links', insert('Hello', md('<img src="no.png">')), 'the link no.png leads nowhere'),
     ('pictures', insert('A picture of it.', code('y', text('2'), id='bare')), 'the picture of cell `plot`')]
 
 @pytest.mark.parametrize('rule,change,said', wrong, ids=[f'{r}-{i}' for i,(r,*_) in enumerate(wrong)])
 def test_wrong_lesson(rule, change, said, tmp_path):
-    "Each rule speaks of what breaks it, in sentences that start with the file."
+    "Each rule names what breaks it, in sentences that start with the file."
     cells = copy.deepcopy(good())
     change(cells)
     res = judged(cells, tmp_path)

@@ -378,13 +378,19 @@ def test_which_is_kept_in_a_file(tmp_path):
         again = load_net(tmp_path/'n.pt')[0]
         assert again.which==which and torch.allclose(again(x), net(x), atol=1e-5)
 
-def test_diversity_of_one_network(dls):
+@pytest.mark.parametrize('which', ['net1','net2'])
+def test_diversity_of_one_network(dls, which):
     "With `which` the branches that are compared are those that predict"
     from cekd_fastai.online.diversity import diversity
     learn = make(dls)
-    learn.model.which = 'net1'
+    for p in learn.model.net2.heads.parameters(): p.data.mul_(3) # so that the two differ
+    learn.model.which = which
+    alone = Learner(dls, learn.model.subnet(), loss_func=lf)
     d = diversity(learn)
-    assert len(d.branches)==2 and d.gain==pytest.approx(diversity(learn).ensemble-sum(d.branches)/2)
+    assert len(d.branches)==2
+    for k,v in diversity(alone).as_dict().items(): assert d.as_dict()[k]==pytest.approx(v), k
+    learn.model.which = 'both'
+    assert len(diversity(learn).branches)==4
 
 def test_class_weights_in_a_fit(dls):
     c = first_step(dls, loss_func=CrossEntropyLossFlat(weight=tensor([1.,.1,4.])))

@@ -12,7 +12,7 @@ from torchvision import datasets as tvd
 from fastai.vision.all import (CrossEntropyLossFlat, FlipItem, Interpretation, Learner, Normalize, Pipeline, PILImage, RandomCrop, RandomErasing,
     Resize, Transform, URLs, accuracy, load_learner)
 from cekd_fastai.core import *
-from cekd_fastai.data import check,image,loaders,readers
+from cekd_fastai.data import check,image,readers
 from cekd_fastai.data.benchmarks import *
 from cekd_fastai.data.check import *
 from cekd_fastai.data.download import *

@@ -18,6 +18,7 @@ def test_a_step_never_waits_for_the_device(name):
 
 # --- the test can fail: what a loss does wrong is seen, within any method
 
+# chkstyle: ignore-node
 faults = dict(item=lambda z: z.sum().item(), bool=lambda z: bool(z.sum()>0), tolist=lambda z: z.tolist(), cpu=lambda z: z.cpu(),
     mask=lambda z: z[z>0], nonzero=lambda z: z.nonzero(), cpu_index=lambda z: z[torch.tensor([0,1], device='cpu')],
     from_python=lambda z: z*torch.tensor(2., device=z.device),

@@ -1,10 +1,7 @@
 "The house: small rooms, seams that keep them apart, one of each helper, and a front door that a reader gets through."
 import ast,builtins,json,re,statistics,subprocess,sys
 from pathlib import Path
-import pytest
-import fastai.vision.all as fastai
-
-
+import pytest,fastai.vision.all as fastai
 import cekd_fastai.all,pictures
 
 root = Path(__file__).resolve().parent.parent
@@ -54,8 +51,9 @@ def test_notebook_cells():
     assert {p.name: p.stat().st_size for p in notebooks() if p.stat().st_size>=150_000}=={}
 
 def test_long_lines():
-    "At most 2 % of the lines of code have more than 120 columns."
-    lines = [o for k,v in rooms.items() for o in v.splitlines() if o.strip()]
+    "At most 2 % of the lines of code have more than 120 columns, tables of drawings, sets and published runs aside."
+    tables = ('drawing','data.benchmarks','recipes')
+    lines = [o for k,v in rooms.items() if not k.startswith(tables) for o in v.splitlines() if o.strip()]
     assert sum(len(o)>120 and '#' not in o for o in lines)<=.02*len(lines)
 
 # Seams

@@ -11,9 +11,9 @@ from fastai.vision.all import (DataBlock,ImageBlock,ImageDataLoaders,L,Learner,M
 from PIL import Image
 from timm.models.swin_transformer import SwinTransformer
 from cekd_fastai.core import decode_images
-from cekd_fastai.interpret.maps import _Look
-from cekd_fastai.all import (CEKD,CutMix,FFMCD,MixOneOf,MixUp,SnapMix,box_mass,branch_agreement,branch_learner,branch_preds,model_cam,confused_pairs,
-    css_learner,ece,fine_grained_dls,history,item_cams,make_birds,map_place,meal_learner,mix_pixels,online_learner,plot_branch_agreement,plot_components,
+from cekd_fastai.interpret.maps import _Look,box_mass,map_place
+from cekd_fastai.all import (CEKD,CutMix,FFMCD,MixOneOf,MixUp,SnapMix,branch_agreement,branch_learner,branch_preds,model_cam,confused_pairs,
+    css_learner,ece,fine_grained_dls,history,item_cams,make_birds,meal_learner,mix_pixels,online_learner,plot_branch_agreement,plot_components,
     plot_confused_pairs,plot_history,plot_reliability,reliability,report,semantic_map,show_cam,show_mixed)
 from cekd_fastai.mix.callback import Mix
 from cekd_fastai.mix.core import MixRecord
@@ -308,7 +308,7 @@ class Known(Mix):
 @pytest.mark.parametrize('box,share', [((8,0,40,16),32*16/64**2), (torch.tensor([[0,0,8*i,8] for i in range(8)]),None), (None,1.)])
 @pytest.mark.parametrize('make', [two,single['torchvision']])
 def test_mixed(dls, box, share, make):
-    m = Known(box_a=box, box_b=box, keep=.4 if box is None else 0.)
+    m = Known(box_a=box, box_b=box, host_share=.4 if box is None else 0.)
     learn = make(dls, cbs=m)
     df = show_mixed(learn, 5)
     x,y,mixed = m.seen

@@ -474,6 +474,7 @@ def test_refused(dls):
         (dict(method='ffl', n_branches=4),'defined for two branches'), (dict(method='kd'),"There is no method of online distillation 'kd'"), (dict(cbs=CEKD()),'keep one of them'),
         (dict(split='layer7'),"did you mean 'layer")):
         with pytest.raises(ValueError, match=msg): make(dls, **kw)
+    with pytest.raises(ValueError, match='`method` is a `CutMix`'): make(dls, CutMix())
     with pytest.raises(ValueError, match='trains a network with branches'): Learner(dls, nn.Linear(2,2), loss_func=F.cross_entropy, cbs=ONE())
     for cbs in (BranchLoss(),[CutMix(),CEKD()]): # nothing in these losses reaches a gate
         with pytest.raises(ValueError, match='no loss for the gate of the network'): Learner(dls, gate_net('cifar_resnet8', 4, pretrained=False), loss_func=F.cross_entropy, cbs=cbs)

@@ -50,6 +50,7 @@ def sync():
         now = _files(new)
         _report(old, now)
         run(sys.executable, 'tools/readme.py', '--check', cwd=new, remedy='README.md is made from nbs/index.ipynb')
+        run(sys.executable, 'benchmarks/page.py', '--check', cwd=new, remedy='benchmarks/README.md is made from benchmarks/page.md: run `make prepare`')
 
 def _report(old, now):
     "Raise `Failed` with one line for each file that differs."
@@ -89,7 +90,7 @@ def wheel():
         seen = set(run(py, '-I', 'import_all.py', cwd=tmp, quiet=True).split())
         if lost := mods-seen: raise Failed(f"The wheel holds {sorted(lost)}, which cannot be imported: add the missing __init__.py.")
         run(tmp/'venv'/'bin'/'cekd-train', '--help', cwd=tmp, quiet=True)
-        print(f"{whl.name}: {len(seen)} modules import, cekd-train --help works")
+        print(f"{whl.name}: {len(mods)} modules import, cekd-train --help works")
 
 def check_contents(
     whl, # path of a wheel

@@ -7,10 +7,12 @@ root = Path(__file__).resolve().parent.parent
 course = root/'nbs'/'course'
 names = ('01_look_alikes', '02_your_photographs', '03_mixing', '04_two_heads', '05_cekd_from_scratch', '06_many_teachers', '07_staying_different', '08_out_of_the_notebook')
 blob = 'cekd-fastai/cekd_fastai/blob/main/nbs/course'
-install = """#| hide
-import importlib.util
+install = r"""#| hide
+import importlib.util,warnings # chkstyle: ignore
 if not importlib.util.find_spec('cekd_fastai'):
-    get_ipython().run_line_magic('pip', 'install -q git+https://github.com/cekd-fastai/cekd_fastai')"""
+    get_ipython().run_line_magic('pip', 'install -q git+https://github.com/cekd-fastai/cekd_fastai')
+# fastai 2.8 calls torch.jit.script while it is imported, and torch warns: remove this once fastai does without it
+warnings.filterwarnings('ignore', r'`torch\.jit\.script` is', FutureWarning, r'torch\.jit\._script')"""
 
 def badges(
     name, # of the lesson, without suffix
@@ -20,7 +22,7 @@ def badges(
         f'[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/{blob}/{name}.ipynb)']
 
 class Lesson:
-    "A lesson's cells, and what the checks ask about them."
+    "A lesson's cells, and what the checks need of them."
     def __init__(self,
         path,  # path of the notebook
         lib=(), # names of the library
@@ -80,7 +82,8 @@ def section_faults(l):
     if heads.index(wanted[0])>1: res.append(f'`## {wanted[0]}` must be near the top')
     if not 3<=bullets<=5: res.append(f'`## {wanted[0]}` must have 3 to 5 bullets, not {bullets}')
     if not 8<=len(asked)<=12: res.append(f'`## Questionnaire` must have 8 to 12 numbered questions, not {len(asked)}')
-    if not re.search(r'\]\(\.\./\d\d_\w+\.ipynb', more): res.append('`## Read on` must link to the reference, as in `[02 mix](../02_mix.ipynb)`')
+    if not re.search(r'\]\(\.\./\d\d_[\w.]+\.ipynb', more):
+        res.append('`## Read on` must link to the reference, as in `[16 mix.callback](../16_mix.callback.ipynb)`')
     if 'arxiv.org/abs/' not in more: res.append('`## Read on` must link to a paper on arXiv')
     return res
 
@@ -109,9 +112,9 @@ def asserts(src):
     return tree is not None and any(isinstance(o, ast.Assert) or isinstance(o, ast.Call) and re.match('test_|expect_fail', getattr(o.func, 'id', '')) for o in ast.walk(tree))
 
 def code_faults(l):
-    "Short cells without comments, imports of their own, no error and no stderr."
+    "Short cells without comments, imports of their own, no error and no stderr; the cell that installs is as `start_faults` wants it."
     res = []
-    for c in l.code:
+    for c in (o for o in l.code if o['source'].strip()!=install):
         lines = [o for o in body(c['source']).splitlines() if o.strip()]
         tree = parsed(c['source'])
         if len(lines)>10: res.append(f"cell `{c['id']}` has {len(lines)} lines: 10 at most")
@@ -189,11 +192,9 @@ rules = dict(start=start_faults, sections=section_faults, exercises=exercise_fau
     names=name_faults, reading=reading_faults, links=link_faults, pictures=picture_faults)
 
 def library_names():
-    "What `from cekd_fastai.all import *` brings, read from the modules without importing them."
-    def _tree(mod): return ast.parse((root/'cekd_fastai'/f'{mod}.py').read_text(encoding='utf-8')).body
-    def _all(mod): return next(ast.literal_eval(o.value) for o in _tree(mod) if isinstance(o, ast.Assign) and getattr(o.targets[0], 'id', '')=='__all__')
-    lines = [o for o in _tree('all') if isinstance(o, ast.ImportFrom)]
-    return {n for o in lines for n in (_all(o.module) if o.names[0].name=='*' else [a.name for a in o.names])}
+    "What `from cekd_fastai.all import *` brings: the names that the module imports one by one, read without importing it."
+    tree = ast.parse((root/'cekd_fastai'/'all.py').read_text(encoding='utf-8'))
+    return {a.asname or a.name for o in tree.body if isinstance(o, ast.ImportFrom) for a in o.names}
 
 def faults(
     path, # path of a lesson

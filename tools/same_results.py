@@ -31,11 +31,9 @@ warnings.simplefilter('ignore')
 package = Path(cekd_fastai.__file__).resolve().parent
 
 # Later names of what the cases below call by its first name.
-NAMES = dict(CheckpointTrunk=['GradCheckpoint', 'GradCheckpointing', 'GradientCheckpoint', 'GradientCheckpointing'],
-    class_maps=['model_cam', 'class_maps'], few=['few_shot'],
-    official_test=['official_test_dl', 'official_test_loader', 'test_dl', 'test_loader'])
-ARGS = dict(alpha=['w_cross', 'w_kd', 'w_distil'], eta=['w_adv'], beta=['w_clean'], cd=['w_cd'], hard=['w_hard'],
-    cache=['cache_dir', 'folder'], online=['cache_targets'], checkpoint_trunk=['grad_checkpoint'])
+NAMES = dict(CheckpointTrunk=['GradCheckpoint'], class_maps=['model_cam'], few=['few_shot'], official_test=['official_test_dl'])
+ARGS = dict(alpha=['w_cross', 'w_kd'], beta=['w_clean'], eta=['w_adv'], cd=['w_cd'], hard=['w_hard'],
+    cache=['cache_dir'], online=['cache_targets'], checkpoint_trunk=['grad_checkpoint'])
 
 # ---- names of the package
 

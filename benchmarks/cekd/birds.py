@@ -31,14 +31,17 @@ def job(c, stage, row, seed, compute, epochs, lr, target):
     "Everything that defines a run, as plain data"
     r = c['rows'][row]
     args = dict(r.get('args', {}))
-    if 'cekd' in r.get('methods', []) and args.get('alpha', 1): args['target'] = target
+    if 'cekd' in r.get('methods', []) and args.get('w_cross', 1): args['target'] = target
     passes,net = r.get('passes', 1),dict(branches=1, mix=None, methods=[], smoothing=0.)
     n = {'equal compute': epochs/passes, 'equal epochs': epochs, 'double compute': 2*epochs/passes}[compute]
     return dict(stage=stage, row=row, seed=seed, compute=compute, epochs=max(1, round(n)), passes=passes, lr=lr, args=args,
         **{k:r.get(k, v) for k,v in net.items()})
 
 KEY = ('stage','row','seed','epochs','lr','branches','mix','methods','args','smoothing')
-def key(j): return json.dumps({k:j[k] for k in KEY}, sort_keys=True)
+FORMER = dict(alpha='w_cross') # arguments by the names that recorded rows have
+def key(j):
+    "What tells runs apart; the same for recorded rows whose arguments have since been renamed"
+    return json.dumps({k:j[k] for k in KEY}|dict(args={FORMER.get(k, k):v for k,v in j['args'].items()}), sort_keys=True)
 
 def trials(c, epochs):
     "Runs of the stage `select` by what they decide: `{name: {option: [a run for each seed]}}`"

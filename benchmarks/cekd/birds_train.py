@@ -8,12 +8,13 @@ import numpy as np,torch
 import torch.nn.functional as F
 from torch import nn
 from fastai.basics import Callback,CancelFitException,CancelValidException,DataLoaders,OptimWrapper,partial,set_seed
-from cekd_fastai.all import branch_learner,branch_preds,branch_accuracy,ece,loss_owner,mixed_loss
-from cekd_fastai.all import soft_probs,cross_target,soft_losses,kd_loss,ramp_up,Distill,CEKD,MixUp,CutMix,SnapMix
+from cekd_fastai.all import branch_learner,branch_preds,branch_accuracy,ece,mixed_loss
+from cekd_fastai.all import soft_probs,cross_target,kd_loss,ramp_up,Distill,CEKD,MixUp,CutMix,SnapMix
+from cekd_fastai.core import loss_owner
 
 # Names and forms of the library that other versions of it may change
 MIXES = dict(MixUp=MixUp, CutMix=CutMix, SnapMix=SnapMix)
-def clean_logits(owner): return None if getattr(owner, 'clean', None) is None else owner.clean[1][0]
+def clean_logits(owner): return None if getattr(owner, 'clean', None) is None else owner.clean.logits
 
 # Photographs on the device
 
@@ -164,7 +165,7 @@ class StoredTargets(Distill):
             self.store[rows] = torch.where(known[:,None], torch.lerp(new, p, self.keep), new)
             return dict(ce=sum(lf(o, y) for o in z), stored=z.new_zeros(()))
         known,q = known&known[rec.perm],cross_target(p, rec)
-        soft = sum((soft_losses(o, q, self.T)*known).mean() for o in z)
+        soft = sum((kd_loss(o, q, self.T, per_sample=True)*known).mean() for o in z)
         return dict(ce=sum(mixed_loss(lf, o, y, rec) for o in z), stored=soft)
 
 class MixSKDLogits(Distill):

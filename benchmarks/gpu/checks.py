@@ -179,7 +179,7 @@ def fit(run):
     dls = lambda: names.fine_grained_dls(folder, size=size, bs=bs, num_workers=workers, device=torch.device(device(run)))
     kw = dict(pretrained=False, metrics=accuracy)
     teacher = lambda d: names.branch_net(arch, d.c, 1, pretrained=False).eval()
-    ways = dict(
+    ways = dict( # chkstyle: ignore-node
         cekd=lambda d: names.branch_learner(d, arch, 2, cbs=[names.SnapMix(),names.CEKD()], **kw),
         ema=lambda d: names.branch_learner(d, arch, 2, cbs=[names.CutMix(),names.CEKD(teacher='ema', validate_ema=True)], **kw),
         meal=lambda d: names.meal_learner(d, arch, [teacher(d)], **kw),

@@ -1,4 +1,4 @@
-"""Losses, metrics and parts of the loss of each epoch, and what the mixed labels say
+"""The run as a table: losses, metrics and the parts of the loss of each epoch, and mixed images with their labels
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/interpret.history.html.md"""
 
@@ -10,7 +10,7 @@ __all__ = ['history', 'plot_history', 'plot_components', 'show_mixed']
 # %% ../../nbs/36_interpret.history.ipynb #imports
 from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
-from ..core import show_panel,loss_owner,decode_images
+from ..core import data_vocab,decode_images,loss_owner,show_panel
 from ..mix.core import box_share
 from ..mix.callback import Mix
 
@@ -21,64 +21,126 @@ def _weights_of(owner):
     except (AttributeError,TypeError,KeyError): return {}
     return {k:float(w.get(k, 1.)) for k in owner.part_names()}
 
+def _epoch_rows(rec, names):
+    "The recorder's values of each epoch of training, as dicts"
+    return [dict(zip(names, v)) for v in rec.values if len(v)==len(names)] # a row of `validate` is shorter
+
 def history(
     learn:Learner, # A learner after `fit`
-)->pd.DataFrame:   # One row per epoch; `attrs` holds the names of the `parts` of the loss and their `weights` in the last step
+)->pd.DataFrame:   # One row per epoch; `attrs` holds the `parts` of the loss and their `weights` in the last step
     "Losses, metrics and parts of the loss of each epoch of the last fit"
     rec = getattr(learn, 'recorder', None)
-    if not hasattr(rec, 'metric_names'): raise ValueError("There is no run to look at: call `history` after `learn.fit`, on the learner that was trained.")
-    names,owner = [n for n in rec.metric_names if n not in ('epoch','time')],loss_owner(learn)
-    rows = [dict(zip(names, v)) for v in rec.values if len(v)==len(names)] # a row of `validate` is shorter
-    if not rows: raise ValueError("The learner remembers no epoch of training: call `history` right after `learn.fit`, since `validate` and `lr_find` start the record anew.")
+    if not hasattr(rec, 'metric_names'):
+        raise ValueError("There is no run to look at: call `history` after `learn.fit`, on the learner that was trained.")
+    names = [n for n in rec.metric_names if n not in ('epoch','time')]
+    rows = _epoch_rows(rec, names)
+    if not rows:
+        raise ValueError("The learner has no record of an epoch of training: call `history` right after `learn.fit`, "
+            "since `validate` and `lr_find` start the record anew.")
     df = pd.DataFrame(rows, columns=names).rename_axis('epoch').reset_index()
-    df.attrs = dict(parts=[o for o in owner.part_names() if o in names] if owner else [], weights=_weights_of(owner) if owner else {})
+    owner = loss_owner(learn)
+    parts = [o for o in owner.part_names() if o in names] if owner else []
+    df.attrs = dict(parts=parts, weights=_weights_of(owner) if owner else {})
     return df
 
 # %% ../../nbs/36_interpret.history.ipynb #plot-code
 def _parts(hist):
     "Names of the columns that are parts of the loss"
     if 'parts' in hist.attrs: return [c for c in hist.attrs['parts'] if c in hist]
-    return [c for c in hist if c not in ('epoch','train_loss','valid_loss') and not ('acc' in c or 'error' in c)]
+    losses = ('epoch','train_loss','valid_loss')
+    return [c for c in hist if c not in losses and 'acc' not in c and 'error' not in c]
+
+def _draw_curves(ax, hist, labels, title):
+    "Draw the columns `labels` of `hist` over the epochs, each with its label"
+    for c,label in labels.items(): ax.plot(hist['epoch']+1, hist[c], marker='.', label=label)
+    ax.set(title=title, xlabel='epoch')
+    if labels: ax.legend(fontsize=7)
+    else: ax.text(.5, .5, 'none', ha='center')
 
 def plot_history(
     hist:pd.DataFrame, # From `history`
     axs=None,          # Three matplotlib axes, made if None
-)->pd.DataFrame:       # `hist`, which says the same
+)->pd.DataFrame:       # `hist`, which holds the same numbers
     "Draw losses, metrics and parts of the loss over the epochs"
     if axs is None: axs = plt.subplots(1, 3, figsize=(9,2.4), layout='constrained')[1]
     loss,parts = [o for o in ('train_loss','valid_loss') if o in hist],_parts(hist)
     metrics = [c for c in hist if c not in loss+parts+['epoch']]
-    for ax,cols,title in zip(axs, (loss,metrics,parts), ('loss','metrics','parts of the training loss')):
-        for c in cols: ax.plot(hist['epoch']+1, hist[c], marker='.', label=c)
-        ax.set(title=title, xlabel='epoch')
-        ax.legend(fontsize=7) if cols else ax.text(.5, .5, 'none', ha='center')
+    _draw_curves(axs[0], hist, {c:c for c in loss}, 'loss')
+    _draw_curves(axs[1], hist, {c:c for c in metrics}, 'metrics')
+    _draw_curves(axs[2], hist, {c:c for c in parts}, 'parts of the training loss')
     return hist
 
+# %% ../../nbs/36_interpret.history.ipynb #plot-parts
 def plot_components(
-    learn,    # A learner after `fit`, or a table from `history`
-    ax=None,  # Matplotlib axes, made if None
-)->pd.DataFrame: # A row for each part: its `weight` in the last step where it is known, and its value in each epoch
-    "Draw the parts of the training loss over the epochs; the whole of it where it has one part"
+    learn,       # A learner after `fit`, or a table from `history`
+    ax=None,     # Matplotlib axes, made if None
+)->pd.DataFrame: # A row for each part: its `weight` in the last step where known, and its value in each epoch
+    "Draw the parts of the training loss over the epochs; the whole loss where it has one part"
     hist = history(learn) if isinstance(learn, Learner) else learn
     parts,w = _parts(hist) or ['train_loss'],hist.attrs.get('weights', {})
     if ax is None: ax = plt.subplots(figsize=(4.5,2))[1]
-    for c in parts: ax.plot(hist['epoch']+1, hist[c], marker='.', label=f'{c} × {w[c]:.2g}' if c in w else c)
-    ax.set(title='parts of the training loss', xlabel='epoch')
-    ax.legend(fontsize=7)
+    labels = {c:f'{c} × {w[c]:.2g}' if c in w else c for c in parts}
+    _draw_curves(ax, hist, labels, 'parts of the training loss')
     df = hist[parts].T.rename_axis('part')
     df.columns = [i+1 for i in hist['epoch']]
     if w: df.insert(0, 'weight', [w.get(c, 1.) for c in parts])
     return df
 
+# %% ../../nbs/36_interpret.history.ipynb #labels-code
+def _vocab(learn):
+    "Names of the classes of `learn`"
+    vocab = data_vocab(learn.dls)
+    if vocab is not None: return vocab
+    raise ValueError("`learn.dls` names no classes (it has no `vocab`), and these pictures are of classifiers: "
+        "use a `CategoryBlock`.")
+
+def _labels(learn, y):
+    "Names of the classes in `y`, indices (B,) or several labels (B, K)"
+    v = _vocab(learn)
+    if y.ndim==1: return [v[i] for i in y.tolist()]
+    return [' + '.join(v[i] for i in o.nonzero()[:,0].tolist()) or 'none' for o in y>.5]
+
 # %% ../../nbs/36_interpret.history.ipynb #mixed-code
 def _the_mix(learn):
     "The mixing callback of `learn`; one sentence if there is none"
-    m,stock = (first(o for o in learn.cbs if isinstance(o, t)) for t in (Mix,MixHandler))
-    if m is not None: return m
-    if stock: raise ValueError(f"fastai's `{stock}` does not tell how it mixed: use `MixUp` or `CutMix` of cekd_fastai to show mixed images.")
+    mix = first(o for o in learn.cbs if isinstance(o, Mix))
+    if mix is not None: return mix
+    stock = first(o for o in learn.cbs if isinstance(o, MixHandler))
+    if stock:
+        raise ValueError(f"fastai's `{stock}` does not tell how it mixed: "
+            "use `MixUp` or `CutMix` of cekd_fastai to show mixed images.")
     raise ValueError("Nothing mixes here: none of the learner's callbacks is a mix. Pass one, e.g. `cbs=CutMix()`.")
 
-def _pictures(dl, x): return decode_images(dl, x).permute(0,2,3,1).numpy()
+def _mixed_batch(learn, dl):
+    "A batch of `dl` mixed by the learner's mix: mixed images, their record, and the classes before"
+    mix,device = _the_mix(learn),next(learn.model.parameters()).device
+    x,y = [to_device(o, device).as_subclass(Tensor) for o in dl.one_batch()[:2]]
+    draws = (mix.mix(x, y) for _ in range(100)) # a mix may leave a batch as it is
+    mixed,rec = first(o for o in draws if o is not None) or (None,None)
+    if rec is None: raise ValueError(f"`{mix}` mixed nothing in 100 draws: raise its `alpha`.")
+    return mixed,rec,y
+
+def _mixed_table(learn, rec, y, size, n):
+    "Host, donor, their weights and the share of the box, of the first `n` images"
+    names = _labels(learn, y)
+    share = 1. if rec.box_a is None else box_share(rec.box_a, *size)
+    share = torch.as_tensor(share).expand(len(y))
+    return pd.DataFrame(dict(host=names[:n], donor=[names[i] for i in rec.perm[:n].tolist()],
+        weight_host=rec.lam_a[:n].tolist(), weight_donor=rec.lam_b[:n].tolist(), box=share[:n].tolist()))
+
+# %% ../../nbs/36_interpret.history.ipynb #mixed-show
+def _pictures(dl, x):
+    "The images `x` of `dl` for drawing, shape (B, H, W, 3)"
+    return decode_images(dl, x).permute(0,2,3,1).numpy()
+
+def _grid(n, figsize):
+    "Flat axes for `n` mixed images, at most four in a row"
+    n_cols = min(n, 4)
+    n_rows = math.ceil(n/n_cols)
+    figsize = figsize or (1.75*n_cols,2.1*n_rows)
+    axs = plt.subplots(n_rows, n_cols, figsize=figsize, squeeze=False, layout='constrained')[1].flatten()
+    for ax in axs: ax.axis('off')
+    return axs
 
 @torch.no_grad()
 def show_mixed(
@@ -87,32 +149,14 @@ def show_mixed(
     figsize:tuple=None, # Size of the figure in inches
 )->pd.DataFrame:        # `host`, `donor`, `weight_host`, `weight_donor`, `box`
     "Draw mixed training images with the classes and label weights of both sources"
-    m,dl = _the_mix(learn),learn.dls.train.new(num_workers=0)
     if n<1: raise ValueError(f"`n` is {n}, but at least one image is to be shown.")
-    x,y = (to_device(o, next(learn.model.parameters()).device).as_subclass(Tensor) for o in dl.one_batch()[:2])
-    mixed,rec = first(o for o in (m.mix(x, y) for _ in range(100)) if o is not None) or (None,None)
-    if rec is None: raise ValueError(f"`{m}` mixed nothing in 100 draws: raise its `alpha`.")
-    n,names = min(n, len(x)),_labels(learn, y)
-    share = [1.]*n if rec.box_a is None else torch.as_tensor(box_share(rec.box_a, *x.shape[-2:])).expand(len(x)).tolist()[:n]
-    df = pd.DataFrame(dict(host=names[:n], donor=[names[i] for i in rec.perm[:n].tolist()],
-        weight_host=rec.lam_a[:n].tolist(), weight_donor=rec.lam_b[:n].tolist(), box=share))
-    cols,ims = min(n, 4),_pictures(dl, mixed)
-    axs = plt.subplots(-(-n//cols), cols, figsize=figsize or (1.75*cols,2.1*-(-n//cols)), squeeze=False, layout='constrained')[1].flatten()
-    for ax in axs: ax.axis('off')
-    for i,(ax,r) in enumerate(zip(axs, df.itertuples())):
+    _the_mix(learn) # refused before a batch is read
+    dl = learn.dls.train.new(num_workers=0)
+    mixed,rec,y = _mixed_batch(learn, dl)
+    n = min(n, len(y))
+    df,ims = _mixed_table(learn, rec, y, mixed.shape[-2:], n),_pictures(dl, mixed)
+    for i,(ax,r) in enumerate(zip(_grid(n, figsize), df.itertuples())):
         box = tuple(rec.box_a[i].tolist()) if isinstance(rec.box_a, Tensor) else rec.box_a
-        show_panel(ax, ims[i], f'{r.weight_host:.2f} {r.host}\n{r.weight_donor:.2f} {r.donor}', box, 'red')
+        title = f'{r.weight_host:.2f} {r.host}\n{r.weight_donor:.2f} {r.donor}'
+        show_panel(ax, ims[i], title, box, 'red')
     return df
-
-# %% ../../nbs/36_interpret.history.ipynb #labels-code
-def _vocab(learn):
-    "Names of the classes of `learn`"
-    v = getattr(learn.dls, 'vocab', None)
-    if v is None: raise ValueError("`learn.dls` names no classes (it has no `vocab`), and these pictures are of classifiers: use a `CategoryBlock`.")
-    return [str(o) for o in v]
-
-def _labels(learn, y):
-    "Names of the classes in `y`, indices (B,) or several labels (B, K)"
-    v = _vocab(learn)
-    if y.ndim==1: return [v[i] for i in y.tolist()]
-    return [' + '.join(v[i] for i in o.nonzero()[:,0].tolist()) or 'none' for o in y>.5]

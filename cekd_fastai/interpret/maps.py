@@ -1,4 +1,4 @@
-"""Class activation maps of pictures, over the pictures
+"""Class activation maps of any picture, for each branch and for the ensemble, drawn and as a table
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/interpret.maps.html.md"""
 
@@ -20,82 +20,110 @@ from ..css.net import joint_label
 from .history import _labels,_pictures,_vocab
 
 # %% ../../nbs/37_interpret.maps.ipynb #look-code
+def _branch_maps(net, z, feats):
+    "A function from classes to maps for each branch"
+    n_outputs = z.shape[-1]//net.class_logits(z).shape[-1] # outputs for each class, 1 except in CSS
+    def one(i, y): return cam(net.heads[i], feats[i], joint_label(y, i%n_outputs, n_outputs))
+    return [partial(one, i) for i in range(len(net.heads))]
+
 def _look_branches(net, x):
-    "Logits (m, B, K) of each branch and the ensemble, and functions from classes to maps"
+    "Logits (m, B, K) of each branch and the ensemble, functions from classes to maps, and feature maps"
     z,feats = net.branch_forward(x)
     each,whole = net.class_logits(z),net.ensemble(z, feats)
-    n = z.shape[-1]//each.shape[-1] # outputs for each class, 1 except in CSS
-    maps = [lambda y,i=i: cam(net.heads[i], feats[i], joint_label(y, i%n, n)) for i in range(len(each))]
-    own = ([],[]) if len(each)==1 else (list(each),maps)
-    return torch.stack(own[0]+[whole]), own[1]+[partial(net.cam, feats)], feats
+    whole_map = partial(net.cam, feats)
+    if len(each)==1: return whole[None],[whole_map],feats
+    return torch.cat([each,whole[None]]),_branch_maps(net, z, feats)+[whole_map],feats
 
 def _look_plain(model, x):
     "The same for a network without branches"
     feat,head = map_and_head(model, x)
     if feat is None: return None,None,[None]
-    return head(feat)[None], [partial(cam, head, feat)], [feat]
+    return head(feat)[None],[partial(cam, head, feat)],[feat]
 
+# %% ../../nbs/37_interpret.maps.ipynb #look-class
 def _names(n):
     "What `n` networks are called in pictures and tables"
     return ['network'] if n==1 else [f'branch {i}' for i in range(n-1)]+['ensemble']
 
-# %% ../../nbs/37_interpret.maps.ipynb #look-class
+def _check_maps(model, feats):
+    "Refuse a network without a feature map of more than one place"
+    if all(f is not None and math.prod(f.shape[2:])>1 for f in feats): return
+    raise ValueError(
+        f"`{type(model).__name__}` has no spatial feature map of these pictures, so there is no class activation map: "
+        "use a convolutional network, such as 'resnet50', and pictures that leave it more than one place, "
+        "made by `branch_learner` or `vision_learner`. "
+        "`confused_pairs`, `reliability` and `show_results` work with any classifier.")
+
 class _Look:
-    "What each network of a learner says about a batch, and where it looks, from one pass"
+    "Logits, probabilities and maps of each network of a learner for one batch, from one pass"
     def __init__(self, learn, x):
         self.model,self.size = unwrap_model(learn.model),x.shape[-2:]
         self.device = next(self.model.parameters()).device
         x = to_device(x, self.device).as_subclass(Tensor)
-        with torch.no_grad(), eval_mode(self.model):
-            z,self.fs,feats = (_look_branches if isinstance(self.model, BranchNet) else _look_plain)(self.model, x)
-        if feats[0] is None or any(math.prod(f.shape[2:])==1 for f in feats): raise ValueError(
-            f"`{type(self.model).__name__}` has no spatial feature map of these pictures, so there is no class activation map: use a convolutional network, such as 'resnet50', and pictures that leave it more than one place, "
-            "made by `branch_learner` or `vision_learner`. `confused_pairs`, `reliability` and `show_results` work with any classifier.")
-        act = getattr(learn.loss_func, 'activation', partial(F.softmax, dim=-1))
-        self.names,self.logits,self.probs = _names(len(z)),z.float().cpu(),act(z.float()).cpu()
+        look = _look_branches if isinstance(self.model, BranchNet) else _look_plain
+        with torch.no_grad(), eval_mode(self.model): z,self.map_fns,feats = look(self.model, x)
+        _check_maps(self.model, feats)
+        activation = getattr(learn.loss_func, 'activation', partial(F.softmax, dim=-1))
+        z = z.float()
+        self.names,self.logits,self.probs = _names(len(z)),z.cpu(),activation(z).cpu()
 
     @torch.no_grad()
     def maps(self, i, y):
         "Maps (B, H, W) of the classes `y` for network `i`, each sums to 1"
-        with eval_mode(self.model): s = semantic_map(self.fs[i](y.to(self.device)), self.size).cpu()
-        return torch.where(s.isnan(), 1/math.prod(self.size), s)
+        with eval_mode(self.model): sem = semantic_map(self.map_fns[i](y.to(self.device)), self.size).cpu()
+        return torch.where(sem.isnan(), 1/math.prod(self.size), sem)
 
-    def pick(self, which):
+    def indices(self, which):
         "Indices of the networks that `which` names"
-        names = dict(zip(self.names, range(len(self.names))), all=range(len(self.names)), ensemble=len(self.names)-1)
-        names |= {i:i for i in range(max(len(self.names)-1, 1))}
-        res = [names.get(o) for o in (which if is_listy(which) else [which])]
-        if not res or None in res:
-            raise ValueError(f"`which` is {which!r}: choose 'all', 'ensemble', an index of a branch from 0 to {max(len(self.names)-2, 0)}, or a list of them.")
-        return [j for o in res for j in (o if isinstance(o, range) else [o])]
+        n = len(self.names)
+        last = max(n-2, 0) # the last branch
+        known = {name:[i] for i,name in enumerate(self.names)} | {i:[i] for i in range(last+1)}
+        known |= dict(all=range(n), ensemble=[n-1])
+        res = [known.get(o) for o in (which if is_listy(which) else [which])]
+        if res and None not in res: return [i for o in res for i in o]
+        raise ValueError(f"`which` is {which!r}: choose 'all', 'ensemble', "
+            f"an index of a branch from 0 to {last}, or a list of them.")
 
 # %% ../../nbs/37_interpret.maps.ipynb #items-code
 def _check_index(learn, items):
     "The indices `items`, if the validation set has them"
     n = len(learn.dls.valid_ds)
+    remedy = f", from 0 to {n-1}." if n else "; pass paths of pictures instead."
     for i in items:
-        if not 0<=i<n: raise ValueError(f"There is no item {i}: the validation set has {n} images" + (f", from 0 to {n-1}." if n else "; pass paths of pictures instead."))
+        if not 0<=i<n: raise ValueError(f"There is no item {i}: the validation set has {n} images{remedy}")
     return items
+
+def _new_batch(learn, items):
+    "A batch of pictures that are not in the learner's data, paths or images"
+    files = [Path(o) if isinstance(o, str) else o.copy() if isinstance(o, Image.Image) else o for o in items]
+    gone = first(o for o in files if isinstance(o, Path) and not o.is_file())
+    if gone: raise FileNotFoundError(f"There is no picture `{gone}`.")
+    dl = learn.dls.test_dl(files, bs=len(files), num_workers=0)
+    names = [o.name if isinstance(o, Path) else f'picture {i}' for i,o in enumerate(files)]
+    return SimpleNamespace(names=names, dl=dl, x=dl.one_batch()[0], truth=['']*len(files), files=files)
+
+def _valid_batch(learn, items):
+    "A batch of images of the validation set, by index"
+    items = _check_index(learn, [int(o) for o in items])
+    own = dict(bs=len(items), n=len(items), get_idxs=lambda: items)
+    dl = learn.dls.valid.new(num_workers=0, shuffle=False, drop_last=False, **own)
+    x,y,*_ = dl.one_batch()
+    files = getattr(learn.dls.valid_ds, 'items', None)
+    files = [files[i] for i in items] if isinstance(files, (list,L)) else []
+    return SimpleNamespace(names=items, dl=dl, x=x, truth=_labels(learn, y.as_subclass(Tensor)), files=files)
+
+# %% ../../nbs/37_interpret.maps.ipynb #items-batch
+def _is_index(o): return isinstance(o, (int,np.integer)) or isinstance(o, Tensor) and o.ndim==0
 
 def _item_batch(learn, items):
     "A batch of `items`: what they are called, their loader, pixels, true classes, and files where known"
     items = [items] if isinstance(items, (int,np.integer,str,Path,Image.Image)) else list(items)
     if not items: raise ValueError("`items` is empty: pass indices of the validation set, or pictures.")
-    is_index = [isinstance(o, (int,np.integer)) or isinstance(o, Tensor) and o.ndim==0 for o in items]
-    if any(is_index)!=all(is_index): raise ValueError("`items` mixes indices and pictures: pass either indices of the validation set, or paths and images.")
-    with no_random():
-        if not all(is_index):
-            items = [Path(o) if isinstance(o, str) else o.copy() if isinstance(o, Image.Image) else o for o in items] # a copy is loaded, a file may not be
-            if gone := [o for o in items if isinstance(o, Path) and not o.is_file()]: raise FileNotFoundError(f"There is no picture `{gone[0]}`.")
-            dl = learn.dls.test_dl(items, bs=len(items), num_workers=0)
-            names,truth = [o.name if isinstance(o, Path) else f'picture {i}' for i,o in enumerate(items)],['']*len(items)
-            return SimpleNamespace(names=names, dl=dl, x=dl.one_batch()[0], truth=truth, files=items)
-        items = _check_index(learn, [int(o) for o in items])
-        dl = learn.dls.valid.new(bs=len(items), num_workers=0, shuffle=False, drop_last=False, get_idxs=lambda: items, n=len(items))
-        x,y,*_ = dl.one_batch()
-    files = getattr(learn.dls.valid_ds, 'items', None)
-    files = [files[i] for i in items] if isinstance(files, (list,L)) else []
-    return SimpleNamespace(names=items, dl=dl, x=x, truth=_labels(learn, y.as_subclass(Tensor)), files=files)
+    is_index = [_is_index(o) for o in items]
+    if any(is_index)!=all(is_index):
+        raise ValueError("`items` mixes indices and pictures: "
+            "pass either indices of the validation set, or paths and images.")
+    with no_random(): return (_valid_batch if all(is_index) else _new_batch)(learn, items)
 
 # %% ../../nbs/37_interpret.maps.ipynb #boxes-code
 def _item_boxes(learn, files):
@@ -117,25 +145,33 @@ def map_place(
     return ['everywhere' if f else _PLACES[i] for f,i in zip(flat.tolist(), ninth.tolist())]
 
 # %% ../../nbs/37_interpret.maps.ipynb #mass-code
+def _overlap(n, lo, hi):
+    "Part of each of `n` pixels in a row that lies between `lo` and `hi`, shape (B, n)"
+    edge = torch.arange(n+1.)[None]
+    return (edge[:,1:].minimum(hi[:,None])-edge[:,:-1].maximum(lo[:,None])).clamp(min=0)
+
 def box_mass(
     maps:Tensor,  # Maps, shape (B, H, W)
     boxes:Tensor, # A box for each, `(x1,y1,x2,y2)` in pixels, shape (B, 4)
 )->Tensor:        # Shape (B,)
     "Sum of each map over its box"
-    def inside(n, lo, hi):
-        edge = torch.arange(n+1.)[None]
-        return (edge[:,1:].minimum(hi[:,None])-edge[:,:-1].maximum(lo[:,None])).clamp(min=0)
     x1,y1,x2,y2 = boxes.float().unbind(1)
-    return torch.einsum('bhw,bh,bw->b', maps.float(), inside(maps.shape[1], y1, y2), inside(maps.shape[2], x1, x2))
+    rows,cols = _overlap(maps.shape[1], y1, y2),_overlap(maps.shape[2], x1, x2)
+    return torch.einsum('bhw,bh,bw->b', maps.float(), rows, cols)
 
 # %% ../../nbs/37_interpret.maps.ipynb #show-cam
 def _described(look, i, y, boxes):
-    "Maps of the classes `y` for network `i`, and what the tables say about them"
+    "Maps of the classes `y` for network `i`, and a table of what they show"
     sem = look.maps(i, y)
-    df = pd.DataFrame(dict(probability=look.probs[i].gather(1, y[:,None])[:,0].tolist(), where=map_place(sem)))
+    probs = look.probs[i].gather(1, y[:,None])[:,0]
+    df = pd.DataFrame(dict(probability=probs.tolist(), where=map_place(sem)))
     if boxes is None: return sem,df
-    h,w = look.size
-    return sem,df.assign(in_box=box_mass(sem, boxes).tolist(), box_area=box_share(boxes, h, w).tolist())
+    area = box_share(boxes, *look.size)
+    return sem,df.assign(in_box=box_mass(sem, boxes).tolist(), box_area=area.tolist())
+
+def _in_item_order(tables):
+    "One table of several that have a row for each item, item by item"
+    return pd.concat(tables).sort_index(kind='stable').reset_index(drop=True)
 
 def show_cam(
     learn:Learner,      # A learner of a convolutional classifier
@@ -143,21 +179,24 @@ def show_cam(
     which='all',        # 'all', 'ensemble', an index of a branch, or a list of them
     figsize:tuple=None, # Size of the figure in inches
 )->pd.DataFrame:        # A row for each item and network
-    "Draw each picture, and over it where each branch and the ensemble look for the class that they predict"
+    "Draw each picture, and over it the map of the class that each branch and the ensemble predict"
     vocab,b = _vocab(learn),_item_batch(learn, items)
     look,boxes = _Look(learn, b.x),_item_boxes(learn, b.files)
-    nets,n,res = look.pick(which),len(b.names),[]
-    ims = _pictures(b.dl, b.x)
-    axs = plt.subplots(n, len(nets)+1, figsize=figsize or (1.7*(len(nets)+1),2*n), squeeze=False, layout='constrained')[1]
-    rect = [None]*n if boxes is None else [tuple(o) for o in boxes.tolist()]
-    for j in range(n): show_panel(axs[j,0], ims[j], f'{b.names[j]}\n{b.truth[j]}', rect[j], 'lime')
+    nets,n,ims = look.indices(which),len(b.names),_pictures(b.dl, b.x)
+    n_cols,res = len(nets)+1,[]
+    axs = plt.subplots(n, n_cols, figsize=figsize or (1.7*n_cols,2*n), squeeze=False, layout='constrained')[1]
+    frames = [None]*n if boxes is None else [tuple(o) for o in boxes.tolist()]
+    for j in range(n): show_panel(axs[j,0], ims[j], f'{b.names[j]}\n{b.truth[j]}', frames[j], 'lime')
     for ax,i in zip(axs.T[1:], nets):
         pred = look.logits[i].argmax(-1)
         sem,df = _described(look, i, pred, boxes)
-        name = [vocab[o] for o in pred.tolist()]
-        res.append(pd.DataFrame(dict(item=b.names, truth=b.truth, network=look.names[i], predicted=name)).join(df))
-        for j in range(n): show_panel(ax[j], ims[j], f'{look.names[i]} {df.probability[j]:.0%}\n{name[j]}', rect[j], 'lime', sem[j].numpy())
-    return pd.concat(res).sort_index(kind='stable').reset_index(drop=True)
+        named = dict(item=b.names, truth=b.truth, network=look.names[i], predicted=[vocab[o] for o in pred.tolist()])
+        df = pd.DataFrame(named).join(df)
+        for j,r in df.iterrows():
+            title = f'{r.network} {r.probability:.0%}\n{r.predicted}'
+            show_panel(ax[j], ims[j], title, frames[j], 'lime', sem[j].numpy())
+        res.append(df)
+    return _in_item_order(res)
 
 # %% ../../nbs/37_interpret.maps.ipynb #item-cams
 def item_cams(

@@ -79,8 +79,9 @@ def maps(self:SnapMix,
             "pass it to one in `cbs`.")
     model = unwrap_model(self.learn.model)
     in_step = self.features is not None and torch.is_grad_enabled()
-    if in_step: return model.cam([f.detach() for f in self.features(x)], y)
-    with amp_context(self.learn): return model_cam(model, x, y)
+    with amp_context(self.learn): # a batch is mixed before the step's own autocast begins
+        if in_step: return model.cam([f.detach() for f in self.features(x)], y)
+        return model_cam(model, x, y)
 
 @patch
 def weigh(self:SnapMix, x, y, rec):

@@ -258,7 +258,9 @@ def cam(self:GateNet,
 def _weighed_cams(heads, feats, weights, y):
     "Sum over the branches of their maps (B, h, w), by weights (n, B, 1) or (n, B, K)"
     n_weights = weights.shape[-1]
-    if n_weights==1: return sum(w[...,None]*cam(h, f, y) for h,f,w in zip(heads, feats, weights))
+    if n_weights==1:
+        maps = [cam(h, f, y) for h,f in zip(heads, feats)]
+        return sum(w[...,None]*m for w,m in zip(weights, maps))
     if not y.is_floating_point(): y = F.one_hot(y, n_weights).float()
     return sum(cam(h, f, y*w) for h,f,w in zip(heads, feats, weights))
 
