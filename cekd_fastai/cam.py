@@ -1,4 +1,4 @@
-"""Which places of an image speak for a class, and SnapMix's semantic maps
+"""Which places of an image support a class, and SnapMix's semantic maps
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/cam.html.md"""
 
@@ -52,7 +52,7 @@ def _body_head(model):
 def map_and_head(
     model:nn.Module, # A `vision_learner` model (body, head), or a timm model
     x:Tensor,        # Images, shape (B, 3, H, W)
-)->tuple:            # The last feature map (B, C, h, w), and the function from it to logits; None and None if there is no map
+)->tuple:            # The last feature map (B, C, h, w) and the function from it to logits; twice None without a map
     "One pass to the last feature map of a model without branches"
     body,head = _body_head(model)
     feat = body(x) if body else None

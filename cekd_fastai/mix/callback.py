@@ -17,7 +17,7 @@ from ..cam import model_cam,semantic_map
 
 # %% ../../nbs/16_mix.callback.ipynb #mix-base
 class Mix(Callback):
-    "Base class of the mixing callbacks: mixes each training batch and trains on both labels, unless another callback owns the loss"
+    "Base class of mixes: mixes each training batch and trains on both labels, unless another callback owns the loss"
     order = 4          # Before distillation, mixed precision and several processes
     run_valid = False  # Nothing is mixed in validation
     needs_maps = False # Does it use class activation maps?
@@ -26,7 +26,7 @@ class Mix(Callback):
     features = None    # From unmixed images to last maps; set by a callback whose step runs that pass anyway
     _stateattrs = ('record','host','features')
     def __init__(self,
-        alpha:float=1.,   # Parameter of the Beta distribution, above 0: small values mix little, large ones half and half
+        alpha:float=1.,   # Parameter of the Beta distribution, above 0: small mixes little, large half and half
         prob:float=1.,    # Share of batches, or of samples, that are mixed, from 0 to 1
         per:str='batch',  # Draw once for each 'batch' or for each 'sample'
         stop_at:float=1., # Share of the training run after which nothing is mixed, from 0 to 1
@@ -89,7 +89,7 @@ def draw(self:Mix,
     h:int,      # Height of the images
     w:int,      # Width of the images
     n:int=None, # Number of samples to draw for; None: once for the batch
-)->dict|None:   # `lam`, the share of the host's pixels, and fields of `MixRecord`: boxes or `host_share`; None for an empty box
+)->dict|None:   # `lam`, the host's share of pixels, and boxes or `host_share` of `MixRecord`; None for an empty box
     "Draw the geometry on the CPU; written by each subclass"
     raise NotImplementedError(f"{self} must define `draw(h, w, n)` or `mix(x, y)`.")
 

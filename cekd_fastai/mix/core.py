@@ -130,7 +130,7 @@ def _paste(x, rec):
     src = box_crop(x, rec.box_b)
     dst = box_crop(out, rec.box_a)
     if not dst.numel() or not src.numel(): return out
-    if dst.shape==src.shape: torch.index_select(src, 0, rec.perm, out=dst) # straight into the slice, without a copy between
+    if dst.shape==src.shape: torch.index_select(src, 0, rec.perm, out=dst) # into the slice, with no copy between
     else:
         patch = F.interpolate(src.float(), dst.shape[-2:], mode='bilinear', align_corners=True)
         dst.copy_(patch[rec.perm])
@@ -143,7 +143,7 @@ def _spans(boxes, axis):
     return boxes[:,axis,None],boxes[:,axis+2,None]
 
 def _between(a, b, n):
-    "For each of `n` pixels along a side: the two pixels of the donor that it lies between, and the weight of the second"
+    "For each of `n` pixels along a side: the two pixels of the donor round it, and the weight of the second"
     (a0,a1),(b0,b1) = a,b
     last = (b1-b0-1).clamp(min=0)
     step = last/(a1-a0-1).clamp(min=1)

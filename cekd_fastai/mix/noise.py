@@ -58,7 +58,7 @@ def part_weights(
     path,         # Folder written by `make_birds`
     classes:list, # Names of the classes, in the order of the rows
 )->Tensor:        # Shape (classes, `PARTS`), rows sum to 1
-    "How much each part says about each species: its share in what tells the species from its nearest rivals"
+    "How much each part counts for each species: its share in what sets the species apart from its nearest rivals"
     differ = diagnostic_parts(path)
     res = torch.zeros(len(classes), len(PARTS))
     for k,a in enumerate(classes):
@@ -123,7 +123,7 @@ def _rows(root, file, cols):
     "The table `file` of a set in the layout of CUB-200-2011, by the path of each image"
     for f in (root/'images.txt',root/file):
         if f.is_file(): continue
-        raise FileNotFoundError(f"{f} is missing: this evidence needs a set in the layout of CUB-200-2011 with that file.")
+        raise FileNotFoundError(f"{f} is missing: this evidence needs it, in a set with the layout of CUB-200-2011.")
     lines = (root/'images.txt').read_text(encoding='utf-8').splitlines()
     names = dict(o.split(' ', 1) for o in lines)
     df = pd.read_csv(root/file, sep=' ', names=['id',*cols])
@@ -217,8 +217,8 @@ def evidence_batches(
     dl = dls.test_dl(files, with_labels=True, bs=bs, num_workers=0)
     parts = zip(ev.rects.split(bs), ev.weights.split(bs)) # as the loader splits the files
     for (x,y),part in zip(dl, parts):
-        ev = Evidence(*part).to(x.device)
-        yield x.as_subclass(Tensor), y.as_subclass(Tensor), ev
+        shown = Evidence(*part).to(x.device)
+        yield x.as_subclass(Tensor), y.as_subclass(Tensor), shown
 
 # %% ../../nbs/18_mix.noise.ipynb #noise-rows
 def _record_rows(rec, y, ev):
@@ -245,7 +245,7 @@ def _mixed_rows(name, mix, batches, rounds, seed):
 def noise_table(
     rows:pd.DataFrame, # From `label_noise(..., per_image=True)`
 )->pd.DataFrame:       # One row per method
-    "Mean absolute error of the label weights, error of half and half, share of images without evidence, number of images"
+    "Error of the label weights (mean absolute) and of half and half, share of images without evidence, images"
     d = rows[~rows.same]
     error = (d.label-d.oracle).abs()
     half = (.5-d.oracle).abs().where(d.label.notna())
@@ -285,7 +285,7 @@ def label_noise(
     seed:int=42,         # Of images and mixes; your own random numbers are left alone
     per_image:bool=False # A row for each mixed image, with `label` and `oracle` weight of the host
 )->pd.DataFrame:
-    "How wrong the labels of mixed images are: mean absolute error between the host's weight in the label and in the evidence"
+    "How wrong mixed labels are: mean absolute error between the host's weight in the label and in the evidence"
     with no_random(seed): batches = list(evidence_batches(dls, kind, bs, n, seed))
     res = []
     for name,mix in _by_name(mixes).items():
@@ -306,7 +306,7 @@ def plot_label_noise(
     rows:pd.DataFrame, # From `label_noise(..., per_image=True)`
     figsize:tuple=None # Size of the figure in inches, default (2.4 per method, 2.6)
 )->plt.Figure:
-    "For each method, the host's weight in the label against its weight in the evidence, with the mean of the labels over ten bins"
+    "The host's weight in the label against that in the evidence, and the mean of ten bins, for each method"
     noise = noise_table(rows)
     by_method = rows[~rows.same].dropna().groupby('method', sort=False)
     n = len(noise)
