@@ -1,5 +1,5 @@
 "What every lesson of the course keeps to, and that each rule catches a lesson that does not."
-import copy,json,lessons,pytest
+import copy,json,lab,lessons,pytest
 
 found = sorted(lessons.course.glob('*.ipynb'))
 
@@ -116,3 +116,47 @@ def test_command(capsys, tmp_path):
     judged(good()[1:], tmp_path)
     path = tmp_path/'course'/f'{name}.ipynb'
     assert lessons.main([path])==1 and 'first cell must be Markdown' in capsys.readouterr().out
+
+# The learner's working copy
+
+@pytest.fixture
+def copied(tmp_path):
+    "Folder of notebooks and its fresh copy"
+    src,dst = tmp_path/'nbs',tmp_path/'lab'
+    (src/'course').mkdir(parents=True)
+    for o in ('00_core.ipynb', 'course/01_birds.ipynb', 'course/02_mix.ipynb', '.hidden.ipynb'): (src/o).write_text(f'{o} as first copied')
+    assert lab.refresh(src, dst)==[]
+    return src,dst
+
+def test_copy_has_every_notebook(copied):
+    src,dst = copied
+    assert {p.relative_to(dst).as_posix() for p in dst.rglob('*.ipynb')}=={'00_core.ipynb', 'course/01_birds.ipynb', 'course/02_mix.ipynb'}
+
+def test_untouched_copy_follows(copied):
+    src,dst = copied
+    (src/'00_core.ipynb').write_text('better')
+    (src/'course/02_mix.ipynb').unlink()
+    assert lab.refresh(src, dst)==[]
+    assert (dst/'00_core.ipynb').read_text()=='better'
+    assert not (dst/'course/02_mix.ipynb').exists()
+
+def test_learners_work_stays(copied):
+    src,dst = copied
+    mine = dst/'course/01_birds.ipynb'
+    mine.write_text('my notes')
+    assert lab.refresh(src, dst)==[] and mine.read_text()=='my notes'
+    (src/'course/01_birds.ipynb').write_text('better')
+    for _ in range(2): assert lab.refresh(src, dst)==['course/01_birds.ipynb'] and mine.read_text()=='my notes'
+    (src/'course/02_mix.ipynb').unlink()
+    (dst/'course/02_mix.ipynb').write_text('my notes')
+    lab.refresh(src, dst)
+    assert (dst/'course/02_mix.ipynb').read_text()=='my notes'
+    mine.rename(dst/'course/mine.ipynb')
+    assert lab.refresh(src, dst)==[] and mine.read_text()=='better'
+
+def test_lost_record_overwrites_nothing(copied):
+    src,dst = copied
+    (dst/'00_core.ipynb').write_text('my notes')
+    (dst/lab.record).write_text('{cut')
+    (src/'00_core.ipynb').write_text('better')
+    assert lab.refresh(src, dst)==['00_core.ipynb'] and (dst/'00_core.ipynb').read_text()=='my notes'
