@@ -29,9 +29,11 @@ def text(s): return dict(output_type='stream', name='stdout', text=s)
 picture = dict(output_type='display_data', metadata={}, data={'image/png': 'iVBORw0KGgo=', 'text/plain': '<Figure>'})
 solution = '#| code-fold: true\n#| code-summary: "Solution"\nassert 1+1==2'
 
+def heading(k): return dict(cell_type='markdown', id=f'h{k}', metadata={'jp-MarkdownHeadingCollapsed':True}, source='#### Solution')
+
 def good():
     "The cells of a lesson that keeps every rule."
-    exercises = [o for k in (1,2,3) for o in (md(f'### Exercise {k}\n\nDo it.'), code(solution, id=f's{k}', jupyter=dict(source_hidden=True)))]
+    exercises = [o for k in (1,2,3) for o in (md(f'### Exercise {k}\n\nDo it.'), heading(k), code(solution, id=f's{k}'))]
     return [md('\n'.join(['# Lesson 2: Small', '', '> A small one', '', *lessons.badges(name)])), code(lessons.install, id='install'),
         md('Hello.\n\n## What you will be able to do\n\n- a\n- b\n- c'), md('Imports.'),
         code('from fastai.vision.all import *\nfrom cekd_fastai.all import *', id='imports'),
@@ -84,7 +86,7 @@ wrong = [('start', swap('# Lesson 2', '# Lesson 2', '# Lesson 3'), 'the first li
     ('exercises', remove('s2'), 'exercise 2 has no solution'),
     ('exercises', swap('s2', '"Solution"', '"Code"'), 'exercise 2 has no solution'),
     ('exercises', swap('s3', 'assert ', ''), 'the solution of exercise 3 asserts nothing'),
-    ('exercises', put('s1', metadata={}), 'not folded in JupyterLab'),
+    ('exercises', put('h1', metadata={}), 'not folded in JupyterLab'),
     ('code', swap('birds', 'print', '\n'*3 + 'y = 1\n'*9 + 'print'), 'cell `birds` has 11 lines'),
     ('code', swap('birds', 'print', '# why\nprint'), 'cell `birds` has a comment'),
     ('code', swap('imports', 'from cekd', 'x = 1\nfrom cekd'), 'cell `imports` mixes imports'),
