@@ -1,4 +1,4 @@
-"""Outlines through a few points, a pose, an anatomy, and a canvas to paint on
+"""Smooth outlines through a few named points, a pose, an anatomy, and a canvas to paint on
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/drawing.shapes.html.md"""
 
@@ -11,147 +11,234 @@ __all__ = ['SS', 'spline', 'ellipse', 'turn', 'Pose', 'Anatomy', 'landmarks', 'C
 import math,numpy as np
 from PIL import Image,ImageChops,ImageDraw,ImageFilter
 from dataclasses import dataclass
-from .species import BirdSpec
+from .species import BirdSpec,PARTS
 
 # %% ../../nbs/02_drawing.shapes.ipynb #spline
 def spline(
     pts, # (m,2) control points, in order round the shape
-    n:int=7 # points drawn for each control point
+    n:int=7 # Points drawn for each control point
 )->np.ndarray: # (m*n, 2)
     "A closed smooth curve through `pts` (Catmull–Rom)"
-    p1 = np.asarray(pts, float)
-    p0,p2,p3 = np.roll(p1, 1, 0),np.roll(p1, -1, 0),np.roll(p1, -2, 0)
-    t = np.linspace(0, 1, n, endpoint=False)[None,:,None]
-    p0,p1,p2,p3 = (p[:,None] for p in (p0,p1,p2,p3))
-    return (p1 + .5*t*(p2-p0 + t*(2*p0-5*p1+4*p2-p3 + t*(3*(p1-p2)+p3-p0)))).reshape(-1, 2)
+    p1 = np.asarray(pts, float)[:,None]
+    p0,p2,p3 = (np.roll(p1, k, 0) for k in (1, -1, -2))
+    t = np.linspace(0, 1, n, endpoint=False)[:,None]
+    slope = p2-p0
+    square = 2*p0-5*p1+4*p2-p3
+    cube = 3*(p1-p2)+p3-p0
+    res = p1 + .5*t*(slope + t*(square + t*cube))
+    return res.reshape(-1, 2)
 
 def ellipse(
-    cx, # centre
+    cx, # Centre
     cy,
-    rx, # radius along x
-    ry=None, # radius along y; as `rx` if not given
-    n:int=24 # corners
+    rx, # Radius along x
+    ry=None, # Radius along y; as `rx` if not given
+    n:int=24 # Corners
 )->np.ndarray: # (n, 2)
     "A polygon on an ellipse with upright axes"
     a = np.linspace(0, 2*np.pi, n, endpoint=False)
-    return np.stack([cx+rx*np.cos(a), cy+(rx if ry is None else ry)*np.sin(a)], 1)
+    if ry is None: ry = rx
+    return np.stack([cx+rx*np.cos(a), cy+ry*np.sin(a)], 1)
 
 def turn(
     pts, # (m,2)
-    deg, # degrees, clockwise on screen, where y points down
-    about=(0,0) # centre of the turn
+    deg, # Degrees, clockwise on screen, where y points down
+    about=(0,0) # Centre of the turn
 )->np.ndarray: # (m, 2)
     "`pts` turned by `deg` degrees round `about`"
-    c,s = math.cos(math.radians(deg)),math.sin(math.radians(deg))
-    return (np.asarray(pts, float)-about) @ np.array([[c,s],[-s,c]]) + about
+    a = math.radians(deg)
+    c,s = math.cos(a),math.sin(a)
+    rotation = np.array([[c,s], [-s,c]])
+    return (np.asarray(pts, float)-about) @ rotation + about
 
 # %% ../../nbs/02_drawing.shapes.ipynb #pose
+# From and to; the order of the draws is part of the pictures, so keep it
+_POSES = dict(scale=(.245, .325), x=(.03, .97), y=(.03, .97),
+    tilt=(-18, 18), head=(-26, 28), cock=(-16, 16), wing=(-4, 9), squeeze=(.82, 1))
+
 @dataclass
 class Pose:
     "How one bird stands in its picture"
-    flip:bool      # faces left
-    scale:float    # half a body length, as a share of the picture
-    x:float        # where the bird is: 0 touches the left edge, 1 the right one
+    flip:bool      # Faces left
+    scale:float    # Half a body length, as a share of the picture
+    x:float        # Where the bird is: 0 touches the left edge, 1 the right one
     y:float        # 0 touches the upper edge, 1 the lower one
-    tilt:float     # degrees added to the body plan's posture
-    head:float     # degrees the head is raised
-    cock:float     # degrees added to the tail
-    wing:float     # degrees the wing droops
-    squeeze:float  # foreshortening of the length: 1 is a pure side view
-    hue:np.ndarray # individual colour, added to the plumage
+    tilt:float     # Degrees added to the body plan's posture
+    head:float     # Degrees the head is raised
+    cock:float     # Degrees added to the tail
+    wing:float     # Degrees the wing droops
+    squeeze:float  # Foreshortening of the length: 1 is a pure side view
+    hue:np.ndarray # Individual colour, added to the plumage
     @classmethod
-    def random(cls, rng): # numpy Generator
+    def random(cls,
+        rng # numpy Generator
+    ):
         "A pose drawn from `rng`"
-        u = rng.uniform
-        return cls(bool(rng.integers(2)), u(.245, .325), u(.03, .97), u(.03, .97), u(-18, 18), u(-26, 28), u(-16, 16), u(-4, 9),
-            u(.82, 1), rng.normal(0, 11, 3))
+        flip = bool(rng.integers(2))
+        angles = {k: rng.uniform(*span) for k,span in _POSES.items()}
+        return cls(flip, **angles, hue=rng.normal(0, 11, 3))
 
 # %% ../../nbs/02_drawing.shapes.ipynb #anatomy
+# From the neck over back, rump and belly to the breast; y in half depths of the body
+_BODY = np.array([(.20, -.96), (-.30, -.80), (-.72, -.48), (-.98, -.22), (-.98, .08),
+    (-.72, .55), (-.16, .98), (.40, .94), (.86, .42)])
+
 class Anatomy:
     "A `BodyPlan` in a `Pose`: outline and landmarks in the bird's own coordinates"
-    def __init__(self, plan, pose):
-        b,R = plan.depth,plan.head
-        self.plan,self.R,self.b,self.turn_head = plan,R,b,-pose.head
-        self.hc = np.array([.74, -.72*b-.14])
-        self.wing0,self.wing1 = np.array([.50, -.12*b]),turn([(-1.08, -.06*b)], -pose.wing, (.50, -.12*b))[0]
-        self.tail0 = np.array([-.86, -.12*b])
-        self.tail1 = turn([self.tail0+(-plan.tail, 0)], plan.cock+pose.cock, self.tail0)[0]
-        head = self.at_head([(math.cos(a), math.sin(a)) for a in np.radians([10, -25, -62, -98, -135])])
-        chin = self.at_head([(math.cos(a), math.sin(a)) for a in np.radians([62, 32])])
-        body = [(.20, -.96*b), (-.30, -.80*b), (-.72, -.48*b), (-.98, -.22*b), (-.98, .08*b), (-.72, .55*b), (-.16, .98*b), (.40, .94*b), (.86, .42*b)]
-        self.outline = spline(np.concatenate([head, body, chin]))
+    def __init__(self,
+        plan, # `BodyPlan` of the genus
+        pose # `Pose` of the bird
+    ):
+        self.plan = plan
+        self.R = plan.head
+        self.b = plan.depth
+        self.turn_head = -pose.head
+        self.hc = np.array([.74, -.72*self.b-.14])
+        self.wing0 = np.array([.50, -.12*self.b])
+        self.wing1 = turn([(-1.08, -.06*self.b)], -pose.wing, self.wing0)[0]
+        self.tail0 = np.array([-.86, -.12*self.b])
+        level = self.tail0 - (plan.tail, 0) # Tip of a tail in line with the body
+        self.tail1 = turn([level], plan.cock+pose.cock, self.tail0)[0]
+        self.outline = self._outline()
 
-    def at_head(self, pts): # (m,2), in head radii from the head's centre, bill at +x
+    def _outline(self):
+        "The smooth outline of body and head: over the head to the nape, round the body, and back by the chin"
+        head = self._rim(10, -25, -62, -98, -135)
+        chin = self._rim(62, 32)
+        return spline(np.concatenate([head, _BODY*(1, self.b), chin]))
+    def _rim(self, *deg):
+        "Points on the rim of the head, in degrees below its axis"
+        return self.at_head([(math.cos(a), math.sin(a)) for a in np.radians(deg)])
+    def at_head(self,
+        pts # (m,2), in head radii from the head's centre, bill at +x
+    )->np.ndarray: # (m, 2)
         "Points given on the head, in body coordinates"
         return turn(np.asarray(pts, float)*self.R, self.turn_head) + self.hc
-    def along(self, a, b, pts): # (m,2): share of the way from `a` to `b`, and distance to its side
+    def along(self,
+        a, # Start of the axis
+        b, # Its end
+        pts # (m,2): share of the way from `a` to `b`, and distance to its side
+    )->np.ndarray: # (m, 2)
         "Points given along the axis from `a` to `b`, in body coordinates: used for wing and tail"
         ax = b-a
         side = np.array([-ax[1], ax[0]])/np.linalg.norm(ax)
         if side[1] < 0: side = -side
         pts = np.asarray(pts, float)
         return a + pts[:,:1]*ax + pts[:,1:]*side
-    def at_wing(self, pts): # (m,2)
+    def at_wing(self,
+        pts # (m,2): share of the way, and distance to the side in half depths of the body
+    )->np.ndarray: # (m, 2)
         "Points given along the wing, shoulder to tip"
         return self.along(self.wing0, self.wing1, pts*np.array([1, self.b]))
-    def at_tail(self, pts): # (m,2)
+    def at_tail(self,
+        pts # (m,2): share of the way, and distance to the side
+    )->np.ndarray: # (m, 2)
         "Points given along the tail, root to tip"
         return self.along(self.tail0, self.tail1, pts)
 
 # %% ../../nbs/02_drawing.shapes.ipynb #landmarks
-_BILLS = dict(slender=(.80, .20, .00, (62, 56, 54)), thick=(.85, .46, .10, (206, 184, 150)), # length, half depth and droop in head radii; RGB
+_BILLS = dict( # Length, half depth and droop in head radii; RGB
+    slender=(.80, .20, .00, (62, 56, 54)), thick=(.85, .46, .10, (206, 184, 150)),
     curved=(1.5, .20, .42, (58, 52, 50)), orange=(.95, .30, .02, (238, 132, 30)))
+_ON_HEAD = dict(crown=(-.05, -.84), eye=(.40, -.14), nape=(-.62, .10), throat=(.62, .78)) # In head radii
+_ON_BODY = dict(back=(-.12, -.72), belly=(-.10, .72), breast=(.66, .46)) # y in half depths of the body
 
 def landmarks(
-    an:Anatomy, # the bird's anatomy
-    spec:BirdSpec # its species
-)->dict: # part name: (x, y) in the bird's own coordinates
+    an:Anatomy, # The bird's anatomy
+    spec:BirdSpec # Its species
+)->dict: # Part name: (x, y) in the bird's own coordinates
     "Where each of the `PARTS` is"
-    b,L = an.b,_BILLS[spec.bill][0]
-    crown,eye,bill,nape,throat = an.at_head([(-.05, -.84), (.40, -.14), (.95+.3*L, .06), (-.62, .10), (.62, .78)])
-    return dict(back=(-.12, -.72*b), belly=(-.10, .72*b), bill=bill, breast=(.66, .46*b), crown=crown, eye=eye, legs=(-.08, .98*b+.3*spec.plan.leg),
-        nape=nape, tail=an.at_tail(np.array([(.62, 0)]))[0], throat=throat, wing=an.at_wing(np.array([(.40, .10)]))[0])
+    length,*_ = _BILLS[spec.bill]
+    head = _ON_HEAD | dict(bill=(.95+.3*length, .06))
+    res = dict(zip(head, an.at_head(list(head.values()))))
+    res |= {part: (x, y*an.b) for part,(x,y) in _ON_BODY.items()}
+    res['legs'] = (-.08, .98*an.b+.3*spec.plan.leg)
+    res['tail'] = an.at_tail([(.62, 0)])[0]
+    res['wing'] = an.at_wing([(.40, .10)])[0]
+    return {part: res[part] for part in PARTS}
 
 # %% ../../nbs/02_drawing.shapes.ipynb #canvas
-SS = 3 # supersampling: drawn at 3 times the size, then scaled down
+SS = 3 # Supersampling: drawn at 3 times the size, then scaled down
+
+def _flat(pts):
+    "Points as PIL takes them: one list of x, y, x, y, …"
+    return pts.ravel().tolist()
 
 class Canvas:
-    "A supersampled sheet that takes polygons in the bird's own coordinates and keeps masks of the bird and of what hides it"
-    def __init__(self, bg, size, pose, an):
-        self.n,self.u = size*SS,size*SS*pose.scale
+    "A supersampled sheet for polygons in the bird's own coordinates, with masks of the bird and of what hides it"
+    def __init__(self,
+        bg, # Picture of the surroundings
+        size, # Side of the final picture, in pixels
+        pose, # `Pose` of the bird
+        an # Its `Anatomy`
+    ):
+        self.n = size*SS
+        self.u = size*SS*pose.scale
         self.im = bg.resize((self.n, self.n), Image.BICUBIC)
-        self.bird,self.front = Image.new('L', self.im.size),Image.new('L', self.im.size)
-        self.tilt,self.pose = -(an.plan.posture+pose.tilt),pose
-        pts = self.px(np.concatenate([an.outline, [an.tail1], an.at_head([(1.8, .1)])]), c=(0,0))
-        lo,hi = pts.min(0),pts.max(0)+(0, an.plan.leg*self.u)
-        self.c = np.array([pose.x, pose.y])*(self.n-(hi-lo)) - lo
-    def px(self, pts, c=None): # (m,2) bird coordinates
+        self.bird = self._mask()
+        self.front = self._mask()
+        self.pose = pose
+        self.tilt = -(an.plan.posture+pose.tilt)
+        self.c = self._place(an)
+
+    def _mask(self):
+        "An empty mask of the sheet's size"
+        return Image.new('L', (self.n, self.n))
+    def _place(self, an):
+        "Where the body's centre falls on the sheet, so that all of the bird is in the picture"
+        ends = [an.outline, [an.tail1], an.at_head([(1.8, .1)])]
+        pts = self.px(np.concatenate(ends), c=(0,0))
+        lo = pts.min(0)
+        hi = pts.max(0) + (0, an.plan.leg*self.u)
+        return np.array([self.pose.x, self.pose.y])*(self.n-(hi-lo)) - lo
+    def px(self,
+        pts, # (m,2) bird coordinates
+        c=None # Where the body's centre falls on the sheet; the canvas' own place if not given
+    )->np.ndarray: # (m, 2)
         "Sheet coordinates of points in the bird's own coordinates"
-        p = turn(np.asarray(pts, float)*(self.pose.squeeze, 1), self.tilt)*self.u
+        p = np.asarray(pts, float)*(self.pose.squeeze, 1)
+        p = turn(p, self.tilt)*self.u
         if self.pose.flip: p = p*(-1, 1)
         return p + (self.c if c is None else c)
-    def stencil(self, polys, clip=None, blur=0): # list of (m,2) polygons in bird coordinates
-        "A mask of `polys`, with soft edges of `blur` half body lengths, kept within the mask `clip`"
-        m = Image.new('L', self.im.size)
-        for p in polys: ImageDraw.Draw(m).polygon(self.px(p).ravel().tolist(), fill=255)
+    def stencil(self,
+        polys, # List of (m,2) polygons in bird coordinates
+        clip=None, # Mask within which the stencil is kept
+        blur=0 # Softness of the edges, in half body lengths
+    )->Image.Image: # 'L' mask
+        "A mask of `polys`, with soft edges, kept within the mask `clip`"
+        m = self._mask()
+        draw = ImageDraw.Draw(m)
+        for p in polys: draw.polygon(_flat(self.px(p)), fill=255)
         if blur: m = m.filter(ImageFilter.BoxBlur(blur*self.u))
         return m if clip is None else ImageChops.multiply(m, clip)
-    def paint(self, polys, rgb, clip=None, blur=0, alpha=1.):
+    def paint(self,
+        polys, # List of (m,2) polygons in bird coordinates
+        rgb, # Their colour
+        clip=None, # Mask within which the paint is kept
+        blur=0, # Softness of the edges, in half body lengths
+        alpha=1. # Opacity
+    )->Image.Image: # 'L' mask of what was painted
         "Paint `polys` on the bird; without `clip` they also extend it"
         m = self.stencil(polys, clip, blur)
         if clip is None: self.bird = ImageChops.lighter(self.bird, m)
         if alpha < 1: m = m.point(lambda v: int(v*alpha))
         self.im.paste(tone(rgb), mask=m)
         return m
-    def lines(self, lines, rgb, width): # width in half body lengths
+    def lines(self,
+        lines, # List of (m,2) lines in bird coordinates
+        rgb, # Their colour
+        width # In half body lengths
+    ):
         "Thin lines over what is painted already"
-        d = ImageDraw.Draw(self.im)
-        for l in lines: d.line(self.px(l).ravel().tolist(), fill=tone(rgb), width=max(1, round(width*self.u)))
+        draw = ImageDraw.Draw(self.im)
+        pixels = max(1, round(width*self.u))
+        for l in lines: draw.line(_flat(self.px(l)), fill=tone(rgb), width=pixels)
 
 def tone(
-    rgb, # three numbers
-    k=1., # factor
-    add=0 # number, or one for each channel
-)->tuple: # three integers, 0-255
+    rgb, # Three numbers
+    k=1., # Factor
+    add=0 # Number, or one for each channel
+)->tuple: # Three integers, 0-255
     "`rgb` times `k` plus `add`, as integers from 0 to 255"
-    return tuple(int(v) for v in np.clip(np.asarray(rgb)*k+add, 0, 255))
+    res = np.clip(np.asarray(rgb)*k+add, 0, 255)
+    return tuple(int(v) for v in res)
