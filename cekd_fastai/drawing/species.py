@@ -14,7 +14,7 @@ from itertools import zip_longest
 
 # %% ../../nbs/01_drawing.species.ipynb #marks
 PARTS = ('back', 'belly', 'bill', 'breast', 'crown', 'eye', 'legs', 'nape', 'tail', 'throat', 'wing')
-MARKS = dict(
+MARKS = dict( # Options of each mark, and the adjective of each
     bill=dict(slender='Slender-billed', thick='Thick-billed', curved='Curve-billed', orange='Orange-billed'),
     crown=dict(plain='Plain-crowned', black='Black-capped', red='Red-crowned', white='White-crowned',
         gold='Gold-crowned'),
@@ -47,7 +47,7 @@ def _plan(genus, upper, under, legs, shape, **marks):
     worn = plainest | marks
     return BodyPlan(genus, upper, under, legs, *shape, marks=tuple(worn.values()))
 
-PLANS = (
+PLANS = ( # Upper side, under side and legs; depth, head, tail, leg, posture and cock; marks
     _plan('Finch', (122,98,66), (214,190,150), (150,105,90), (.66,.43,.85,.26,22,4)),
     _plan('Thrush', (128,88,60), (226,210,182), (190,150,120), (.58,.38,.90,.46,34,0), breast='spotted'),
     _plan('Warbler', (110,114,64), (214,202,126), (90,72,60), (.50,.38,.80,.32,14,6), wing='barred'),
@@ -120,8 +120,7 @@ def bird_species(
     n:int=20 # Number of species, 2 to `MAX_SPECIES`
 )->list: # `n` times `BirdSpec`, genus by genus
     "The first `n` species: genera of four (more when all twelve are full) whose members differ by one mark or two"
-    if not 2 <= n <= MAX_SPECIES:
-        raise ValueError(f'n_species is {n}: the marks can be combined to between 2 and {MAX_SPECIES} species')
+    if not 2 <= n <= MAX_SPECIES: raise ValueError(f'n_species is {n}: pass a number between 2 and {MAX_SPECIES}')
     per_genus = max(4, math.ceil(n/len(PLANS)))
     return [_nth_species(*divmod(i, per_genus)) for i in range(n)]
 
