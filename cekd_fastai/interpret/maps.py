@@ -224,7 +224,8 @@ def _shown_batch(learn, items):
     b = _item_batch(learn, items)
     b.ims = _pictures(b.dl, b.x)
     b.boxes = _item_boxes(learn, b.files)
-    b.frames = [None]*len(b.ims) if b.boxes is None else b.boxes.tolist()
+    if b.boxes is None: b.frames = [None]*len(b.ims)
+    else: b.frames = b.boxes.tolist()
     return b
 
 def _draw_photos(axs, b):
