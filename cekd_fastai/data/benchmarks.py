@@ -26,10 +26,10 @@ class Benchmark:
     n_classes:int   # In all
     n_train:int     # Official number of training images
     n_test:int      # Official number of test images
-    fetch:Callable  # () -> folder, gets the files if they are not there
-    reader:Callable # Folder -> `ImageTable`
+    fetch:Callable  # Gets the files if they are not there, returns their folder
+    reader:Callable # Makes an `ImageTable` of that folder
     gb:float        # Size of the download in gigabytes
-    papers:str      # Which of the methods here were measured on it
+    papers:str      # Methods of this project that were measured on it
     source:str      # Where `fetch` gets it from
     licence:str     # Of the images, in words
     paper:str       # To cite

@@ -26,7 +26,7 @@ class _Local(dict):
 
 # %% ../../nbs/10_data.loaders.ipynb #label
 class TableLabeller(Transform):
-    "Class name of a path: that of its folder, or as a table says; an exported learner keeps the rule, not the table"
+    "Class name of a path: that of its folder, or the table's; an exported learner keeps the rule, not the table"
     def __init__(self,
         table # `ImageTable`
     ):

@@ -328,6 +328,6 @@ def few_shot(self:ImageTable,
     keep = ~self.is_train
     for o,rows in self._train_rows(n, 'pass a smaller per_class').items():
         draw = random.Random(f'{seed}/{o}')
-        order = draw.sample(rows, len(rows)) # of them all, so that a larger `n` keeps these and adds to them
+        order = draw.sample(rows, len(rows)) # Of them all, so that a larger `n` keeps these and adds to them
         keep[order[:n]] = True
     return self._rows(keep)
