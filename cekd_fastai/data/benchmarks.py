@@ -62,6 +62,7 @@ def _smallest(table):
     return ' and '.join(least)
 
 # %% ../../nbs/09_data.benchmarks.ipynb #registry
+# chkstyle: off
 _OXFORD = 'https://www.robots.ox.ac.uk/~vgg/data/'
 _DOGS = 'http://vision.stanford.edu/aditya86/ImageNetDogs/'
 _CINIC = 'https://datashare.ed.ac.uk/bitstream/handle/10283/3192/CINIC-10.tar.gz'
@@ -91,6 +92,7 @@ STATS = dict( # Mean and standard deviation of the training part
     svhn=([0.4377,0.4438,0.4728], [0.1980,0.2010,0.1970]))
 
 # %% ../../nbs/09_data.benchmarks.ipynb #registry2
+# chkstyle: off
 _NC = 'non-commercial research'
 _BY_HAND = dict(
     cars="the authors' page is gone; get cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat "
@@ -167,6 +169,7 @@ _FINE = (
         paper='Van Horn et al., CVPR 2015'))
 
 # %% ../../nbs/09_data.benchmarks.ipynb #registry-small
+# chkstyle: off
 def _read_as(path, recipe, stats):
     "Class folders with a recipe and statistics of their own"
     t = read_folders(path)
@@ -211,6 +214,7 @@ _SMALL = (
         paper='Netzer et al., 2011'))
 
 # %% ../../nbs/09_data.benchmarks.ipynb #registry-large
+# chkstyle: off
 _LARGE = (
     Benchmark('imagenet', 'ImageNet 2012', 1000, 1281167, 50000,
         fetch=_by_hand('imagenet'),
@@ -269,7 +273,7 @@ def _source_table(source, root, valid_pct, seed, **columns):
 def read_table(
     source,         # Name of a benchmark, path of a folder, `DataFrame` or CSV file, or `ImageTable`
     classes=None,   # An int for the first so many classes, or a list of names; all if None
-    valid_pct=None, # Share of train to hold out for validation; None for the official split, and 0.2 where there is none
+    valid_pct=None, # Share of train to hold out for validation; the official split if None, 0.2 where there is none
     seed=42,        # Of the draws
     verify=False,   # Decode every image once, warn of those that cannot be read, and leave them out
     root=None,      # Folder with the files of a named benchmark; fastai's data folder if None

@@ -50,6 +50,7 @@ def _scale_cub(src, dst, ratio):
         lines.append(f'{k} {scaled}')
     dst.write_text('\n'.join(lines)+'\n', encoding='utf-8')
 
+# %% ../../nbs/11_data.check.ipynb #scale-corners
 def _scale_start(v, r):
     "The first pixel of a box, counted from 1, scaled and rounded outwards"
     return max(1, math.floor((v-1)*r)+1)
@@ -63,6 +64,7 @@ def _scale_corners(corners, r):
     x1,y1,x2,y2 = corners
     return [_scale_start(x1, r), _scale_start(y1, r), _scale_end(x2, r), _scale_end(y2, r)]
 
+# %% ../../nbs/11_data.check.ipynb #scale2
 def _scale_aircraft(src, dst, ratio):
     "Write corners of Aircraft, scaled by the ratio of each picture"
     by_stem = {k.stem:v for k,v in ratio.items()}
@@ -73,7 +75,6 @@ def _scale_aircraft(src, dst, ratio):
         lines.append(' '.join([k, *map(str, scaled)]))
     dst.write_text('\n'.join(lines)+'\n')
 
-# %% ../../nbs/11_data.check.ipynb #scale2
 def _scale_cars(src, dst, ratio):
     "Write corners of Cars, scaled by the ratio of each picture"
     rows = _mat_rows(src, 'annotations').copy()
@@ -85,11 +86,8 @@ def _scale_cars(src, dst, ratio):
         for k,v in zip(_CARS_CORNERS, scaled): o[k] = v
     savemat(dst, dict(annotations=rows))
 
-_SCALE = {
-    'bounding_boxes.txt': _scale_cub,
-    'images_box.txt': _scale_aircraft,
-    'cars_train_annos.mat': _scale_cars,
-    'cars_test_annos_withlabels.mat': _scale_cars}
+_SCALE = {'bounding_boxes.txt':_scale_cub, 'images_box.txt':_scale_aircraft}
+_SCALE |= dict.fromkeys(('cars_train_annos.mat','cars_test_annos_withlabels.mat'), _scale_cars)
 
 # %% ../../nbs/11_data.check.ipynb #shrink
 _QUALITY = ('JPEG','WEBP')

@@ -29,6 +29,7 @@ def _rgb(im):
     if im.mode=='P': im = im.convert('RGBA') # A palette may have a transparent colour
     return im.convert('RGB')
 
+# %% ../../nbs/06_data.image.ipynb #crop-box
 def _span(start, end, most):
     "A span of pixels in whole numbers, from 0 to `most`"
     return max(0, round(start)),min(most, round(end))
@@ -87,9 +88,9 @@ def open_image(
         return PILImage(_rgb(ImageOps.exif_transpose(im)))
     is_file = isinstance(fn, (Path,str,bytes)) or hasattr(fn, 'read')
     if not is_file: return PILImage(_rgb(PILImage.create(fn)))
+    gone = f'{fn} does not exist: check the path, or build the table again'
     try: return _read(io.BytesIO(fn) if isinstance(fn, bytes) else fn, draft, box)
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f'{fn} does not exist: check the path, or build the table again') from e
+    except FileNotFoundError as e: raise FileNotFoundError(gone) from e
     except Exception as e: raise OSError(_not_read(fn, e)) from e
 
 # %% ../../nbs/06_data.image.ipynb #fault

@@ -225,8 +225,8 @@ def _check_loading(table, bs, in_memory, balanced, item_tfms, kwargs):
     if in_memory and item_tfms is not None:
         remedy = 'pass yours as batch_tfms, or leave in_memory out'
         raise ValueError(f"in_memory=True keeps pictures as the recipe's item transforms leave them: {remedy}")
-    if balanced and 'dl_type' in kwargs:
-        raise ValueError('balanced=True has a dl_type of its own: leave one of them out')
+    twice = balanced and 'dl_type' in kwargs
+    if twice: raise ValueError('balanced=True has a dl_type of its own: leave one of them out')
 
 _SPREADSHEET = ('fn_col','label_col','valid_col','group_col','folder','suff')
 
@@ -250,7 +250,7 @@ def fine_grained_dls(
     crop_to_box=False, # Cut every picture to the box around its object
     recipe=None,       # One of `RECIPES`; the data set's if None
     stats=None,        # Mean and standard deviation, or an architecture as for `norm_stats`; the data set's if None
-    **kwargs           # Columns as for `read_table`, and arguments of `DataBlock.dataloaders` such as `val_bs`, `device`
+    **kwargs           # Columns as for `read_table`, and arguments of `DataBlock.dataloaders` such as `val_bs`
 ):                     # `DataLoaders`
     "A benchmark, a folder or a spreadsheet of images as `DataLoaders`; an error names what is wrong with the data"
     check_count(bs=bs)

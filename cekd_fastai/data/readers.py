@@ -80,8 +80,7 @@ def _all_there(files, root, listed):
     raise FileNotFoundError(f'{what}: {names}; extract the archive again')
 
 # %% ../../nbs/08_data.readers.ipynb #cub
-_CUB_FILES = ('images.txt','classes.txt','image_class_labels.txt','train_test_split.txt',
-    'bounding_boxes.txt','hierarchy.txt')
+_CUB_FILES = 'images classes image_class_labels train_test_split bounding_boxes hierarchy'.split()
 
 def cub_folder(
     path # Folder, or the folder around it
@@ -117,7 +116,7 @@ def read_cub(
     files = [root/'images'/o for o in images.values()]
     _all_there(files, root, root/'images.txt')
     boxes = _numbers(root/'bounding_boxes.txt', images)
-    sources = [o for o in root.glob('*.txt') if o.name in _CUB_FILES]
+    sources = [o for o in root.glob('*.txt') if o.stem in _CUB_FILES]
     return ImageTable(files, labels, is_valid, names.values(), root, boxes=boxes, sources=sources)
 
 # %% ../../nbs/08_data.readers.ipynb #list
@@ -137,6 +136,7 @@ def _images(path):
         res += [Path(folder)/o for o in _shown(names) if _is_image(o)]
     return sorted(res)
 
+# %% ../../nbs/08_data.readers.ipynb #class-folders
 def _class_folders(path):
     "{name: images} of the folders in `path` that hold images"
     names = _shown(o.name for o in path.iterdir() if o.is_dir())
@@ -180,14 +180,14 @@ def _split_folders(path, valid_pct, seed):
 
 def read_folders(
     path,           # Folder of class folders, or of train/ and valid/, val/ or test/ with class folders in them
-    valid_pct=None, # Share of each class for validation: of all images where path has no train/ (0.2 if None), else of train/
+    valid_pct=None, # Share of each class for validation: of train/ where there is one, else of all images (0.2 if None)
     seed=42         # Of that split
 ):                  # `ImageTable`
     "Read class folders, split by folder or else class by class; `ValueError` names a class with too few images"
     path = Path(path)
     train = path/'train'
-    if not train.is_dir() or not any(o.is_dir() for o in train.iterdir()):
-        return _split_folders(path, ifnone(valid_pct, .2), seed)
+    has_parts = train.is_dir() and any(o.is_dir() for o in train.iterdir())
+    if not has_parts: return _split_folders(path, ifnone(valid_pct, .2), seed)
     t = _folder_parts(path)
     return t if valid_pct is None else t.holdout(valid_pct, seed)
 
@@ -341,13 +341,8 @@ def read_small(
     return _train_test(train, test, path, recipe=recipe, stats=stats)
 
 # %% ../../nbs/08_data.readers.ipynb #layouts
-_LAYOUTS = {
-    'images.txt': read_cub,
-    'stanford_cars': read_cars,
-    'fgvc-aircraft-2013b': read_aircraft,
-    'oxford-iiit-pet': read_pets,
-    'flowers-102': read_flowers,
-    'train_list.mat': read_dogs}
+_LAYOUTS = {'images.txt':read_cub, 'stanford_cars':read_cars, 'fgvc-aircraft-2013b':read_aircraft,
+    'oxford-iiit-pet':read_pets, 'flowers-102':read_flowers, 'train_list.mat':read_dogs}
 
 def _layout_reader(path):
     "The reader of the layout whose mark lies in `path`, None if there is none"

@@ -175,6 +175,7 @@ def _split(name, n, valid_pct, seed):
     valid = set(draw.sample(range(n), n_valid))
     return [i in valid for i in range(n)]
 
+# %% ../../nbs/05_data.table.ipynb #split-groups
 def _rows_by(values):
     "{value: its rows} of a list of values"
     return groupby(range(len(values)), values.__getitem__)
@@ -282,6 +283,7 @@ def _named(self:ImageTable, classes):
         if o not in self.classes: raise ValueError(f'no class {o!r} in {self.root}: {near_hint(o, self.classes)}')
     return names
 
+# %% ../../nbs/05_data.table.ipynb #rows
 def _pick(column, rows):
     "Some of the rows of a column, None if there is no such column"
     return None if column is None else [column[i] for i in rows]
