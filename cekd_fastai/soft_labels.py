@@ -1,4 +1,4 @@
-"""Online label smoothing, progressive self-distillation (PS-KD) and stored targets: a second target for each image, made from what the network predicted before
+"""Online label smoothing, progressive self-distillation (PS-KD) and stored targets: what a network predicted before softens its labels
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/soft_labels.html.md"""
 
@@ -34,7 +34,8 @@ def remembered_in(
     net:nn.Module, # Any network
 )->Remembered:
     "What `net` remembers, attached to it where there is nothing yet"
-    parts = [m for m in net.modules() if not isinstance(m, nn.Sequential)] # a `Sequential` would run whatever is attached to it
+    # a `Sequential` would run whatever is attached to it
+    parts = [m for m in net.modules() if not isinstance(m, nn.Sequential)]
     home = first(m for m in parts if has_children(m)) or parts[0]
     if not isinstance(getattr(home, 'remembered', None), Remembered): home.remembered = Remembered()
     return home.remembered
@@ -101,7 +102,8 @@ def unmixed(
     rec, # `MixRecord` of a batch
 )->Tensor:
     "Which images of a mixed batch were left alone, shape (B,)"
-    if isinstance(rec.box_a, tuple): return torch.zeros_like(rec.lam_a, dtype=torch.bool) # one box, which is in every image
+    one_box = isinstance(rec.box_a, tuple) # which is in every image
+    if one_box: return torch.zeros_like(rec.lam_a, dtype=torch.bool)
     return ~rec.mixed
 
 @patch
@@ -124,7 +126,8 @@ def before_batch(self:SoftLabels):
     "Look up the soft targets of the batch"
     self.labels = self.learn.yb[0].as_subclass(Tensor)
     if self.labels.is_floating_point() or self.labels.ndim!=1:
-        raise ValueError(f"`{self}` softens one class for each image, but the labels are vectors: use it with class labels.")
+        raise ValueError(f"`{self}` softens one class for each image, but the labels are vectors: "
+            "use it with class labels.")
     if self.by_row: self.rows = self.rows_of(self.learn, self.labels)
     self.soft = self.targets(self.labels)
 
@@ -152,13 +155,15 @@ def check(self:SoftLabels):
     "Refuse a learner whose labels cannot be softened, in one sentence"
     cbs,loss,owner = self.learn.cbs,self.learn.loss_func,loss_owner(self.learn)
     if isinstance(_inner(loss), nn.BCEWithLogitsLoss):
-        raise ValueError(f"`{self}` softens one class for each image, but the loss is for several labels: use a cross-entropy.")
+        raise ValueError(f"`{self}` softens one class for each image, but the loss is for several labels: "
+            "use a cross-entropy.")
     others = [cb for cb in cbs if isinstance(cb, SoftLabels) and cb is not self]
     if others: raise ValueError(f"`{self}` and `{others[0]}` would soften the same labels: keep one of them in `cbs`.")
     if owner is not None and not getattr(owner, 'takes_soft', False):
-        raise ValueError(f"`{owner}` writes the loss and does not look at soft labels: leave `{self}` out, or train with `BranchLoss` or `CEKD`.")
+        raise ValueError(f"`{owner}` writes the loss and does not look at soft labels: "
+            f"leave `{self}` out, or train with `BranchLoss` or `CEKD`.")
     foreign = first(cb for cb in cbs if isinstance(cb, MixHandler))
-    if foreign: raise ValueError(f"`{self}` cannot tell how `{foreign}` has mixed a batch: use the mixes of this library.")
+    if foreign: raise ValueError(f"`{self}` cannot tell what `{foreign}` has mixed: use the mixes of this library.")
     self._check_unmixed(owner)
 
 @patch
@@ -166,7 +171,8 @@ def _check_unmixed(self:SoftLabels, owner):
     "Refuse a learner that never looks at an unmixed image"
     mix,has_clean = self.mixer,getattr(owner, 'needs_clean', False)
     if mix is None or has_clean or mix.prob<1 or mix.stop_at<1: return
-    raise ValueError(f"`{self}` learns from unmixed images, but `{mix}` mixes all: give it `prob=.6`, say, which leaves some batches alone.")
+    raise ValueError(f"`{self}` learns from unmixed images, but `{mix}` mixes all: "
+        "give it `prob=.6`, say, which leaves some batches alone.")
 
 # %% ../nbs/24b_soft_labels.ipynb #base-fit
 @patch
@@ -284,7 +290,7 @@ def after_train(self:_ByRow):
 
 # %% ../nbs/24b_soft_labels.ipynb #pskd
 class PSKD(_ByRow):
-    "Progressive self-distillation (arXiv 2006.12000): an image's prediction of the epoch before takes a growing share of its label"
+    "Progressive self-distillation (arXiv 2006.12000): an image's last prediction takes a growing share of its label"
     def __init__(self,
         alpha:float=.8, # Share of the prediction in the label in the last epoch
     ):
@@ -304,7 +310,7 @@ class PSKD(_ByRow):
 
 # %% ../nbs/24b_soft_labels.ipynb #stored
 class StoredTargets(_ByRow):
-    "What the network predicted for unmixed images, averaged over epochs, is the soft target of their mixes; no clean pass"
+    "Predictions for unmixed images, averaged over epochs, are the soft target of their mixes; no clean pass"
     known = None # Which images of this step have a prediction, shape (B,)
     _stateattrs = SoftLabels._stateattrs + ('known',)
     def __init__(self,
@@ -342,7 +348,8 @@ def check(self:StoredTargets):
     "Refuse a learner that mixes nothing, and what no learner can be softened with"
     SoftLabels.check(self)
     if self.mixer is not None: return
-    raise ValueError("`StoredTargets` teaches about mixed images, but nothing mixes: add `MixUp(prob=.6)`, say, to `cbs`.")
+    raise ValueError("`StoredTargets` teaches about mixed images, but nothing mixes: "
+        "add `MixUp(prob=.6)`, say, to `cbs`.")
 
 @patch
 def after_batch(self:StoredTargets):
