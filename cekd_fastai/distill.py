@@ -224,6 +224,7 @@ class Components(Callback):
 class BranchLoss(Distill):
     "Train every branch with the learner's own loss, until a distillation callback takes over"
     loss_rank = 1
+    trains = ('mid',) # Every row of logits learns, also that of a classifier beside the branches
     def _loss(self, z):
         "Task loss of the logits (B, K) of one branch"
         lf,y = self.learn.loss_func,tuple(self.learn.yb)
