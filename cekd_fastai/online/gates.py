@@ -6,7 +6,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/online.gates.html.md"""
 
 # %% auto #0
 __all__ = ['GATES', 'CD_FORMS', 'MeanGate', 'Maps', 'SafeBN', 'ONEGate', 'FFMGate', 'FAUGate', 'FusionGate', 'LeaderGate',
-           'classifier_weight', 'cd_loss', 'GateNet', 'gate_splitter', 'gate_net']
+           'classifier_weight', 'cd_loss', 'GateNet', 'gate_splitter', 'gate_apart', 'gate_net']
 
 # %% ../../nbs/30_online.gates.ipynb #imports
 from fastai.vision.all import *
@@ -229,6 +229,13 @@ def gate_splitter(
     "Parameter groups of a `GateNet`: trunk, branches, heads and gate; every parameter once"
     last = params(model.heads)+params(model.gate)
     return L(params(model.trunk), params(model.branches), last).filter(len)
+
+def gate_apart(
+    model:GateNet, # The network
+)->L:
+    "The same groups, with the gate as one of its own at the end, for a weight decay of its own"
+    groups = (model.trunk,model.branches,model.heads,model.gate)
+    return L(params(m) for m in groups).filter(len)
 
 # %% ../../nbs/30_online.gates.ipynb #pick
 @patch
