@@ -156,39 +156,42 @@ def _meal_runs():
     return res
 
 # %% ../nbs/42_recipes.ipynb #differs-code
-# chkstyle: off
 _EVERY = ["The last batch of an epoch is left out where it is incomplete; the authors' code trains on it."]
 _BEST = ["The authors' code reports the best of all epochs on the test images, this run the last epoch."]
 _RAMP = ["The weight of the distillation rises with each step, in the authors' code with each epoch."]
-_PCL = ["The figure is from the table of PCL, whose code was not published: optimiser and schedule are those of {code}."]
-_MEMBER = ["The figure is the accuracy of one {member}: compare it with those in brackets, not with that of all together."]
-_CIFAR10_STATS = ["Pictures are normalised by the statistics of {data}; the authors' code takes slightly other constants."]
-_VGG = ["The network starts from torch's linear layers; OKDDip's VGG starts them from N(0, 0.01)."]
+_TABLE = ["The figure is from the table of PCL, whose code was not published: optimiser and schedule are those of {code}."]
+_MEMBER = ["The figure is that of one {member}: compare it with those in brackets, not with that of all together."]
+_PIXELS = ["Pictures are normalised by the statistics of {data}; the authors' code takes slightly other constants."]
+_VGG = ["Linear layers start as torch's; those of OKDDip's VGG from N(0, 0.01)."]
 _WHOLE = ["Three whole networks teach each other; how many the table's runs had was not published."]
+_PCL = _TABLE + _MEMBER + _BEST
 
-DIFFERS = dict(
-    plain=_BEST,
-    snapmix=_BEST + ["Where a map is constant, both weights of a pair become shares of pixels; the authors' code replaces only that of the constant map."],
-    cekd=["CEKD has published neither code nor settings: the method is reconstructed from its abstract, and the recipe is SnapMix's.",
-        "Maps come from the pass over the unmixed images that CEKD makes anyway, and are not rectified: no change after a last ReLU."],
-    dml=_PCL + _MEMBER + _BEST + _WHOLE + ["Each network learns from each of the others; OKDDip's script has their mean as its default."],
-    kdcl=_PCL + _MEMBER + _BEST + _WHOLE + _RAMP + ["No code of KDCL is known: the target is the mean of all networks, the simplest of its family."],
-    one=_PCL + _MEMBER + _BEST + _RAMP,
-    okddip=_PCL + _BEST + _RAMP,
-    ffl=_PCL + _MEMBER + _RAMP + ["FFL's own code, whose settings these are, normalises pictures by slightly other constants."],
-    diversity=["No code of FFM + CD was published: optimiser and schedule are those of OKDDip, and the form of the diversification is inferred.", *_RAMP],
-    css=_BEST + _CIFAR10_STATS + ["In the file of results, `distance` compares class probabilities; `diversity(learn, joint=True)` compares the joint ones, as the authors do."],
-    meal=_BEST + _CIFAR10_STATS + ["Teachers are yours; their running statistics stay as they are, while the authors' drift unread.",
-        "Convolutions start from N(0, 2/fan-out), the authors' from torch's default.",
-        "The authors lowered the rate by hand, at about these epochs."],
-    v2=["Pictures are scaled and cropped at random; the authors crop a random share of the area (RandomResizedCrop).",
-        "Weights are those that timm had under the names of student and teachers in 2020, as far as known."])
+DIFFERS = dict(plain=_BEST, one=_PCL+_RAMP, okddip=_TABLE+_BEST+_RAMP, css=_BEST+_PIXELS)
+DIFFERS['one-own'] = _BEST + _PIXELS + _RAMP
+DIFFERS['snapmix'] = _BEST + ["Where a map is constant, both weights of a pair become shares of pixels; the authors' code "
+    "replaces only that of the constant map."]
+DIFFERS['cekd'] = ["CEKD has published neither code nor settings: the method is reconstructed from its abstract, and the "
+    "recipe is SnapMix's.", "Maps come from the pass over the unmixed images that CEKD makes anyway."]
+DIFFERS['dml'] = _PCL + _WHOLE + ["Each network learns from each of the others; OKDDip's script takes their mean by default."]
+DIFFERS['kdcl'] = _PCL + _WHOLE + _RAMP + ["No code of KDCL is known: the target is the mean of all networks, the simplest "
+    "of its family."]
+DIFFERS['ffl'] = _TABLE + _MEMBER + _RAMP + ["FFL's own code normalises pictures by slightly other constants."]
+DIFFERS['diversity'] = _RAMP + ["No code of FFM + CD was published: optimiser and schedule are those of OKDDip, and the "
+    "form of the diversification is inferred."]
+DIFFERS['css'] += ["`distance` in the results compares class probabilities; `diversity(learn, joint=True)` compares the "
+    "joint ones, as the authors do."]
+DIFFERS['meal'] = _BEST + _PIXELS + ["Teachers are yours; their running statistics stay as they are, while the authors' "
+    "drift unread.", "Convolutions start from N(0, 2/fan-out), the authors' as torch's.",
+    "The authors lowered the rate by hand, at about these epochs."]
+DIFFERS['v2'] = ["Pictures are scaled and cropped at random; the authors crop a random share of the area "
+    "(RandomResizedCrop).", "Weights are those that timm had under these names in 2020, as far as known."]
 
 # %% ../nbs/42_recipes.ipynb #differs-of
 def _family(name, run):
     "The entry of `DIFFERS` for a recipe"
-    if name.startswith('meal-v2'): return 'v2'
-    return 'snapmix' if run['method']=='plain' and run['mix']=='snapmix' else run['method']
+    special = {'meal-v2':'v2', 'one-own':'one-own', 'snapmix':'snapmix'}
+    found = [v for k,v in special.items() if name.startswith(k)]
+    return found[0] if found else run['method']
 
 def differences(
     name:str, # Of the recipe
@@ -196,12 +199,10 @@ def differences(
 )->list:      # Sentences
     "What stands between a recipe and the paper's run"
     lines = DIFFERS[_family(name, run)] + _EVERY
-    if name.startswith('one-own'): # its own code, whose figures are not among ours
-        lines = _BEST + _CIFAR10_STATS + _RAMP + _EVERY
-    if 'cifar_vgg16' in run['arch'] and 'arch_args' not in run: lines = lines + _VGG
-    words = dict(code="FFL's own code" if run['method']=='ffl' else "OKDDip's code", data=run['data'])
-    words['member'] = 'network' if run['method'] in ('dml','kdcl') else 'branch'
-    return [o.format(**words) for o in lines]
+    if 'vgg16' in run['arch'] and 'arch_args' not in run: lines = lines + _VGG
+    code = "FFL's own code" if run['method']=='ffl' else "OKDDip's code"
+    member = 'network' if run['method'] in ('dml','kdcl') else 'branch'
+    return [o.format(code=code, member=member, data=run['data']) for o in lines]
 
 _runs = _fine_runs() | _cifar_runs() | _meal_runs()
 PAPER_RUNS = {k:v | dict(differs=differences(k, v)) for k,v in _runs.items()}
