@@ -173,7 +173,7 @@ def register_builder(
     BUILDERS[f.__name__] = _f
     return _f
 
-# %% ../nbs/20_branches.ipynb #build-net
+# %% ../nbs/20_branches.ipynb #build-pieces
 def _named(parts):
     "A sequence of `(name, module)` pairs that keeps the names"
     return nn.Sequential(OrderedDict((n.replace('.', '_'),m) for n,m in parts))
@@ -192,6 +192,7 @@ def _check_start(arch, pretrained=True, weights=None, **kwargs):
     else: return
     raise ValueError(f"`own_start` draws random weights for each branch, but {why}.")
 
+# %% ../nbs/20_branches.ipynb #build-net
 @delegates(make_arch)
 @register_builder
 def branch_net(

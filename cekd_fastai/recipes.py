@@ -64,8 +64,11 @@ _fine = _nesterov | dict(size=448, bs=16, epochs=200, lr=1e-3, wd=1e-4, mileston
 _scratch = _fine | dict(epochs=300, lr=1e-2, milestones=[150,225,270], no_pretrained=True)
 _snapmix = dict(method='plain', mix='snapmix', mix_args=['alpha=5','official=True'])
 _mid = dict(learner_args=['mid=True'])
-_FINE = dict(plain=dict(method='plain', mix='none'), snapmix=_snapmix, cekd=dict(method='cekd', mix='snapmix'))
-_FINE |= {'plain-mid': _FINE['plain']|_mid, 'snapmix-mid': _snapmix|_mid}
+_plain = dict(method='plain', mix='none')
+_FINE = dict(plain=_plain, snapmix=_snapmix)
+_FINE['cekd'] = dict(method='cekd', mix='snapmix')
+_FINE['plain-mid'] = _plain | _mid
+_FINE['snapmix-mid'] = _snapmix | _mid
 
 def _fine_runs():
     "Recipes of the fine-grained tables, by name"
@@ -159,29 +162,33 @@ def _meal_runs():
 _EVERY = ["The last batch of an epoch is left out where it is incomplete; the authors' code trains on it."]
 _BEST = ["The authors' code reports the best of all epochs on the test images, this run the last epoch."]
 _RAMP = ["The weight of the distillation rises with each step, in the authors' code with each epoch."]
-_TABLE = ["The figure is from the table of PCL, whose code was not published: optimiser and schedule are those of {code}."]
+_TABLE = ["The figure is from the table of PCL, which has no code: optimiser and schedule are those of {code}."]
 _MEMBER = ["The figure is that of one {member}: compare it with those in brackets, not with that of all together."]
 _PIXELS = ["Pictures are normalised by the statistics of {data}; the authors' code takes slightly other constants."]
 _VGG = ["Linear layers start as torch's; those of OKDDip's VGG from N(0, 0.01)."]
 _WHOLE = ["Three whole networks teach each other; how many the table's runs had was not published."]
 _PCL = _TABLE + _MEMBER + _BEST
 
-DIFFERS = dict(plain=_BEST, one=_PCL+_RAMP, okddip=_TABLE+_BEST+_RAMP, css=_BEST+_PIXELS)
+DIFFERS = dict(plain=_BEST, one=_PCL+_RAMP)
+DIFFERS['okddip'] = _TABLE + _BEST + _RAMP
 DIFFERS['one-own'] = _BEST + _PIXELS + _RAMP
-DIFFERS['snapmix'] = _BEST + ["Where a map is constant, both weights of a pair become shares of pixels; the authors' code "
-    "replaces only that of the constant map."]
-DIFFERS['cekd'] = ["CEKD has published neither code nor settings: the method is reconstructed from its abstract, and the "
-    "recipe is SnapMix's.", "Maps come from the pass over the unmixed images that CEKD makes anyway."]
-DIFFERS['dml'] = _PCL + _WHOLE + ["Each network learns from each of the others; OKDDip's script takes their mean by default."]
-DIFFERS['kdcl'] = _PCL + _WHOLE + _RAMP + ["No code of KDCL is known: the target is the mean of all networks, the simplest "
-    "of its family."]
+DIFFERS['snapmix'] = _BEST + ["Where a map is constant, both weights of a pair become shares of pixels; "
+    "the authors' code replaces only that of the constant map."]
+DIFFERS['cekd'] = ["CEKD has published neither code nor settings: the method is reconstructed from its "
+    "abstract, and the recipe is SnapMix's.", "Maps come from the pass over the unmixed images that CEKD makes anyway."]
+DIFFERS['dml'] = _PCL + _WHOLE
+DIFFERS['dml'] += ["Each network learns from each of the others; OKDDip's script takes their mean by default."]
+DIFFERS['kdcl'] = _PCL + _WHOLE + _RAMP
+DIFFERS['kdcl'] += ["No code of KDCL is known: the target is the mean of all networks, the simplest of its family."]
 DIFFERS['ffl'] = _TABLE + _MEMBER + _RAMP + ["FFL's own code normalises pictures by slightly other constants."]
-DIFFERS['diversity'] = _RAMP + ["No code of FFM + CD was published: optimiser and schedule are those of OKDDip, and the "
-    "form of the diversification is inferred."]
-DIFFERS['css'] += ["`distance` in the results compares class probabilities; `diversity(learn, joint=True)` compares the "
-    "joint ones, as the authors do."]
-DIFFERS['meal'] = _BEST + _PIXELS + ["Teachers are yours; their running statistics stay as they are, while the authors' "
-    "drift unread.", "Convolutions start from N(0, 2/fan-out), the authors' as torch's.",
+DIFFERS['diversity'] = _RAMP + ["No code of FFM + CD was published: optimiser and schedule are those of "
+    "OKDDip, and the form of the diversification is inferred."]
+DIFFERS['css'] = _BEST + _PIXELS
+DIFFERS['css'] += ["`distance` in the results compares class probabilities; `diversity(learn, joint=True)` "
+    "compares the joint ones, as the authors do."]
+DIFFERS['meal'] = _BEST + _PIXELS + ["Teachers are yours; their running statistics stay as they are, while "
+    "the authors' drift unread.", 
+    "Convolutions start from N(0, 2/fan-out), the authors' as torch's.",
     "The authors lowered the rate by hand, at about these epochs."]
 DIFFERS['v2'] = ["Pictures are scaled and cropped at random; the authors crop a random share of the area "
     "(RandomResizedCrop).", "Weights are those that timm had under these names in 2020, as far as known."]
@@ -217,11 +224,11 @@ def with_recipe(
     name = args['recipe']
     if name is None: return dict(args)
     run = lookup('recipe', name, PAPER_RUNS)
-    kept = [k for k in run if k in own and (k in said or args[k]!=own[k])]
-    changed = [k for k in kept if args[k]!=run[k]]
-    differs = [f"You have chosen {k}={args[k]!r}; the recipe has {run[k]!r}." for k in changed]
-    res = args | run | {k:args[k] for k in kept}
-    return res | dict(differs=differs+run['differs'])
+    given = set(said) | {k for k in own if args[k]!=own[k]}
+    kept = {k:args[k] for k in run if k in given}
+    changed = [k for k in kept if kept[k]!=run[k]]
+    differs = [f"You have chosen {k}={kept[k]!r}; the recipe has {run[k]!r}." for k in changed]
+    return args | run | kept | dict(differs=differs+run['differs'])
 
 def print_differences(
     args:dict, # From `with_recipe`
@@ -234,7 +241,8 @@ def print_differences(
 # %% ../nbs/42_recipes.ipynb #rehearse-code
 def _stand_ins(args, birds, size, tmp):
     "Files of untrained teachers of the drawn birds, as many as the experiment has"
-    learn = branch_learner(fine_grained_dls(birds, size=size, bs=8, num_workers=0), args['arch'], 1, pretrained=False)
+    dls = fine_grained_dls(birds, size=size, bs=8, num_workers=0)
+    learn = branch_learner(dls, args['arch'], 1, pretrained=False)
     n = max(len(args['teachers']), 1)
     return [deploy(learn, tmp/f'teacher{i}.pt') for i in range(n)]
 
