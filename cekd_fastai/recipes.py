@@ -186,10 +186,10 @@ DIFFERS['diversity'] = _RAMP + ["No code of FFM + CD was published: optimiser an
 DIFFERS['css'] = _BEST + _PIXELS
 DIFFERS['css'] += ["`distance` in the results compares class probabilities; `diversity(learn, joint=True)` "
     "compares the joint ones, as the authors do."]
-DIFFERS['meal'] = _BEST + _PIXELS + ["Teachers are yours; their running statistics stay as they are, while "
-    "the authors' drift unread.", 
-    "Convolutions start from N(0, 2/fan-out), the authors' as torch's.",
-    "The authors lowered the rate by hand, at about these epochs."]
+DIFFERS['meal'] = _BEST + _PIXELS
+DIFFERS['meal'] += ["Teachers are yours; their running statistics stay as they are, while the authors' drift unread."]
+DIFFERS['meal'] += ["Convolutions start from N(0, 2/fan-out), the authors' as torch's."]
+DIFFERS['meal'] += ["The authors lowered the rate by hand, at about these epochs."]
 DIFFERS['v2'] = ["Pictures are scaled and cropped at random; the authors crop a random share of the area "
     "(RandomResizedCrop).", "Weights are those that timm had under these names in 2020, as far as known."]
 

@@ -81,8 +81,9 @@ def maps(self:SnapMix,
     model = unwrap_model(self.learn.model)
     in_step = torch.is_grad_enabled()
     with amp_context(self.learn): # a batch is mixed before the step's own autocast begins
-        if self.features is None or not in_step:
-            return model_cam(model, x, y, training=self.official and in_step, rectify=self.official)
+        own_pass = partial(model_cam, model, x, y, rectify=self.official)
+        if not in_step: return own_pass()
+        if self.features is None: return own_pass(training=self.official)
         feats = [f.detach() for f in self.features(x)]
         if self.official: feats = [f.relu() for f in feats]
         return model.cam(feats, y)
