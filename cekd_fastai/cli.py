@@ -18,7 +18,7 @@ from fastcore.script import anno_parser,call_parse
 from typing import Annotated
 from .core import one_sentence
 from .train import build,check_used,out_folder,save_run,train
-from .recipes import rehearse,with_recipe
+from .recipes import print_differences,rehearse,with_recipe
 
 # %% ../nbs/43_cli.ipynb #cmd-run
 def _run(args, out):
@@ -73,7 +73,7 @@ def _defaults():
 @call_parse
 def cekd_train(
     data:str='synthetic',       # A benchmark (`benchmarks()` lists them) or a folder of images
-    arch:str='resnet18',        # Backbone, a name in timm, torchvision or `CIFAR_ARCHS`; two with a comma for css, or for peers of cekd
+    arch:str='resnet18',        # Backbone, a name in timm, torchvision or `CIFAR_ARCHS`; two with a comma for css, or several for peers of cekd, dml and kdcl
     method:str='cekd',          # plain, cekd, meal, css, dml, one, okddip, ffl, kdcl or diversity
     mix:str=None,               # none, mixup, cutmix or snapmix; by default snapmix for cekd, none for the others
     mix_prob:float=1.,          # Share of batches that are mixed
@@ -85,12 +85,14 @@ def cekd_train(
     epochs:int=20,              # Number of epochs
     size:int=None,              # Size of the image in pixels, by default 224, or 32 for small images
     bs:int=32,                  # Images in a batch
-    lr:float=1e-3,              # Largest learning rate; ten times that for the heads of a pretrained network
+    lr:float=1e-3,              # Largest learning rate; more for the heads of a pretrained network, see head_lr
     wd:float=1e-2,              # Weight decay
     opt:str='adam',             # adam, sgd (with momentum 0.9) or nesterov
     schedule:str='one-cycle',   # one-cycle, or steps: a tenth of the rate after each milestone
     milestones:Annotated[int,dict(nargs='+')]=(), # Epochs of steps: --milestones 80 150 180
     warmup:float=0.,            # Epochs of linear warm-up with steps
+    stairs:bool=False, # Let the warm-up rise once an epoch
+    head_lr:float=10.,          # How many times faster the heads of a pretrained network learn
     precision:str='full',       # full, fp16 or bf16 (on a GPU)
     n_branches:int=None,        # Number of branches, by default that of the method's paper
     split:str=None,             # Part after which branches are private, or head; by default before the last stage
@@ -103,6 +105,7 @@ def cekd_train(
     weights:str=None,           # Local checkpoint with pretrained weights
     no_pretrained:bool=False, # Start from random weights, download nothing
     arch_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the backbone: --arch-args pad_type=same
+    learner_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the learner: --learner-args mid=True own_start=True
     freeze_bn:bool=False, # Keep the statistics of batch normalisation
     freeze_trunk:bool=False, # Train branches and heads only
     grad_checkpoint:bool=False, # Less memory, more time: compute the trunk's activations again in the backward pass
@@ -120,6 +123,7 @@ def cekd_train(
     said = given(args)
     try:
         args = with_recipe(args, _defaults(), said)
+        if not rank_distrib(): print_differences(args)
         (rehearsal if args.pop('dry_run') else run)(args)
     except (ValueError,OSError) as e: sys.exit(f'cekd-train: {one_sentence(e)}')
     except KeyboardInterrupt:
