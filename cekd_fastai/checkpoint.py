@@ -237,7 +237,7 @@ def after_batch(self:Checkpoint):
     if self.resumer:
         self.resumer.wake()
         if done<self.target[1]: return
-        load_now_state(self.learn, self.state['now'])
+        load_now_state(self.learn, self.state['now'], replay=True)
         self.go_on()
     due = self.every and done%self.every==0
     if not due and not self.signal and done<self.learn.n_iter: return

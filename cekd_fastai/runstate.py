@@ -191,10 +191,10 @@ def _attrs(o, live):
 
 def _parts(o): return {k:v for k,v in vars(o).items() if _is_part(v)}
 
-def _load_attrs(o, state):
-    "Give `o` its plain attributes back; generators go on in place, since several loaders may share one"
+def _load_attrs(o, state, replay=False):
+    "Give `o` its plain attributes back, and let it find its place again"
     vars(o).update(state)
-    if hasattr(type(o), 'resume'): o.resume()
+    if replay and hasattr(type(o), 'resume'): o.resume()
 
 # %% ../nbs/35a_runstate.ipynb #state-cbs2
 def _cb_state(cb, live):
@@ -202,12 +202,12 @@ def _cb_state(cb, live):
     if hasattr(type(cb), 'state_dict'): return dict(own=cb.state_dict())
     return dict(attrs=_attrs(cb, live), parts={k:_attrs(v, live) for k,v in _parts(cb).items()})
 
-def _load_cb(cb, state):
+def _load_cb(cb, state, replay=False):
     "Give one callback its state back"
     if 'own' in state: return cb.load_state_dict(state['own'])
     _load_attrs(cb, state['attrs'])
     for k,v in _parts(cb).items():
-        if k in state['parts']: _load_attrs(v, state['parts'][k])
+        if k in state['parts']: _load_attrs(v, state['parts'][k], replay)
 
 def _cbs_by_name(learn):
     "The callbacks of a learner by name and number"
@@ -219,7 +219,7 @@ def _cbs_by_name(learn):
     return res
 
 # %% ../nbs/35a_runstate.ipynb #state-now
-_COUNTERS = ('epoch','train_iter','pct_train','smooth_loss','final_record')
+_COUNTERS = ('train_iter','pct_train','smooth_loss','final_record')
 
 def now_state(
     learn:Learner, # In a fit
@@ -232,12 +232,13 @@ def now_state(
     return dict(cbs=cbs, metrics=[_attrs(m, live) for m in learn.metrics], learn=counters, rng=get_random_states())
 
 def load_now_state(
-    learn:Learner, # In a fit
-    state:dict,    # From `now_state`
+    learn:Learner,     # In a fit
+    state:dict,        # From `now_state`
+    replay:bool=False, # Within an epoch: objects that read a loader of their own go on in its midst
 ):
     "Give callbacks, metrics, counters and generators their state back"
     for k,cb in _cbs_by_name(learn).items():
-        if k in state['cbs']: _load_cb(cb, state['cbs'][k])
+        if k in state['cbs']: _load_cb(cb, state['cbs'][k], replay)
     for m,o in zip(learn.metrics, state['metrics']): vars(m).update(o)
     vars(learn).update(state['learn'])
     set_random_states(**state['rng'])
