@@ -7,7 +7,7 @@ PY := $(BIN)/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-browser prepare lab docs constraints clean
+.PHONY: help install train test test-browser prepare lab edit docs constraints clean
 
 help: ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -32,9 +32,14 @@ prepare: install ## after editing notebooks: export, clean, README.md, page of r
 	@$(PY) tools/check.py style
 
 # The first folder of kernels is this environment's, so that python3 is not some other one of the user's.
-lab: install ## open the first lesson in JupyterLab; LAB_ARGS=... passes arguments
-	@JUPYTER_PATH="$(CURDIR)/.venv/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" \
-		$(BIN)/jupyter lab --ServerApp.root_dir=nbs --LabApp.default_url=/lab/tree/course/01_look_alikes.ipynb $(LAB_ARGS)
+JUPYTER := JUPYTER_PATH="$(CURDIR)/.venv/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" $(BIN)/jupyter lab
+
+lab: install ## open the first lesson in a copy that is yours; LAB_ARGS=... passes arguments to JupyterLab
+	@$(PY) tools/lab.py
+	@$(JUPYTER) --ServerApp.root_dir=lab --LabApp.default_url=/lab/tree/course/01_look_alikes.ipynb $(LAB_ARGS)
+
+edit: install ## open the project's own notebooks, to change them
+	@$(JUPYTER) --ServerApp.root_dir=nbs $(LAB_ARGS)
 
 docs: install ## make the site of all notebooks in _docs
 	@$(PY) tools/docs.py

@@ -7,12 +7,12 @@ from pathlib import Path
 from common import here,result_table
 root = here.parent
 sys.path.insert(0, str(root/'tools'))
-from readme import relink # of README.md, which needs the same links seen from elsewhere
+from readme import NotebookError,relink,write_or_check # of README.md, which needs the same links seen from elsewhere
 
 note = '<!-- Made from benchmarks/page.md by benchmarks/page.py: edit that, then run `make prepare`. -->'
 _line = re.compile(r'^\{\{(.*)\}\}$', re.M)
 
-class PageError(ValueError):
+class PageError(NotebookError):
     "A line of page.md that names nothing, or a result file without a line."
 
 def cell_text(
@@ -54,18 +54,8 @@ def page(
 def main(
     args, # Command line: nothing, or `--check`
 ):
-    "Write the page and return 0; with `--check` leave it alone and return 1 if it is out of step"
-    if args not in ([], ['--check']): return _say('Usage: python benchmarks/page.py [--check]')
-    try: text = page((here/'page.md').read_text(encoding='utf-8'))
-    except PageError as e: return _say(e)
-    dest = here/'README.md'
-    same = dest.exists() and dest.read_text(encoding='utf-8')==text
-    if args and not same: return _say('benchmarks/README.md is out of step with page.md, the results or a notebook: run `make prepare` and commit the result.')
-    if not same: dest.write_text(text, encoding='utf-8')
-    return 0
-
-def _say(msg):
-    print(msg, file=sys.stderr)
-    return 1
+    "Write the page, or with `--check` compare it"
+    make = lambda: page((here/'page.md').read_text(encoding='utf-8'))
+    return write_or_check(args, make, here/'README.md', 'page.md, the results or a notebook')
 
 if __name__=='__main__': sys.exit(main(sys.argv[1:]))

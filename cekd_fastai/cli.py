@@ -1,4 +1,4 @@
-"""`cekd-train`: one run from the data to a report, a result file and a model
+"""One line in a terminal, from the data to a report, a result file and a model
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/cli.html.md"""
 
@@ -8,13 +8,16 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/cli.html.md"""
 __all__ = ['run', 'rehearsal', 'given', 'cekd_train']
 
 # %% ../nbs/43_cli.ipynb #imports
-import argparse,inspect,io,tempfile
-from fastai.vision.all import *
+import argparse,inspect,io,sys,tempfile,warnings
+# fastai 2.8 calls torch.jit.script while it is imported, and torch warns: remove this once fastai does without it
+with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', r'`torch\.jit\.script` is', FutureWarning, r'torch\.jit\._script')
+    from fastai.vision.all import *
 from contextlib import nullcontext,redirect_stderr
 from fastcore.script import anno_parser,call_parse
 from typing import Annotated
 from .core import one_sentence
-from .train import _check_used,build,out_folder,save_run,train
+from .train import build,check_used,out_folder,save_run,train
 from .recipes import rehearse,with_recipe
 
 # %% ../nbs/43_cli.ipynb #cmd-run
@@ -23,22 +26,28 @@ def _run(args, out):
     seconds = train(learn, args)
     return None if rank_distrib() else save_run(learn, out, args, seconds)
 
+def _say(res, published, out):
+    "Print the result of a run"
+    each = ', '.join(f'{o:.1%}' for o in res['branches'])
+    print(f"accuracy {res['accuracy']:.1%} (branches {each}), {res['seconds']:.0f} s, results in {out}")
+    if not published: return
+    here = 100*res['accuracy']
+    print(f"published: {published:.2f} %; this run: {here:.2f} % ({here-published:+.2f})")
+
 def run(
     args:dict, # Arguments of `cekd_train`
 )->dict:       # What `result.json` holds; None in other processes than the first
     "Train, evaluate and write the results"
     with nullcontext() if rank_distrib() else out_folder(args['out'], args['force']) as out: res = _run(args, out)
-    if res is None: return
-    each = ', '.join(f'{o:.1%}' for o in res['branches'])
-    print(f"accuracy {res['accuracy']:.1%} (branches {each}), {res['seconds']:.0f} s, results in {out}")
-    if pub := args.get('published'): print(f"published: {pub:.2f} %; this run: {100*res['accuracy']:.2f} % ({100*res['accuracy']-pub:+.2f})")
+    if res is not None: _say(res, args.get('published'), out)
     return res
 
+# %% ../nbs/43_cli.ipynb #cmd-dry-code
 def rehearsal(
     args:dict, # Arguments of `cekd_train`
 ):
     "One step of every phase on drawn birds; nothing is kept"
-    _check_used(SimpleNamespace(**args))
+    check_used(SimpleNamespace(**args))
     with tempfile.TemporaryDirectory() as tmp: run(rehearse(args, Path(tmp)) | dict(published=None))
     plan = {k:args[k] for k in 'data arch method mix size bs epochs lr wd opt schedule milestones'.split()}
     print(f"dry run done; the experiment: {plan}, published: {args.get('published')}")
@@ -54,6 +63,11 @@ def given(
         with redirect_stderr(io.StringIO()): said = vars(p.parse_known_args()[0])
     except SystemExit: return set() # a program of another name with arguments of its own
     return {k for k,v in said.items() if k in args and args[k]==v}
+
+def _defaults():
+    "Arguments of the command and their default values"
+    params = inspect.signature(cekd_train.__wrapped__).parameters
+    return {k:p.default for k,p in params.items()}
 
 # %% ../nbs/43_cli.ipynb #cmd-code
 @call_parse
@@ -104,9 +118,8 @@ def cekd_train(
     "Train a fine-grained classifier, plain or with a distillation, and write its results"
     args = dict(locals())
     said = given(args)
-    own = {k:p.default for k,p in inspect.signature(cekd_train.__wrapped__).parameters.items()}
     try:
-        args = with_recipe(args, own, said)
+        args = with_recipe(args, _defaults(), said)
         (rehearsal if args.pop('dry_run') else run)(args)
     except (ValueError,OSError) as e: sys.exit(f'cekd-train: {one_sentence(e)}')
     except KeyboardInterrupt:

@@ -1,5 +1,8 @@
-"The command as a process: what it writes, what it says, and what it leaves behind."
-import json,os,shutil,signal,subprocess,sys,time
+"""The command: what it writes, what it says, and what it leaves behind.
+
+A process spends most of its time on importing torch and fastai. So few tests start one, those about what only a process has; the others run the same script in
+this process, by `here`."""
+import json,os,re,runpy,shutil,signal,subprocess,sys,warnings
 from pathlib import Path
 import pytest,torch
 from cekd_fastai.drawing.dataset import make_birds
@@ -18,13 +21,45 @@ def command(*args, **kw):
 def birds(tmp_path_factory): return make_birds(tmp_path_factory.mktemp('data')/'birds', n_species=4, n_images=12, n_train=8, size=64, progress=False)
 
 @pytest.fixture(scope='module')
-def done(birds, tmp_path_factory):
+def started(birds, tmp_path_factory):
+    "Three processes side by side: the help, a run of CEKD, and a run that is refused, each with its own folder."
+    tmp = tmp_path_factory.mktemp('runs')
+    ps = dict(cekd=command('--data', birds, *small, '--epochs', 2, '--mix', 'cutmix', '--out', tmp/'cekd'), help=command('--help'),
+        refused=command('--data', birds, '--arch', 'resnet18', '--epochs', 1, '--size', 56, '--out', tmp/'refused'))
+    yield tmp,ps
+    for p in ps.values():
+        p.kill()
+        p.wait()
+
+@pytest.fixture(scope='module')
+def done(started):
     "Folder of a finished run of CEKD, and what it printed"
-    out = tmp_path_factory.mktemp('runs')/'cekd'
-    p = command('--data', birds, *small, '--epochs', 2, '--mix', 'cutmix', '--out', out)
-    text,err = p.communicate(timeout=300)
-    assert p.returncode==0, err
-    return out,text
+    tmp,ps = started
+    text,err = ps['cekd'].communicate(timeout=300)
+    assert ps['cekd'].returncode==0, err
+    assert 'FutureWarning' not in err
+    return tmp/'cekd',text
+
+def _show(message, category, filename, lineno, file=None, line=None):
+    print(warnings.formatwarning(message, category, filename, lineno, line), file=sys.stderr)
+
+@pytest.fixture
+def here(capsys, monkeypatch):
+    "Run `cekd-train` with these arguments in this process, without a network; what comes back is that of `subprocess.run`."
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    def go(*args):
+        monkeypatch.setattr(sys, 'argv', [str(exe), *map(str, args)])
+        capsys.readouterr()
+        code = None
+        with warnings.catch_warnings():
+            warnings.simplefilter('default')
+            warnings.showwarning = _show # pytest keeps warnings to itself; a process writes them
+            try: runpy.run_path(str(exe), run_name='__main__')
+            except SystemExit as e: code = e.code
+        if isinstance(code, str): print(code, file=sys.stderr) # as Python does
+        text,err = capsys.readouterr()
+        return subprocess.CompletedProcess(args, 1 if isinstance(code, str) else code or 0, text, err)
+    return go
 
 def test_writes(done):
     out,text = done
@@ -37,28 +72,46 @@ def test_writes(done):
     assert head=='epoch,train_loss,valid_loss,accuracy,ce_mix,cross,ce_clean' and len(rows)==2
     assert (out/'report.png').read_bytes()[:4]==b'\x89PNG'
 
-def test_same_seed_same_result(done, birds, tmp_path):
-    p = command('--data', birds, *small, '--epochs', 2, '--mix', 'cutmix', '--out', tmp_path/'again')
-    assert p.communicate(timeout=300) and p.returncode==0
+def test_help(started):
+    "It comes without a warning, in particular torch's of fastai's `torch.jit.script`."
+    p = started[1]['help']
+    text,err = p.communicate(timeout=300)
+    assert p.returncode==0 and '--dry-run' in text and 'cekd-cub-resnet101' in text
+    assert 'FutureWarning' not in err
+
+def test_make_train_is_quiet():
+    "`make train` imports the room of the command before fastai, so that torch's warning is filtered there too."
+    src = Path(__file__).resolve().parent.parent/'benchmarks'/'make_train.py'
+    lines = [o for o in src.read_text(encoding='utf-8').splitlines() if re.match(r'(import|from) \w*fastai', o)]
+    assert lines[0].startswith('from cekd_fastai import cli ')
+
+def test_one_sentence(started):
+    "A refusal is one sentence and exit code 1, and leaves no folder."
+    tmp,ps = started
+    err = ps['refused'].communicate(timeout=300)[1]
+    said = [o for o in err.splitlines() if o.startswith('cekd-train:')]
+    assert ps['refused'].returncode==1 and len(said)==1 and 'Traceback' not in err
+    assert 'could not be downloaded' in said[0] and '`weights=`' in said[0]
+    assert not (tmp/'refused').exists()
+
+def test_same_seed_same_result(done, birds, tmp_path, here):
+    "In a new process, and in one that has done other things before"
+    p = here('--data', birds, *small, '--epochs', 2, '--mix', 'cutmix', '--out', tmp_path/'again')
+    assert p.returncode==0, p.stderr
     a,b = (json.loads((o/'result.json').read_text()) for o in (done[0], tmp_path/'again'))
     assert a['accuracy']==b['accuracy'] and abs(a['valid_loss']-b['valid_loss'])<1e-4
 
-def test_model_in_a_fresh_process(done, birds):
+def test_models_in_a_fresh_process(done, birds):
+    "The export predicts there, and the file of `deploy` predicts the same without unpickling anything."
     code = f"""from fastai.vision.all import *
 learn = load_learner({str(done[0]/'model.pkl')!r})
-name,i,probs = learn.predict(get_image_files({str(birds)!r})[0])
-assert name==learn.dls.vocab[i] and len(probs)==4 and abs(probs.sum()-1)<1e-4
-assert learn.opt is None and learn.cekd.clean is None and learn.cut_mix.host is None"""
-    subprocess.run([sys.executable, '-c', code], check=True, env=env)
-
-def test_safe_model_in_a_fresh_process(done, birds):
-    "The file of `deploy` predicts what the export predicts, without unpickling anything."
-    code = f"""from fastai.vision.all import *
-from cekd_fastai.deploy import Deployed
 file = get_image_files({str(birds)!r})[0]
-safe,learn = Deployed({str(done[0]/'model.pt')!r}),load_learner({str(done[0]/'model.pkl')!r})
-a,b = safe.predict(file, 4),learn.predict(file)[2]
-assert all(abs(a[o]-b[i].item())<1e-3 for i,o in enumerate(learn.dls.vocab))"""
+name,i,probs = learn.predict(file)
+assert name==learn.dls.vocab[i] and len(probs)==4 and abs(probs.sum()-1)<1e-4
+assert learn.opt is None and learn.cekd.clean is None and learn.cut_mix.host is None
+from cekd_fastai.deploy import Deployed
+a = Deployed({str(done[0]/'model.pt')!r}).predict(file, 4)
+assert all(abs(a[o]-probs[i].item())<1e-3 for i,o in enumerate(learn.dls.vocab))"""
     subprocess.run([sys.executable, '-c', code], check=True, env=env)
 
 @pytest.mark.parametrize('name,nest', [('sgd',False), ('nesterov',True)])
@@ -80,14 +133,13 @@ def test_optimisers_are_torchs(name, nest):
         opt.step()
     assert torch.allclose(net.weight, other.weight, atol=1e-6)
 
-def test_no_picture_costs_no_run(birds, tmp_path):
+def test_no_picture_costs_no_run(birds, tmp_path, here):
     "Pictures of 32 pixels leave the last map one place, and a class may be called like a formula: the results are there"
     for old,new in zip(sorted((birds/'images').iterdir()), ('a$_{b$','c$frac$','d','e')): shutil.copytree(old, tmp_path/'data'/new)
     for size in (32,56):
         out = tmp_path/f'run{size}'
-        p = command('--data', tmp_path/'data', *small, '--arch', 'resnet18', '--size', size, '--method', 'plain', '--epochs', 1, '--out', out)
-        text,err = p.communicate(timeout=300)
-        assert p.returncode==0, err
+        p = here('--data', tmp_path/'data', *small, '--arch', 'resnet18', '--size', size, '--method', 'plain', '--epochs', 1, '--out', out)
+        assert p.returncode==0, p.stderr
         assert sorted(o.name for o in out.iterdir()) == ['history.csv','model.pkl','model.pt','report.png','result.json']
 
 def test_a_failing_report_costs_no_run(birds, tmp_path, monkeypatch):
@@ -112,33 +164,32 @@ def test_interrupt_while_saving(done, birds, tmp_path, monkeypatch):
     assert {o.name:o.read_bytes() for o in (tmp_path/'old').iterdir()}==before and not (tmp_path/'new').exists()
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='says what to do without a GPU')
-def test_several_processes_without_gpu(birds, tmp_path):
-    p = subprocess.run([exe, '--data', str(birds), *small, '--out', str(tmp_path/'run')], capture_output=True, text=True, env=env | dict(WORLD_SIZE='2', RANK='0'), timeout=300)
+def test_several_processes_without_gpu(birds, tmp_path, here, monkeypatch):
+    for k,v in dict(WORLD_SIZE='2', RANK='0').items(): monkeypatch.setenv(k, v)
+    p = here('--data', birds, *small, '--out', tmp_path/'run')
     assert p.returncode==1 and 'without `torchrun`' in p.stderr and not (tmp_path/'run').exists()
 
 @pytest.mark.parametrize('recipe', ['snapmix-cars-resnet50','css-cifar100'])
-def test_dry_run(recipe, tmp_path):
+def test_dry_run(recipe, tmp_path, here):
     "A published experiment is rehearsed with its own networks, and leaves nothing behind."
-    p = command('--recipe', recipe, '--dry-run', '--out', tmp_path/'run')
-    text,err = p.communicate(timeout=300)
-    assert p.returncode==0, err
-    assert 'dry run done' in text and ('94.3' in text or 'None' in text) and not (tmp_path/'run').exists()
+    p = here('--recipe', recipe, '--dry-run', '--out', tmp_path/'run')
+    assert p.returncode==0, p.stderr
+    assert 'dry run done' in p.stdout and ('94.3' in p.stdout or 'None' in p.stdout) and not (tmp_path/'run').exists()
 
-def test_options_beside_a_recipe(tmp_path):
+def test_options_beside_a_recipe(tmp_path, here):
     "They win, also where they say what the command does anyway"
-    p = command('--recipe', 'css-cifar100', '--dry-run', '--epochs', 20, '--bs', 32, '--schedule', 'one-cycle', '--milestones', 10, '--out', tmp_path/'run')
-    text,err = p.communicate(timeout=300)
-    assert p.returncode==1 and 'add --schedule steps' in err
-    p = command('--recipe', 'css-cifar100', '--dry-run', '--epochs', 20, '--bs', 32, '--milestones', 10, '--out', tmp_path/'run')
-    text,err = p.communicate(timeout=300)
-    assert p.returncode==0, err
-    assert "'bs': 32, 'epochs': 20" in text and "'milestones': [10]" in text
+    args = ['--recipe', 'dml-cifar100-resnet32', '--dry-run', '--epochs', 20, '--bs', 32, '--milestones', 10, '--out', tmp_path/'run']
+    p = here(*args, '--schedule', 'one-cycle')
+    assert p.returncode==1 and 'add --schedule steps' in p.stderr
+    p = here(*args)
+    assert p.returncode==0, p.stderr
+    assert "'bs': 32, 'epochs': 20" in p.stdout and "'milestones': [10]" in p.stdout
 
-def test_rehearsal_of_meal(done, tmp_path):
+def test_rehearsal_of_meal(done, tmp_path, here):
     "Teachers of the user's classes are stood in for, and pictures have the size of the benchmark"
-    p = command('--data', 'cifar100', '--arch', 'resnet18', '--method', 'meal', '--teachers', done[0]/'model.pt', 'resnet34', '--dry-run', '--out', tmp_path/'run')
-    text,err = p.communicate(timeout=300)
-    assert p.returncode==0 and 'dry run done' in text, err
+    teachers = (done[0]/'model.pt','resnet34')
+    p = here('--data', 'cifar100', '--arch', 'resnet18', '--method', 'meal', '--teachers', *teachers, '--dry-run', '--out', tmp_path/'run')
+    assert p.returncode==0 and 'dry run done' in p.stdout, p.stderr
 
 def test_model_size(done):
     "The export holds the network and little else: no optimiser, no batch, no teacher."
@@ -146,50 +197,38 @@ def test_model_size(done):
     n = sum(p.numel() for p in timm.create_model('test_resnet').parameters())*4*2
     assert (done[0]/'model.pkl').stat().st_size < n + 400_000
 
-def test_refuses_to_overwrite(done, birds):
+def test_refuses_to_overwrite(done, birds, here):
     before = (done[0]/'model.pkl').stat().st_mtime_ns
-    p = command('--data', birds, *small, '--epochs', 1, '--out', done[0])
-    text,err = p.communicate(timeout=300)
-    assert p.returncode==1 and 'already holds results' in err and '--force' in err
+    p = here('--data', birds, *small, '--epochs', 1, '--out', done[0])
+    assert p.returncode==1 and 'already holds results' in p.stderr and '--force' in p.stderr
     assert (done[0]/'model.pkl').stat().st_mtime_ns==before
 
 @pytest.mark.skipif(os.name=='nt', reason='Windows has no SIGINT for one process')
 def test_interrupt(birds, tmp_path):
     p = command('--data', birds, *small, '--epochs', 500, '--out', tmp_path/'run')
     lines = iter(p.stdout.readline, '')
-    assert any('train_loss' in o for o in lines)
-    time.sleep(2)
+    assert any(o.startswith('1 ') for o in lines) # in the midst of training: two epochs are over
     p.send_signal(signal.SIGINT)
     err = p.communicate(timeout=60)[1]
     assert p.returncode==130 and 'interrupted, nothing was written' in err
     assert not (tmp_path/'run').exists()
 
-def test_one_sentence(birds, tmp_path):
-    p = command('--data', birds, '--arch', 'resnet18', '--epochs', 1, '--size', 56, '--out', tmp_path/'run')
-    err = p.communicate(timeout=300)[1]
-    said = [o for o in err.splitlines() if o.startswith('cekd-train:')]
-    assert p.returncode==1 and len(said)==1 and 'Traceback' not in err
-    assert 'could not be downloaded' in said[0] and '`weights=`' in said[0]
-    assert not (tmp_path/'run').exists()
-
-def test_corrupt_image_is_named(birds, tmp_path):
+def test_corrupt_image_is_named(birds, tmp_path, here):
     shutil.copytree(birds, tmp_path/'birds')
     file = sorted((tmp_path/'birds'/'images').rglob('*.jpg'))[3]
     file.write_bytes(file.read_bytes()[:200])
     for workers in (0,1):
-        args = [*small[:-1], workers, '--epochs', 1, '--mix', 'cutmix', '--out', tmp_path/'run']
-        p = command('--data', tmp_path/'birds', *args)
-        err = p.communicate(timeout=300)[1]
-        assert p.returncode==1 and file.name in err.splitlines()[-1] and 'verify' in err.splitlines()[-1], err
-    p = command('--data', tmp_path/'birds', *args, '--verify')
-    text,err = p.communicate(timeout=300)
-    assert p.returncode==0 and file.name in err
+        args = ['--data', tmp_path/'birds', *small[:-1], workers, '--epochs', 1, '--mix', 'cutmix', '--out', tmp_path/'run']
+        p = here(*args)
+        last = p.stderr.splitlines()[-1]
+        assert p.returncode==1 and file.name in last and 'verify' in last, p.stderr
+    p = here(*args, '--verify')
+    assert p.returncode==0 and file.name in p.stderr
 
-def test_real_birds(real_data, tmp_path):
+def test_real_birds(real_data, tmp_path, here):
     "Two classes of CUB-200-2011, with weights from a local file, as on a machine without a network"
     weights = next(real_data('weights').rglob('mobilenet_v2*'))
     args = '--classes 3 --arch mobilenetv2_100 --arch-args pad_type=same --freeze-bn --freeze-trunk --size 64 --epochs 1 --num-workers 0'.split()
-    p = command('--data', real_data('CUB_200_2011'), '--weights', weights, *args, '--out', tmp_path/'cub')
-    text,err = p.communicate(timeout=300)
-    assert p.returncode==0, err
+    p = here('--data', real_data('CUB_200_2011'), '--weights', weights, *args, '--out', tmp_path/'cub')
+    assert p.returncode==0, p.stderr
     assert json.loads((tmp_path/'cub'/'result.json').read_text())['args']['classes']==3

@@ -1,5 +1,5 @@
 "What every lesson of the course keeps to, and that each rule catches a lesson that does not."
-import copy,json,lessons,pytest
+import copy,json,lab,lessons,pytest
 
 found = sorted(lessons.course.glob('*.ipynb'))
 
@@ -29,9 +29,11 @@ def text(s): return dict(output_type='stream', name='stdout', text=s)
 picture = dict(output_type='display_data', metadata={}, data={'image/png': 'iVBORw0KGgo=', 'text/plain': '<Figure>'})
 solution = '#| code-fold: true\n#| code-summary: "Solution"\nassert 1+1==2'
 
+def heading(k): return dict(cell_type='markdown', id=f'h{k}', metadata={'jp-MarkdownHeadingCollapsed':True}, source='#### Solution')
+
 def good():
     "The cells of a lesson that keeps every rule."
-    exercises = [o for k in (1,2,3) for o in (md(f'### Exercise {k}\n\nDo it.'), code(solution, id=f's{k}', jupyter=dict(source_hidden=True)))]
+    exercises = [o for k in (1,2,3) for o in (md(f'### Exercise {k}\n\nDo it.'), heading(k), code(solution, id=f's{k}'))]
     return [md('\n'.join(['# Lesson 2: Small', '', '> A small one', '', *lessons.badges(name)])), code(lessons.install, id='install'),
         md('Hello.\n\n## What you will be able to do\n\n- a\n- b\n- c'), md('Imports.'),
         code('from fastai.vision.all import *\nfrom cekd_fastai.all import *', id='imports'),
@@ -84,7 +86,7 @@ wrong = [('start', swap('# Lesson 2', '# Lesson 2', '# Lesson 3'), 'the first li
     ('exercises', remove('s2'), 'exercise 2 has no solution'),
     ('exercises', swap('s2', '"Solution"', '"Code"'), 'exercise 2 has no solution'),
     ('exercises', swap('s3', 'assert ', ''), 'the solution of exercise 3 asserts nothing'),
-    ('exercises', put('s1', metadata={}), 'not folded in JupyterLab'),
+    ('exercises', put('h1', metadata={}), 'not folded in JupyterLab'),
     ('code', swap('birds', 'print', '\n'*3 + 'y = 1\n'*9 + 'print'), 'cell `birds` has 11 lines'),
     ('code', swap('birds', 'print', '# why\nprint'), 'cell `birds` has a comment'),
     ('code', swap('imports', 'from cekd', 'x = 1\nfrom cekd'), 'cell `imports` mixes imports'),
@@ -116,3 +118,47 @@ def test_command(capsys, tmp_path):
     judged(good()[1:], tmp_path)
     path = tmp_path/'course'/f'{name}.ipynb'
     assert lessons.main([path])==1 and 'first cell must be Markdown' in capsys.readouterr().out
+
+# The learner's working copy
+
+@pytest.fixture
+def copied(tmp_path):
+    "Folder of notebooks and its fresh copy"
+    src,dst = tmp_path/'nbs',tmp_path/'lab'
+    (src/'course').mkdir(parents=True)
+    for o in ('00_core.ipynb', 'course/01_birds.ipynb', 'course/02_mix.ipynb', '.hidden.ipynb'): (src/o).write_text(f'{o} as first copied')
+    assert lab.refresh(src, dst)==[]
+    return src,dst
+
+def test_copy_has_every_notebook(copied):
+    src,dst = copied
+    assert {p.relative_to(dst).as_posix() for p in dst.rglob('*.ipynb')}=={'00_core.ipynb', 'course/01_birds.ipynb', 'course/02_mix.ipynb'}
+
+def test_untouched_copy_follows(copied):
+    src,dst = copied
+    (src/'00_core.ipynb').write_text('better')
+    (src/'course/02_mix.ipynb').unlink()
+    assert lab.refresh(src, dst)==[]
+    assert (dst/'00_core.ipynb').read_text()=='better'
+    assert not (dst/'course/02_mix.ipynb').exists()
+
+def test_learners_work_stays(copied):
+    src,dst = copied
+    mine = dst/'course/01_birds.ipynb'
+    mine.write_text('my notes')
+    assert lab.refresh(src, dst)==[] and mine.read_text()=='my notes'
+    (src/'course/01_birds.ipynb').write_text('better')
+    for _ in range(2): assert lab.refresh(src, dst)==['course/01_birds.ipynb'] and mine.read_text()=='my notes'
+    (src/'course/02_mix.ipynb').unlink()
+    (dst/'course/02_mix.ipynb').write_text('my notes')
+    lab.refresh(src, dst)
+    assert (dst/'course/02_mix.ipynb').read_text()=='my notes'
+    mine.rename(dst/'course/mine.ipynb')
+    assert lab.refresh(src, dst)==[] and mine.read_text()=='better'
+
+def test_lost_record_overwrites_nothing(copied):
+    src,dst = copied
+    (dst/'00_core.ipynb').write_text('my notes')
+    (dst/lab.record).write_text('{cut')
+    (src/'00_core.ipynb').write_text('better')
+    assert lab.refresh(src, dst)==['00_core.ipynb'] and (dst/'00_core.ipynb').read_text()=='my notes'

@@ -22,8 +22,11 @@ def out(**data): return dict(output_type='display_data', metadata={}, data={k.re
 def printed(s, name='stdout'): return dict(output_type='stream', name=name, text=s)
 
 def write(path, *cells):
-    "A notebook with `(type, source, *outputs)` cells."
-    cells = [dict(cell_type=t, source=s, id=f'c{i}', metadata={}, **({'outputs': list(o), 'execution_count': None} if t=='code' else {})) for i,(t,s,*o) in enumerate(cells)]
+    "A notebook with `(type, source, *more)` cells, where more is the outputs of code or the metadata of text."
+    def cell(i, t, s, *more):
+        if t=='markdown': return dict(cell_type=t, source=s, id=f'c{i}', metadata=dict(*more))
+        return dict(cell_type=t, source=s, id=f'c{i}', metadata={}, outputs=list(more), execution_count=None)
+    cells = [cell(i, *o) for i,o in enumerate(cells)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(cells=cells, metadata={'kernelspec': {'language': 'python', 'name': 'python3'}}, nbformat=4, nbformat_minor=5)))
 
@@ -61,6 +64,7 @@ def project(tmp_path, monkeypatch):
         ('code', '#| echo: false\nunseen', printed('seen\n'), printed('warned', 'stderr')), ('code', '#| output: false\nkept', printed('dropped')),
         ('code', 'draw(1)', out(image_png=b64encode(png).decode(), text_plain='<Figure>')),
         ('code', 'df', out(text_html='<style scoped>p {}</style><table class="dataframe"><tr><td>1</td></tr></table>', text_plain='1')),
+        ('markdown', '#### Solution', {'jp-MarkdownHeadingCollapsed': True}),
         ('code', '#| code-fold: true\n#| code-summary: "Solution"\nassert answer', printed('forty-two')),
         ('code', '#| code-fold: show\n#| code-summary: "Open"\nopened', printed('two')))
     write(nbs/'course'/'01_first.ipynb', ('markdown', '# Lesson 1: First\n\n[![In Colab](https://c.example/b.svg)](https://c.example/x) `double` [core](../01_core.ipynb) [c](../core.html#pot)'))
@@ -100,6 +104,7 @@ def test_directives(project):
     folded = core[core.index('<details>'):]
     folded = folded[:folded.index('</details>')]
     assert '<summary>Solution</summary>' in folded and 'answer' in folded and 'forty-two' in folded
+    assert core.count('Solution')==1 # the heading that folds it in JupyterLab is left out
     assert core.index('<summary>Open') < core.index('>opened<') < core.index('<pre>two</pre>')
 
 def test_outputs(project):

@@ -188,6 +188,7 @@ class Page:
     def cell_md(self, cell):
         "Markdown blocks of one cell, none for a hidden one."
         ds = cell.directives_
+        if cell.metadata.get('jp-MarkdownHeadingCollapsed'): return [] # the page folds solutions below a word of its own
         if cell.cell_type=='markdown':
             for m in re.finditer(r'^(#{1,6}) ', _code.sub('', cell.source), re.M): self.depth = len(m[1])
             return [self.relink(cell.source)]

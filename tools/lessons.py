@@ -101,10 +101,15 @@ def exercise_faults(l):
         if not text.strip(): res.append(f'exercise {k} has no task')
         folded = [c for c in rest if c['cell_type']=='code' and c['source'].startswith('#| code-fold: true\n#| code-summary: "Solution"\n')]
         if not folded: res.append(f'exercise {k} has no solution: a code cell that starts with `#| code-fold: true` and `#| code-summary: "Solution"`')
-        for c in folded:
-            if not c['metadata'].get('jupyter', {}).get('source_hidden'): res.append(f'the solution of exercise {k} is not folded in JupyterLab: `source_hidden` is missing in its metadata')
+        if folded and not folds(rest[0]): res.append(f'the solution of exercise {k} is not folded in JupyterLab: it needs a cell `#### Solution` before it, with `{_folded}` in its metadata')
         if folded and not any(asserts(c['source']) for c in folded): res.append(f'the solution of exercise {k} asserts nothing')
     return res
+
+_folded = 'jp-MarkdownHeadingCollapsed'
+
+def folds(cell):
+    "Is the cell a heading that JupyterLab shows closed, with everything up to the next exercise in it?"
+    return cell['cell_type']=='markdown' and cell['source'].strip()=='#### Solution' and bool(cell['metadata'].get(_folded))
 
 def asserts(src):
     "Does the source of a cell assert something, by `assert` or by a function such as `test_eq`?"

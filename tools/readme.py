@@ -76,22 +76,32 @@ def readme(
     if not nb.exists(): raise FileNotFoundError(f"{nb} does not exist: README.md is made from it, so write it or restore it with git.")
     return '\n\n'.join([note] + [p for c in read_nb(nb).cells for p in cell_md(c) if p]) + '\n'
 
-def main(
-    args,                          # command line: nothing, or `--check`
-    nb=root/'nbs'/'index.ipynb',   # notebook to read
-    dest=root/'README.md',         # file to write or compare
+def write_or_check(
+    args,   # Command line: nothing, or `--check`
+    make,   # Function that gives the text
+    dest,   # File to write or compare
+    source, # What `dest` is made from, for the message
 ):
-    "Write `dest` and return 0; with `--check` leave it alone and return 1 if it is out of step."
-    if args not in ([], ['--check']): return _say('Usage: python tools/readme.py [--check]')
-    try: text = readme(nb)
+    "Write `dest` and return 0; with `--check` leave it alone and return 1 if it is out of step"
+    if args not in ([], ['--check']): return _say(f'Usage: python {Path(sys.argv[0]).name} [--check]')
+    try: text = make()
     except (NotebookError, FileNotFoundError) as e: return _say(e)
     same = dest.exists() and dest.read_text(encoding='utf-8')==text
-    if args and not same: return _say(f'{dest.name} is out of step with {nb.parent.name}/{nb.name}: run `make prepare` and commit the result.')
-    if not same: dest.write_text(text, encoding='utf-8')
+    if same: return 0
+    if args: return _say(f'{dest.name} is out of step with {source}: run `make prepare` and commit the result.')
+    dest.write_text(text, encoding='utf-8')
     return 0
 
 def _say(msg):
     print(msg, file=sys.stderr)
     return 1
+
+def main(
+    args,                          # Command line: nothing, or `--check`
+    nb=root/'nbs'/'index.ipynb',   # Notebook to read
+    dest=root/'README.md',         # File to write or compare
+):
+    "Write README.md, or with `--check` compare it"
+    return write_or_check(args, lambda: readme(nb), dest, f'{nb.parent.name}/{nb.name}')
 
 if __name__=='__main__': sys.exit(main(sys.argv[1:]))
