@@ -46,7 +46,7 @@ def batch_files(
     return [str(items[r]) if isinstance(items, (list,L)) and isinstance(items[r], (str,Path)) else f'row {r}' for r in rows]
 
 # %% ../nbs/35c_guard.ipynb #cb
-class Diverged(ArithmeticError): "A run whose loss, gradients or pictures are not finite any more"
+class Diverged(ValueError): "A run whose loss, gradients or pictures are not finite any more"
 
 class Guard(Callback):
     "Leaves out batches that are not finite, keeps the first few, and stops after several in a row"
