@@ -207,6 +207,7 @@ def cekd_train(
     grad_checkpoint:bool=False, # Less memory, more time: compute the trunk's activations again in the backward pass
     seed:int=42,                # Seed of everything random
     out:str='runs/cekd',        # Folder for result.json, history.csv, report.png, model.pkl and model.pt
+    resume:bool=False,    # Go on with the run in --out, if it was killed; otherwise begin
     force:bool=False,     # Replace the results in --out
     dry_run:bool=False, # One step of every phase on drawn birds, keeping nothing
 ):
@@ -217,7 +218,7 @@ def cekd_train(
         said = given() if typed else {}
         _start(args|said, said)
     except KeyboardInterrupt:
-        print('\ncekd-train: interrupted, nothing was written.', file=sys.stderr)
+        print('\ncekd-train: interrupted; a run that had begun to train goes on with --resume.', file=sys.stderr)
         sys.exit(130)
 
 # %% ../nbs/43_cli.ipynb #main-code

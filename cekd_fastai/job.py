@@ -13,7 +13,6 @@ import tempfile,warnings
 with warnings.catch_warnings():
     warnings.filterwarnings('ignore', r'`torch\.jit\.script` is', FutureWarning, r'torch\.jit\._script')
     from fastai.vision.all import *
-from contextlib import nullcontext
 from . import synthetic # registers itself as a benchmark
 from .core import lookup
 from .drawing.dataset import make_birds
@@ -22,7 +21,8 @@ from .data.benchmarks import BENCHMARKS
 from .data.loaders import fine_grained_dls
 from .learner import branch_learner
 from .deploy import deploy
-from .train import RESULTS,build,check_used,out_folder,save_run,train
+from .train import RESULTS,check_used
+from .safely import kept_run
 from .recipes import PAPER_RUNS
 
 # %% ../nbs/42a_job.ipynb #recipe-code
@@ -37,15 +37,6 @@ def with_recipe(
     return args | {k:v for k,v in lookup('recipe', args['recipe'], PAPER_RUNS).items() if k=='published' or k not in said and args[k]==own[k]}
 
 # %% ../nbs/42a_job.ipynb #cmd-run
-def _run(args, out):
-    learn = build(args)
-    seconds = train(learn, args)
-    return None if rank_distrib() else save_run(learn, out, args, seconds)
-
-def _kept(args):
-    "Train and evaluate; the results are in the folder `out`"
-    with nullcontext() if rank_distrib() else out_folder(args['out'], args['force']) as out: return _run(args, out)
-
 def _say(res, published, out):
     "Print the result of a run, and where its files are"
     each = ', '.join(f'{o:.1%}' for o in res['branches'])
@@ -61,7 +52,7 @@ def run(
     args:dict, # Arguments of `cekd_train`
 )->dict:       # What `result.json` holds; None in other processes than the first
     "Train, evaluate and write the results"
-    res = _kept(args)
+    res = kept_run(args)
     if res is not None: _say(res, args.get('published'), args['out'])
     return res
 
@@ -78,7 +69,7 @@ def rehearse(
     if args['method']=='meal': # teachers of the user's classes know none of these birds
         learn = branch_learner(fine_grained_dls(birds, size=small, bs=8, num_workers=0), 'cifar_resnet8', 1, pretrained=False)
         unset['teachers'] = [deploy(learn, tmp/f'teacher{i}.pt') for i in range(len(args['teachers']))]
-    return args | unset | dict(data=birds, size=small, bs=8, epochs=1, milestones=[], warmup=0., no_pretrained=True, num_workers=0, crop_to_box=False, out=tmp/'run')
+    return args | unset | dict(data=birds, size=small, bs=8, epochs=1, milestones=[], warmup=0., no_pretrained=True, num_workers=0, crop_to_box=False, out=tmp/'run', resume=False)
 
 # %% ../nbs/42a_job.ipynb #cmd-dry-code
 def rehearsal(
@@ -88,7 +79,7 @@ def rehearsal(
     check_used(SimpleNamespace(**args))
     with tempfile.TemporaryDirectory() as tmp:
         small = rehearse(args, Path(tmp))
-        _kept(small)
+        kept_run(small)
     plan = {k:args[k] for k in 'data arch method mix size bs epochs lr wd opt schedule milestones'.split()}
     print(f"dry run done, nothing is kept; the experiment: {plan}, published: {args.get('published')}")
 

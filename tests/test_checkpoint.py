@@ -54,7 +54,7 @@ def same(a, b):
     s,t = a.pop('state'),b.pop('state')
     return a==b and s.keys()==t.keys() and all(torch.equal(v, t[k]) for k,v in s.items())
 
-PLACES = [(0,1,True), (1,0,False), (2,0,False), (2,2,True), (3,1,False), (3,3,True)]
+PLACES = [(0,1,True), (2,0,False), (2,2,True), (3,3,False)]
 
 def killed(make, tmp, places=PLACES, **opts):
     "Kill at every place, start again, compare"
@@ -67,13 +67,12 @@ def test_without(tmp_path):
     "What fastai has: weights and optimiser come back, and the run is another one."
     make = lambda: branch_learner(toy(), arch, cbs=CutMix(), **kw)
     whole = fit(make)[1]
-    class Save(Callback):
+    class Half(Callback):
         def before_epoch(self):
             if self.epoch==2: raise SystemExit(self.learn.save(tmp_path/'half'))
-    with pytest.raises(SystemExit): fit(make, Save())
+    with pytest.raises(SystemExit): fit(make, Half())
     again = fit(make, fit=lambda o: o.load(tmp_path/'half').fit_one_cycle(4, .01, start_epoch=2))[1]
-    assert not torch.equal(whole['state']['heads.0.2.weight' if 'heads.0.2.weight' in whole['state'] else list(whole['state'])[0]],
-        again['state']['heads.0.2.weight' if 'heads.0.2.weight' in whole['state'] else list(whole['state'])[0]])
+    assert not all(torch.equal(v, again['state'][k]) for k,v in whole['state'].items())
 
 @pytest.mark.parametrize('opt', [Adam,SGD,sgd])
 def test_optimisers(opt, tmp_path): killed(lambda: branch_learner(toy(), arch, cbs=[SnapMix(),CEKD(teacher='ema')], opt_func=opt, **kw), tmp_path)
@@ -83,7 +82,7 @@ DATA = dict(plain={}, balanced=dict(balanced=True), memory=dict(in_memory=True, 
 @pytest.mark.parametrize('data', DATA)
 def test_loaders(data, birds, tmp_path):
     make = lambda: branch_learner(fine_grained_dls(birds, size=32, bs=8, num_workers=0, device='cpu', **DATA[data]), arch, cbs=[CutMix(prob=.5)], **kw)
-    killed(make, tmp_path, PLACES[2:])
+    killed(make, tmp_path, PLACES[1:3])
 
 def test_workers(birds, tmp_path):
     "With worker processes too, since they are seeded from the epoch's start."
@@ -94,7 +93,6 @@ def test_workers(birds, tmp_path):
 def test_meal(how, birds, tmp_path):
     "Unlabelled images go on in the midst of their loader, stored answers at their row."
     def make():
-        n = len(list(tmp_path.iterdir()))
         args = dict(unlabeled=birds) if 'unlabeled' in how else dict(cache_targets=True, cache_dir=tmp_path/'answers')
         teacher = branch_net(arch, 3, 1, pretrained=False)
         with torch.no_grad(): [p.fill_(.01) for p in teacher.parameters()]
