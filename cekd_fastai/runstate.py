@@ -61,8 +61,8 @@ def unpack(
     if '~' not in o: return {k:part(v) for k,v in o.items()}
     kind,of = o['~'],o['of']
     if kind in ('tensor','scalars'):
-        t = tensors[of].to(device) if o['moved'] else tensors[of]
-        return t if kind=='tensor' else list(t.unbind())
+        t = tensors[of].to(device, copy=True) if o['moved'] else tensors[of].clone() # what was read is a view of the file
+        return t if kind=='tensor' else [v.clone() for v in t.unbind()]
     if kind=='array': return np.array(of[1], dtype=of[0])[()]
     if kind=='dict': return {k:v for k,v in part(of)}
     return _LISTS[kind](part(of))
