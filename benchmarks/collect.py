@@ -1,12 +1,13 @@
 "Runs of `cekd-train` collected in one result file that a second start resumes."
 import inspect,json
 from pathlib import Path
-from cekd_fastai.cli import cekd_train,run
+from cekd_fastai.cli import cekd_train
+from cekd_fastai.job import run
 from cekd_fastai.core import write_whole
 from cekd_fastai.train import about
 from common import here
 
-defaults = {k:p.default for k,p in inspect.signature(cekd_train.__wrapped__).parameters.items()}
+defaults = {k:p.default for k,p in inspect.signature(cekd_train).parameters.items()}
 
 # Names that arguments of a method have had since runs were recorded
 RENAMED = dict(cekd=dict(alpha='w_cross', beta='w_clean'))

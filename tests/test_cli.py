@@ -82,10 +82,10 @@ def test_help(started):
     assert 'FutureWarning' not in err
 
 def test_make_train_is_quiet():
-    "`make train` imports the room of the command before fastai, so that torch's warning is filtered there too."
+    "`make train` imports the room that runs an experiment before fastai, so that torch's warning is filtered there too."
     src = Path(__file__).resolve().parent.parent/'benchmarks'/'make_train.py'
     lines = [o for o in src.read_text(encoding='utf-8').splitlines() if re.match(r'(import|from) \w*fastai', o)]
-    assert lines[0].startswith('from cekd_fastai import cli ')
+    assert lines[0].startswith('from cekd_fastai.job import run ')
 
 def test_one_sentence(started):
     "A refusal is one sentence and exit code 1, and leaves no folder."
@@ -153,7 +153,7 @@ def test_a_failing_report_costs_no_run(birds, tmp_path, monkeypatch):
     assert sorted(o.name for o in (tmp_path/'run').iterdir()) == ['history.csv','model.pkl','model.pt','result.json']
 
 def test_interrupt_while_saving(done, birds, tmp_path, monkeypatch):
-    "Ctrl-C in the middle of writing leaves the old run whole, and of a new one nothing"
+    "Ctrl-C in the middle of writing leaves the old run whole, and of a new one what it takes to go on"
     from cekd_fastai import cli,train
     def stop(*args): raise KeyboardInterrupt
     monkeypatch.setattr(train, 'deploy', stop)
@@ -163,7 +163,8 @@ def test_interrupt_while_saving(done, birds, tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as e:
             cli.cekd_train(data=birds, arch='test_resnet', method='plain', size=56, bs=16, epochs=1, no_pretrained=True, num_workers=0, force=True, out=tmp_path/out)
         assert e.value.code==130
-    assert {o.name:o.read_bytes() for o in (tmp_path/'old').iterdir()}==before and not (tmp_path/'new').exists()
+    assert {o.name:o.read_bytes() for o in (tmp_path/'old').iterdir() if o.is_file()}==before
+    assert [o.name for o in (tmp_path/'new').iterdir()]==['checkpoints'] # the training is not lost
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='says what to do without a GPU')
 def test_several_processes_without_gpu(birds, tmp_path, here, monkeypatch):
@@ -240,8 +241,8 @@ def test_interrupt(birds, tmp_path):
     assert any(o.startswith('1 ') for o in lines) # in the midst of training: two epochs are over
     p.send_signal(signal.SIGINT)
     err = p.communicate(timeout=60)[1]
-    assert p.returncode==130 and 'interrupted, nothing was written' in err
-    assert not (tmp_path/'run').exists()
+    assert p.returncode==130 and 'goes on with --resume' in err
+    assert [o.name for o in (tmp_path/'run').iterdir()]==['checkpoints']
 
 def test_corrupt_image_is_named(birds, tmp_path, here):
     shutil.copytree(birds, tmp_path/'birds')
@@ -262,3 +263,47 @@ def test_real_birds(real_data, tmp_path, here):
     p = here('--data', real_data('CUB_200_2011'), '--weights', weights, *args, '--out', tmp_path/'cub')
     assert p.returncode==0, p.stderr
     assert json.loads((tmp_path/'cub'/'result.json').read_text())['args']['classes']==3
+
+# A run that ends early, and goes on
+
+def test_resumed(here, birds, tmp_path, monkeypatch):
+    "A killed run is not begun anew by accident; with --resume it gives the results of one that was not killed."
+    from cekd_fastai import safely
+    from fastai.vision.all import Callback
+    class Die(Callback):
+        def before_epoch(self):
+            if self.epoch==1: raise SystemExit(143)
+    args = ['--data', birds, *small, '--method', 'plain', '--epochs', 2]
+    assert here(*args, '--out', tmp_path/'whole').returncode==0
+    cbs = safely.safety_cbs
+    with monkeypatch.context() as m:
+        m.setattr(safely, 'safety_cbs', lambda *o: [*cbs(*o), Die()])
+        assert here(*args, '--out', tmp_path/'a').returncode==143
+    assert sorted(o.name for o in (tmp_path/'a').iterdir())==['checkpoints']
+    res = here(*args, '--out', tmp_path/'a')
+    assert res.returncode==1 and 'go on with --resume' in res.stderr
+    res = here(*args, '--lr', 1, '--out', tmp_path/'a', '--resume')
+    assert res.returncode==1 and 'lr was 0.001 and is 1.0' in res.stderr
+    assert here(*args, '--out', tmp_path/'a', '--resume').returncode==0
+    a,b = ((tmp_path/o/'history.csv').read_text() for o in ('whole','a'))
+    assert a==b and not (tmp_path/'a'/'checkpoints').exists()
+
+def test_diverged(here, birds, tmp_path):
+    "A run that diverges says so, leaves no model, and a result file that can be read."
+    res = here('--data', birds, *small, '--method', 'plain', '--epochs', 2, '--opt', 'sgd', '--lr', 1e8, '--out', tmp_path/'a')
+    assert res.returncode==1 and 'The run diverged in epoch' in res.stderr and 'accuracy' not in res.stdout.splitlines()[-1]
+    said = json.loads((tmp_path/'a'/'result.json').read_text())
+    assert said['diverged'] and 'learning rate' in said['error'] and not list((tmp_path/'a').glob('model.*'))
+    res = here('--data', birds, *small, '--lr', 'inf', '--out', tmp_path/'b')
+    assert res.returncode==1 and '--lr is inf' in res.stderr and not (tmp_path/'b').exists()
+
+def test_locked(here, birds, tmp_path):
+    "A folder belongs to one run at a time, and what a killed one left half-written is cleared."
+    from cekd_fastai.safely import lock_folder
+    from cekd_fastai.train import all_or_none
+    (tmp_path/'.unfinished-1').mkdir()
+    with lock_folder(tmp_path):
+        res = here('--data', birds, *small, '--out', tmp_path)
+        assert res.returncode==1 and 'still going' in res.stderr
+    with all_or_none(tmp_path): pass
+    assert not list(tmp_path.iterdir())

@@ -38,7 +38,7 @@ class UnlabeledBatches:
 
     def restart(self):
         "Begin with a new order of the images"
-        self.batches = iter(())
+        self.batches,self.taken = iter(()),0
 
     def next_batch(self)->Tensor:
         "The next images, shape (B, 3, H, W)"
@@ -46,7 +46,14 @@ class UnlabeledBatches:
         if b is None:
             self.batches = iter(self.dl)
             b = next(self.batches)
+        self.taken += 1
         return b[0].as_subclass(Tensor)
+
+    def resume(self):
+        "Read on to the place where `taken` batches are behind us, from the start that the loader has been given"
+        n = self.taken
+        self.restart()
+        for _ in range(n): self.next_batch()
 
 # %% ../../nbs/28_meal.targets.ipynb #on-print
 def fingerprint(
