@@ -34,7 +34,10 @@ def with_recipe(
     "Arguments of the recipe that `args` names, with those that were given, or differ from the defaults, kept"
     args = dict(args)
     if args['recipe'] is None: return args
-    return args | {k:v for k,v in lookup('recipe', args['recipe'], PAPER_RUNS).items() if k=='published' or k not in said and args[k]==own[k]}
+    for k,v in lookup('recipe', args['recipe'], PAPER_RUNS).items():
+        chosen = k in said or args.get(k)!=own.get(k)
+        if not chosen: args[k] = v
+    return args
 
 # %% ../nbs/42a_job.ipynb #cmd-run
 def _run(args, out):
