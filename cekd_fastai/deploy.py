@@ -14,12 +14,24 @@ from .data.image import ResizeSquare,scaling_tfms,open_image,recipe_tfms
 from .branches import BranchNet,load_net,save_net
 
 # %% ../nbs/40_deploy.ipynb #dp-write
+def _has_tfm(dls, kind):
+    "Do pictures pass a transform of this kind in validation?"
+    return any(isinstance(o, kind) for o in dls.valid.after_item)
+
 def _recipe(dls):
     "How the pictures of `dls` are scaled for validation, one of `RECIPES`; loaders of other libraries count as 'crop'"
-    tfms = list(dls.valid.after_item)
-    if not any(isinstance(o, ResizeSquare) for o in tfms): return 'crop'
-    return 'pad' if any(isinstance(o, CropPad) for o in tfms) else 'squeeze'
+    if not _has_tfm(dls, ResizeSquare): return 'crop'
+    return 'pad' if _has_tfm(dls, CropPad) else 'squeeze'
 
+def _input_info(dls):
+    "What a file says about the input of a network of `dls`, and the names of its classes"
+    mean,std = data_stats(dls) or ([0.]*3,[1.]*3)
+    x,*_ = dls.valid.one_batch()
+    size = list(x.shape[-2:])
+    vocab = [str(o) for o in dls.vocab]
+    return dict(vocab=vocab, mean=mean, std=std, size=size, recipe=_recipe(dls))
+
+# %% ../nbs/40_deploy.ipynb #dp-deploy
 def deploy(
     learn:Learner, # A trained learner of this library
     file,          # Where to write, e.g. 'birds.pt'; whole or not at all
@@ -28,13 +40,21 @@ def deploy(
     "Write the network that predicts, its class names, image size, recipe and statistics into one file that is safe to load"
     net = unwrap_model(learn.model)
     if not isinstance(net, BranchNet):
-        raise ValueError(f"`deploy` writes networks of this library, but the model is a `{type(net).__name__}`: use `learn.export`, or make the learner with `branch_learner`.")
-    mean,std = data_stats(learn.dls) or ([0.]*3,[1.]*3)
-    size = list(learn.dls.valid.one_batch()[0].shape[-2:])
-    save_net(net.subnet(which), file, vocab=[str(o) for o in learn.dls.vocab], mean=mean, std=std, size=size, recipe=_recipe(learn.dls))
+        raise ValueError(f"`deploy` writes networks of this library, but the model is a `{type(net).__name__}`: "
+            "use `learn.export`, or make the learner with `branch_learner`.")
+    save_net(net.subnet(which), file, **_input_info(learn.dls))
     return Path(file)
 
 # %% ../nbs/40_deploy.ipynb #dp-use
+def _scaling(size, recipe):
+    "A function from a path, bytes or an image to an image of `size`, as `recipe` makes it for validation"
+    tfms = scaling_tfms(recipe_tfms(max(size), recipe))
+    return compose(open_image, *tfms, CropPad(tuple(size)))
+
+def _of_channels(values, device):
+    "The numbers of the three colours as a tensor of shape (3, 1, 1)"
+    return tensor(values, device=device)[:,None,None]
+
 class Deployed:
     "A network from a file of `deploy`, with what it needs to predict from pictures"
     def __init__(self,
@@ -42,22 +62,33 @@ class Deployed:
         device='cpu' # Where to run it
     ):
         self.net,info = load_net(file)
-        if lack := {'vocab','mean','std','size'}-set(info): raise ValueError(f"`{file}` lacks {', '.join(sorted(lack))}: write it with `deploy`.")
-        self.vocab,self.size,self.device = info['vocab'],info['size'],device
-        self.scale = compose(open_image, *scaling_tfms(recipe_tfms(max(self.size), info.get('recipe', 'crop'))), CropPad(tuple(self.size)))
-        self.mean,self.std = (tensor(info[o], device=device)[:,None,None] for o in ('mean','std'))
+        lack = sorted({'vocab','mean','std','size'}-set(info))
+        if lack: raise ValueError(f"`{file}` lacks {', '.join(lack)}: write it with `deploy`.")
+        self.vocab = info['vocab']
+        self.size = info['size']
+        self.device = device
+        recipe = info.get('recipe', 'crop')
+        self.scale = _scaling(self.size, recipe)
+        self.mean = _of_channels(info['mean'], device)
+        self.std = _of_channels(info['std'], device)
         self.net.to(device)
 
     def pixels(self, im):
         "The picture `im` (path, bytes or PIL image) as the network sees it, shape (3, H, W)"
-        return (image2tensor(self.scale(im)).float().to(self.device)/255-self.mean)/self.std
+        v = image2tensor(self.scale(im)).to(self.device)
+        return (v.float()/255-self.mean)/self.std
 
     @torch.no_grad()
     def __call__(self, ims):
         "Probabilities (N, K) of several pictures, on the CPU"
-        return self.net(torch.stack([self.pixels(o) for o in ims])).softmax(-1).cpu()
+        each = [self.pixels(o) for o in ims]
+        z = self.net(torch.stack(each))
+        return z.softmax(-1).cpu()
 
     def predict(self, im, k=3):
         "The `k` most probable classes of one picture and their probabilities, as a dict, best first"
-        p,i = self([im])[0].topk(min(k, len(self.vocab)))
-        return {self.vocab[j]:v for j,v in zip(i.tolist(), p.tolist())}
+        probs = self([im])[0]
+        k = min(k, len(probs))
+        p,i = probs.topk(k)
+        names = [self.vocab[o] for o in i.tolist()]
+        return dict(zip(names, p.tolist()))

@@ -23,7 +23,8 @@ class ModelEMA(nn.Module):
         self.restart(net)
         # `DistributedDataParallel` reads this attribute
         skip = set(getattr(net, '_ddp_params_and_buffers_to_ignore', []))
-        net._ddp_params_and_buffers_to_ignore = sorted(skip|{f'ema.{k}' for k in self._buffers})
+        skip |= {f'ema.{k}' for k in self._buffers}
+        net._ddp_params_and_buffers_to_ignore = sorted(skip)
 
     @staticmethod
     def present(net):
@@ -57,7 +58,8 @@ def update(self:ModelEMA,
 ):
     "Move the average towards the present tensors"
     self.n += 1
-    decay = min(self.decay, (1+self.n)/(10+self.n))
+    warm_up = (1+self.n)/(10+self.n)
+    decay = min(self.decay, warm_up)
     averages = self.tensors()
     pairs = [(averages[k],t.detach()) for k,t in now.items()]
     floats = [o for o in pairs if o[0].is_floating_point()]
@@ -73,7 +75,9 @@ def swap(self:ModelEMA,
 ):
     "Exchange the average and the network's tensors in place"
     now = self.present(net)
-    for k,t in self.tensors().items(): t.data,now[k].data = now[k].data,t.data
+    for k,average in self.tensors().items():
+        t = now[k]
+        t.data,average.data = average.data,t.data
     self.swapped = not self.swapped
 
 # %% ../nbs/21_ema.ipynb #ce-ema-state
@@ -81,14 +85,19 @@ def swap(self:ModelEMA,
 def get_extra_state(self:ModelEMA): return torch.tensor([self.n,self.swapped])
 
 @patch
-def set_extra_state(self:ModelEMA, state): self.n,self.swapped = int(state[0]),bool(state[1])
+def set_extra_state(self:ModelEMA, state):
+    n,swapped = state.tolist()
+    self.n = n
+    self.swapped = bool(swapped)
 
 @patch
 def _load_from_state_dict(self:ModelEMA, state_dict, prefix, *args):
     "Load the average; a checkpoint without one restarts the count"
-    saved = any(k.startswith(prefix) and not k.endswith('_extra_state') for k in state_dict)
+    own = [k for k in state_dict if k.startswith(prefix)]
+    saved = any(not k.endswith('_extra_state') for k in own)
     if self._buffers and saved: return nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
-    self.n,self.swapped = 0,False
+    self.n = 0
+    self.swapped = False
 
 # %% ../nbs/21_ema.ipynb #ce-ema-pickle
 @patch

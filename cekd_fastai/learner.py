@@ -29,7 +29,8 @@ def _n_classes(dls):
 def _learner(dls, net, method, cbs, splitter, freeze_bn, kwargs):
     "A `Learner` of `net` with the callback `method` first; what the user passes in `kwargs` has priority"
     kwargs = dict(splitter=splitter, train_bn=not freeze_bn) | kwargs
-    return Learner(dls, net, cbs=[*L(method),Components(),*L(cbs)], **kwargs)
+    cbs = [*L(method),Components(),*L(cbs)]
+    return Learner(dls, net, cbs=cbs, **kwargs)
 
 # %% ../nbs/35_learner.ipynb #le-build
 def _peers(archs, n_branches, n_out, **kw):
@@ -72,7 +73,8 @@ def meal_learner(
 )->Learner:
     "A `Learner` of a student that learns from the outputs of trained teachers"
     names = set(inspect.signature(MEAL).parameters) & set(kwargs)
-    meal = MEAL(teachers, **{k:kwargs.pop(k) for k in names})
+    own = {k:kwargs.pop(k) for k in names}
+    meal = MEAL(teachers, **own)
     n = n_branches or (len(arch) if is_listy(arch) else 1)
     return branch_learner(dls, arch, n, cbs=[meal,*L(cbs)], **kwargs)
 
@@ -103,7 +105,8 @@ def online_learner(
     method = _online_method(method)
     if n_branches is None: n_branches = method.branches
     kw = dict(pretrained=pretrained, weights=weights) | (arch_args or {})
-    net = gate_net(arch, _n_classes(dls), n_branches, gate or method.gates[0], split, freeze_bn, **kw)
+    gate = gate or method.gates[0]
+    net = gate_net(arch, _n_classes(dls), n_branches, gate, split, freeze_bn, **kw)
     return _learner(dls, net, method, cbs, gate_splitter, freeze_bn, kwargs)
 
 # %% ../nbs/35_learner.ipynb #cs-learn
@@ -125,7 +128,8 @@ def css_learner(
     "A `Learner` of the two networks of CSS"
     net = css_net(archs, _n_classes(dls), n_branches, split, transform, seed, freeze_bn, pretrained, weights, arch_args)
     given = any(cb is CSS or isinstance(cb, CSS) for cb in L(cbs)) # fastai takes classes of callbacks too
-    return _learner(dls, net, [] if given else CSS(), cbs, branch_splitter, freeze_bn, kwargs)
+    method = None if given else CSS()
+    return _learner(dls, net, method, cbs, branch_splitter, freeze_bn, kwargs)
 
 # %% ../nbs/35_learner.ipynb #le-ckpt
 class GradCheckpoint(Callback):
@@ -134,7 +138,8 @@ class GradCheckpoint(Callback):
     @property
     def nets(self):
         "All networks with a trunk in the model"
-        return [m for m in unwrap_model(self.learn.model).modules() if isinstance(m, BranchNet)]
+        model = unwrap_model(self.learn.model)
+        return [m for m in model.modules() if isinstance(m, BranchNet)]
 
     def before_fit(self):
         "Switch it on; refuse a model without a trunk"

@@ -1,4 +1,4 @@
-"""A fine-grained benchmark that the program draws: sister species differ in one small mark
+"""How hard they are, and how to count the evidence that a cut-out box removes
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/synthetic.html.md"""
 
@@ -16,14 +16,16 @@ from .data.readers import read_cub
 from .data.benchmarks import BENCHMARKS,Benchmark
 
 # %% ../nbs/12_synthetic.ipynb #registry-x
-def _fetch(): return make_birds(fastai_path('data')/'synthetic_birds')
+def _fetch():
+    "Draw the default set in fastai's data folder, or find it there"
+    return make_birds(fastai_path('data')/'synthetic_birds')
 
 BENCHMARKS['synthetic'] = Benchmark('synthetic', 'Birds drawn by make_birds', 20, 800, 400, _fetch, read_cub, 0, '',
     'cekd_fastai.drawing', 'as this library', '')
 
 # %% ../nbs/12_synthetic.ipynb #readers
 def diagnostic_parts(
-    path # folder written by `make_birds`
+    path # Folder written by `make_birds`
 )->dict: # {(class a, class b): tuple of part names}, each pair in both orders
     "The parts on which each pair of classes looks different, keyed by the classes' names as in classes.txt"
     df = _read(path, 'parts/diagnostic_parts.csv', sep=',')
@@ -31,16 +33,21 @@ def diagnostic_parts(
     return res | {(b, a): p for (a, b),p in res.items()}
 
 def bird_parts(
-    path # folder written by `make_birds`
-)->pd.DataFrame: # columns image (path below images/), species, part, x, y (pixels; NaN if hidden), visible
+    path # Folder written by `make_birds`
+)->pd.DataFrame: # Columns image (path below images/), species, part, x, y (pixels; NaN if hidden), visible
     "Where each part is in each picture, one row per picture and part"
     df = _read(path, 'parts/part_locs.txt', names=['id', 'part_id', 'x', 'y', 'visible'])
-    images = _read(path, 'images.txt', names=['id', 'image']).set_index('id').image
-    parts = _read(path, 'parts/parts.txt', names=['id', 'part']).set_index('id').part
-    image,vis = df.id.map(images),df.visible.astype(bool)
-    return pd.DataFrame(dict(image=image, species=image.str.split('/').str[0], part=df.part_id.map(parts), x=df.x.where(vis), y=df.y.where(vis), visible=vis))
+    images = _read(path, 'images.txt', names=['id', 'image'], index_col='id')
+    parts = _read(path, 'parts/parts.txt', names=['id', 'part'], index_col='id')
+    image = df.id.map(images.image)
+    part = df.part_id.map(parts.part)
+    visible = df.visible.astype(bool)
+    species = image.str.split('/').str[0]
+    x,y = df.x.where(visible),df.y.where(visible)
+    return pd.DataFrame(dict(image=image, species=species, part=part, x=x, y=y, visible=visible))
 
 def _read(path, f, sep=' ', **kw):
     "The table `f` of the data set at `path`"
-    if not (Path(path)/f).is_file(): raise FileNotFoundError(f'{Path(path)/f} is missing: pass the folder that make_birds returned')
-    return pd.read_csv(Path(path)/f, sep=sep, **kw)
+    file = Path(path)/f
+    if not file.is_file(): raise FileNotFoundError(f'{file} is missing: pass the folder that make_birds returned')
+    return pd.read_csv(file, sep=sep, **kw)

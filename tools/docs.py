@@ -216,6 +216,8 @@ def _wrap(s): return _raw(f'<div class="output">\n{s}\n</div>') if s.strip() els
 
 def _pre(s): return _wrap(f"<pre>{html.escape(s.removeprefix('```text').removesuffix('```').strip(chr(10)), quote=False)}</pre>") if s else ''
 
+captions = {'howto':'How to', 'course':'Course', 'studies':'Studies', '.':'Reference'} # folder of notebooks to its part of the navigation
+
 class Site:
     "The pages of a folder of notebooks."
     def __init__(self,
@@ -240,9 +242,10 @@ class Site:
         return name
 
     def toc(self):
-        "The navigation: lessons, then the reference."
+        "The navigation: a part for each folder, and the reference last."
         pages = [p for p in self.pages.values() if p.nb.as_posix()!='index.ipynb']
-        parts = dict(Course=[p for p in pages if p.nb.parent.name], Reference=[p for p in pages if not p.nb.parent.name])
+        parts = {name: [p for p in pages if p.nb.parent.as_posix()==folder] for folder,name in captions.items()}
+        if left := [str(p) for p in pages if p.nb.parent.as_posix() not in captions]: raise DocsError(f'{left[0]} is in a folder that has no part in the navigation: name it in `captions`.')
         lines = {k: '\n'.join(p.html.with_suffix('').as_posix() for p in v) for k,v in parts.items() if v}
         return '\n\n'.join(f'```{{toctree}}\n:hidden:\n:maxdepth: 1\n:caption: {k}\n\n{v}\n```' for k,v in lines.items())
 

@@ -14,7 +14,8 @@ from torchvision import datasets as tvd
 from ..core import few,near_hint
 from .table import ImageTable
 from .download import fetch_by_hand,fetch_files,fetch_url
-from .readers import _folder,_read_path,read_aircraft,read_cars,read_cub,read_dogs,read_flowers,read_folders,read_pets,read_small
+from .readers import _folder,_read_path,read_aircraft,read_cars,read_cub,read_dogs
+from .readers import read_flowers,read_folders,read_pets,read_small
 
 # %% ../../nbs/09_data.benchmarks.ipynb #bench
 @dataclass(frozen=True)
@@ -25,10 +26,10 @@ class Benchmark:
     n_classes:int   # In all
     n_train:int     # Official number of training images
     n_test:int      # Official number of test images
-    fetch:Callable  # () -> folder, gets the files if they are not there
-    reader:Callable # Folder -> `ImageTable`
+    fetch:Callable  # Gets the files if they are not there, returns their folder
+    reader:Callable # Makes an `ImageTable` of that folder
     gb:float        # Size of the download in gigabytes
-    papers:str      # Which of the methods here were measured on it
+    papers:str      # Methods of this project that were measured on it
     source:str      # Where `fetch` gets it from
     licence:str     # Of the images, in words
     paper:str       # To cite
@@ -36,20 +37,29 @@ class Benchmark:
     def table(self, root=None): # `ImageTable`
         "Get and read the files, or read those in folder `root`; `ValueError` if the counts are not the official ones"
         t = self.reader(self.fetch() if root is None else _folder(root))
-        diff = self._differs(t)
-        if not diff: return t
-        n = t.counts()
-        least = ' and '.join(f'{n[o].idxmin()} with {n[o].min():,} {o}' for o in n.columns)
+        gaps = self._gaps(t)
+        if not gaps: return t
         fix = 'delete the folder to get it again' if root is None else 'check root'
-        remedy = f'{fix}, or pass the folder as a path to use it as it is (smallest classes: {least})'
-        raise ValueError(f'{t.root} is not the whole of {self.name!r}: {diff}; {remedy}')
+        remedy = f'{fix}, or pass the folder as a path to use it as it is (smallest classes: {_smallest(t)})'
+        raise ValueError(f'{t.root} is not the whole of {self.name!r}: {", ".join(gaps)}; {remedy}')
 
-    def _differs(self, t):
+    def _gaps(self, t):
         "In words, how the counts of a table differ from the official ones"
-        want = dict(zip(('classes','training images','test images'), (self.n_classes,self.n_train,self.n_test)))
         have = (len(t.classes),t.n_train,t.n_test or t.n_valid)
-        diff = {k: h-w for (k,w),h in zip(want.items(), have) if h!=w}
-        return ', '.join(f'{abs(d):,} {k} {"missing" if d<0 else "too many"}' for k,d in diff.items())
+        want = (self.n_classes,self.n_train,self.n_test)
+        gaps = map(_gap, ('classes','training images','test images'), have, want)
+        return [o for o in gaps if o]
+
+def _gap(what, have, want):
+    "In words, how many are missing or too many; None if the number is right"
+    if have==want: return None
+    return f'{abs(have-want):,} {what} {"missing" if have<want else "too many"}'
+
+def _smallest(table):
+    "In words, the class with the fewest images in each part"
+    n = table.counts()
+    least = [f'{n[o].idxmin()} with {n[o].min():,} {o}' for o in n.columns]
+    return ' and '.join(least)
 
 # %% ../../nbs/09_data.benchmarks.ipynb #registry
 # chkstyle: off
@@ -60,11 +70,14 @@ _SVHN = 'http://ufldl.stanford.edu/housenumbers/'
 
 _FILES = dict( # (url, md5, folder to put it into)
     aircraft=[(f'{_OXFORD}fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz', None, '')],
-    dogs=[(f'{_DOGS}images.tar', '1bb1f2a596ae7057f99d7d75860002ef', ''),
+    dogs=[
+        (f'{_DOGS}images.tar', '1bb1f2a596ae7057f99d7d75860002ef', ''),
         (f'{_DOGS}lists.tar', 'edbb9f16854ec66506b5f09b583e0656', '')],
-    pets=[(f'{_OXFORD}pets/data/images.tar.gz', '5c4f3ee8e5d25df40f4fd59a7f44e54c', 'oxford-iiit-pet'),
+    pets=[
+        (f'{_OXFORD}pets/data/images.tar.gz', '5c4f3ee8e5d25df40f4fd59a7f44e54c', 'oxford-iiit-pet'),
         (f'{_OXFORD}pets/data/annotations.tar.gz', '95a8c909bbe2e81eed6a22bccdf3f68f', 'oxford-iiit-pet')],
-    flowers=[(f'{_OXFORD}flowers/102/102flowers.tgz', '52808999861908f626f3c1f4e79d11fa', 'flowers-102'),
+    flowers=[
+        (f'{_OXFORD}flowers/102/102flowers.tgz', '52808999861908f626f3c1f4e79d11fa', 'flowers-102'),
         (f'{_OXFORD}flowers/102/imagelabels.mat', 'e0620be6f572b9609742df49c70aed4d', 'flowers-102'),
         (f'{_OXFORD}flowers/102/setid.mat', 'a5357ecc9cb78c4bef273ce3793fc85c', 'flowers-102')],
     cifar10=[(tvd.CIFAR10.url, tvd.CIFAR10.tgz_md5, '')],
@@ -80,92 +93,187 @@ STATS = dict( # Mean and standard deviation of the training part
 
 # %% ../../nbs/09_data.benchmarks.ipynb #registry2
 # chkstyle: off
+_NC = 'non-commercial research'
 _BY_HAND = dict(
-    cars="the authors' page is gone; get cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat from a copy and put them into a folder stanford_cars",
+    cars="the authors' page is gone; get cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat "
+        "from a copy and put them into a folder stanford_cars",
     imagenet='register at image-net.org and extract to train/ and val/ with one folder for each class',
     nabirds='agree to the terms at dl.allaboutbirds.org/nabirds')
-_NC = 'non-commercial research'
+_NABIRDS = ('nabirds.tar.gz','df21a9e4db349a14e2b08adfd45873bd')
 
 def _get_files(name, *args): return partial(fetch_files, name, _FILES[name], *args)
+def _by_hand(name, *args): return partial(fetch_by_hand, name, _BY_HAND[name], *args)
 
-def _aircraft(name, n_classes, level):
-    return Benchmark(name, f'FGVC-Aircraft by {level}', n_classes, 6667, 3333, _get_files('aircraft'), partial(read_aircraft, level=level),
-        2.8, 'CEKD, SnapMix' if level=='variant' else '', _OXFORD+'fgvc-aircraft', _NC, 'Maji et al., arXiv 1306.5151')
+def _aircraft(name, n_classes, level, papers=''):
+    "A row for one level of the names of Aircraft"
+    return Benchmark(name, f'FGVC-Aircraft by {level}', n_classes, 6667, 3333,
+        fetch=_get_files('aircraft'),
+        reader=partial(read_aircraft, level=level),
+        gb=2.8,
+        papers=papers,
+        source=_OXFORD+'fgvc-aircraft',
+        licence=_NC,
+        paper='Maji et al., arXiv 1306.5151')
 
 _FINE = (
-    Benchmark('cub', 'Caltech-UCSD Birds-200-2011', 200, 5994, 5794, partial(fetch_url, 'CUB_200_2011'), read_cub, 1.2,
-        'CEKD, CSS, SnapMix', URLs.CUB_200_2011, 'non-commercial research and education', 'Wah et al., Caltech CNS-TR-2011-001'),
-    Benchmark('cars', 'Stanford Cars', 196, 8144, 8041, partial(fetch_by_hand, 'cars', _BY_HAND['cars']), read_cars, 2.0,
-        'CEKD, CSS, SnapMix', 'by hand', _NC, 'Krause et al., 3dRR 2013'),
-    _aircraft('aircraft', 100, 'variant'), _aircraft('aircraft-family', 70, 'family'), _aircraft('aircraft-manufacturer', 30, 'manufacturer'),
-    Benchmark('dogs', 'Stanford Dogs', 120, 12000, 8580, _get_files('dogs'), read_dogs, 0.8,
-        'CSS', _DOGS, 'as ImageNet', 'Khosla et al., FGVC 2011'),
-    Benchmark('pets', 'Oxford-IIIT Pets', 37, 3680, 3669, _get_files('pets'), read_pets, 0.8,
-        '', _OXFORD+'pets', 'CC BY-SA 4.0', 'Parkhi et al., CVPR 2012'),
-    Benchmark('flowers', 'Oxford Flowers-102', 102, 2040, 6149, _get_files('flowers'), read_flowers, 0.3,
-        '', _OXFORD+'flowers/102', 'not stated', 'Nilsback and Zisserman, ICVGIP 2008'),
+    Benchmark('cub', 'Caltech-UCSD Birds-200-2011', 200, 5994, 5794,
+        fetch=partial(fetch_url, 'CUB_200_2011'),
+        reader=read_cub,
+        gb=1.2,
+        papers='CEKD, CSS, SnapMix',
+        source=URLs.CUB_200_2011,
+        licence='non-commercial research and education',
+        paper='Wah et al., Caltech CNS-TR-2011-001'),
+    Benchmark('cars', 'Stanford Cars', 196, 8144, 8041,
+        fetch=_by_hand('cars'),
+        reader=read_cars,
+        gb=2.0,
+        papers='CEKD, CSS, SnapMix',
+        source='by hand',
+        licence=_NC,
+        paper='Krause et al., 3dRR 2013'),
+    _aircraft('aircraft', 100, 'variant', papers='CEKD, SnapMix'),
+    _aircraft('aircraft-family', 70, 'family'),
+    _aircraft('aircraft-manufacturer', 30, 'manufacturer'),
+    Benchmark('dogs', 'Stanford Dogs', 120, 12000, 8580,
+        fetch=_get_files('dogs'),
+        reader=read_dogs,
+        gb=0.8,
+        papers='CSS',
+        source=_DOGS,
+        licence='as ImageNet',
+        paper='Khosla et al., FGVC 2011'),
+    Benchmark('pets', 'Oxford-IIIT Pets', 37, 3680, 3669,
+        fetch=_get_files('pets'),
+        reader=read_pets,
+        gb=0.8,
+        papers='',
+        source=_OXFORD+'pets',
+        licence='CC BY-SA 4.0',
+        paper='Parkhi et al., CVPR 2012'),
+    Benchmark('flowers', 'Oxford Flowers-102', 102, 2040, 6149,
+        fetch=_get_files('flowers'),
+        reader=read_flowers,
+        gb=0.3,
+        papers='',
+        source=_OXFORD+'flowers/102',
+        licence='not stated',
+        paper='Nilsback and Zisserman, ICVGIP 2008'),
     Benchmark('nabirds', 'North American Birds', 555, 23929, 24633,
-        partial(fetch_by_hand, 'nabirds', _BY_HAND['nabirds'], ('nabirds.tar.gz', 'df21a9e4db349a14e2b08adfd45873bd')), read_cub, np.nan,
-        '', 'by hand', _NC, 'Van Horn et al., CVPR 2015'))
+        fetch=_by_hand('nabirds', _NABIRDS),
+        reader=read_cub,
+        gb=np.nan,
+        papers='',
+        source='by hand',
+        licence=_NC,
+        paper='Van Horn et al., CVPR 2015'))
 
 # %% ../../nbs/09_data.benchmarks.ipynb #registry-small
 # chkstyle: off
 def _read_as(path, recipe, stats):
     "Class folders with a recipe and statistics of their own"
     t = read_folders(path)
-    t.recipe,t.stats = recipe,stats
+    t.recipe = recipe
+    t.stats = stats
     return t
 
 def _small(name, cls, recipe='pad'): return partial(read_small, cls=cls, recipe=recipe, stats=STATS[name])
 
 _SMALL = (
-    Benchmark('cifar10', 'CIFAR-10', 10, 50000, 10000, _get_files('cifar10'), _small('cifar10', tvd.CIFAR10), 0.2,
-        'MEAL, FFM+CD', tvd.CIFAR10.url, 'not stated', 'Krizhevsky 2009'),
-    Benchmark('cifar100', 'CIFAR-100', 100, 50000, 10000, _get_files('cifar100'), _small('cifar100', tvd.CIFAR100), 0.2,
-        'MEAL, FFM+CD, CSS', tvd.CIFAR100.url, 'not stated', 'Krizhevsky 2009'),
-    Benchmark('cinic10', 'CINIC-10', 10, 90000, 90000, _get_files('cinic10', True),
-        partial(_read_as, recipe='pad', stats=STATS['cinic10']), 0.7, 'FFM+CD', _CINIC, 'CC BY 4.0', 'Darlow et al., arXiv 1810.03505'),
-    Benchmark('svhn', 'Street View House Numbers', 10, 73257, 26032, _get_files('svhn'), _small('svhn', tvd.SVHN, 'digits'), 0.2,
-        'MEAL', _SVHN, 'non-commercial', 'Netzer et al., 2011'))
+    Benchmark('cifar10', 'CIFAR-10', 10, 50000, 10000,
+        fetch=_get_files('cifar10'),
+        reader=_small('cifar10', tvd.CIFAR10),
+        gb=0.2,
+        papers='MEAL, FFM+CD',
+        source=tvd.CIFAR10.url,
+        licence='not stated',
+        paper='Krizhevsky 2009'),
+    Benchmark('cifar100', 'CIFAR-100', 100, 50000, 10000,
+        fetch=_get_files('cifar100'),
+        reader=_small('cifar100', tvd.CIFAR100),
+        gb=0.2,
+        papers='MEAL, FFM+CD, CSS',
+        source=tvd.CIFAR100.url,
+        licence='not stated',
+        paper='Krizhevsky 2009'),
+    Benchmark('cinic10', 'CINIC-10', 10, 90000, 90000,
+        fetch=_get_files('cinic10', True),
+        reader=partial(_read_as, recipe='pad', stats=STATS['cinic10']),
+        gb=0.7,
+        papers='FFM+CD',
+        source=_CINIC,
+        licence='CC BY 4.0',
+        paper='Darlow et al., arXiv 1810.03505'),
+    Benchmark('svhn', 'Street View House Numbers', 10, 73257, 26032,
+        fetch=_get_files('svhn'),
+        reader=_small('svhn', tvd.SVHN, 'digits'),
+        gb=0.2,
+        papers='MEAL',
+        source=_SVHN,
+        licence='non-commercial',
+        paper='Netzer et al., 2011'))
 
 # %% ../../nbs/09_data.benchmarks.ipynb #registry-large
 # chkstyle: off
 _LARGE = (
-    Benchmark('imagenet', 'ImageNet 2012', 1000, 1281167, 50000, partial(fetch_by_hand, 'imagenet', _BY_HAND['imagenet']), read_folders, 155,
-        'MEAL', 'by hand', _NC, 'Russakovsky et al., IJCV 2015'),
-    Benchmark('imagewoof', 'Imagewoof, ten breeds of dog', 10, 9025, 3929, partial(fetch_url, 'IMAGEWOOF'), read_folders, 1.3,
-        '', URLs.IMAGEWOOF, 'as ImageNet', 'Howard, fast.ai 2019'))
+    Benchmark('imagenet', 'ImageNet 2012', 1000, 1281167, 50000,
+        fetch=_by_hand('imagenet'),
+        reader=read_folders,
+        gb=155,
+        papers='MEAL',
+        source='by hand',
+        licence=_NC,
+        paper='Russakovsky et al., IJCV 2015'),
+    Benchmark('imagewoof', 'Imagewoof, ten breeds of dog', 10, 9025, 3929,
+        fetch=partial(fetch_url, 'IMAGEWOOF'),
+        reader=read_folders,
+        gb=1.3,
+        papers='',
+        source=URLs.IMAGEWOOF,
+        licence='as ImageNet',
+        paper='Howard, fast.ai 2019'))
 
 BENCHMARKS = {o.name:o for o in _FINE+_SMALL+_LARGE}
 
 # %% ../../nbs/09_data.benchmarks.ipynb #registry3
 def benchmarks(): # `DataFrame`, indexed by name
     "The named data sets: counts, size, which papers use them, source, licence and paper"
-    return pd.DataFrame([asdict(o) for o in BENCHMARKS.values()]).set_index('name').drop(columns=['fetch','reader'])
+    rows = [asdict(o) for o in BENCHMARKS.values()]
+    return pd.DataFrame(rows).set_index('name').drop(columns=['fetch','reader'])
 
 # %% ../../nbs/09_data.benchmarks.ipynb #source
-def _source_table(source, root, valid_pct, seed, **kwargs):
+def _is_sheet(source):
+    "Whether `source` is a `DataFrame` or the path of a CSV file"
+    if isinstance(source, (str,Path)): return Path(source).suffix.lower()=='.csv'
+    return isinstance(source, pd.DataFrame)
+
+def _source_folder(source):
+    "The folder that a path names; a word that is no folder gets the nearest names of benchmarks"
+    if not isinstance(source, (str,Path)):
+        remedy = 'pass the name of a benchmark, a path, a DataFrame or CSV file, or an ImageTable'
+        raise TypeError(f'source is {source!r}: {remedy}')
+    path = Path(source).expanduser()
+    is_word = isinstance(source, str) and len(path.parts)==1
+    if is_word and not path.exists():
+        raise FileNotFoundError(f'{source!r} is neither a benchmark nor a folder: {near_hint(source, BENCHMARKS)}')
+    return _folder(path)
+
+def _source_table(source, root, valid_pct, seed, **columns):
     "The table that `source` stands for, and whether its validation part was drawn with `valid_pct` already"
     if isinstance(source, str) and source in BENCHMARKS: return BENCHMARKS[source].table(root),False
-    if root is not None: raise ValueError(f'root={str(root)!r} is for a named benchmark, and {source!r} is none: {near_hint(source, BENCHMARKS)}')
+    if root is not None:
+        hint = near_hint(source, BENCHMARKS)
+        raise ValueError(f'root={str(root)!r} is for a named benchmark, and {source!r} is none: {hint}')
     if isinstance(source, ImageTable): return source,False
-    is_csv = isinstance(source, (str,Path)) and Path(source).suffix.lower()=='.csv'
-    if is_csv or isinstance(source, pd.DataFrame):
-        pct = {} if valid_pct is None else dict(valid_pct=valid_pct)
-        return ImageTable.from_df(source, seed=seed, **pct, **kwargs),True
-    if kwargs: raise ValueError(f'{few(kwargs)} is for a DataFrame or a CSV file, and {source!r} is none')
-    if not isinstance(source, (str,Path)):
-        raise TypeError(f'source is {source!r}: pass the name of a benchmark, a path, a DataFrame or CSV file, or an ImageTable')
-    path = Path(source).expanduser()
-    if isinstance(source, str) and len(path.parts)==1 and not path.exists():
-        raise FileNotFoundError(f'{source!r} is neither a benchmark nor a folder: {near_hint(source, BENCHMARKS)}')
-    return _read_path(_folder(path), valid_pct, seed),True
+    if _is_sheet(source): return ImageTable.from_df(source, seed=seed, valid_pct=ifnone(valid_pct, .2), **columns),True
+    if columns: raise ValueError(f'{few(columns)} is for a DataFrame or a CSV file, and {source!r} is none')
+    return _read_path(_source_folder(source), valid_pct, seed),True
 
 # %% ../../nbs/09_data.benchmarks.ipynb #read
 def read_table(
     source,         # Name of a benchmark, path of a folder, `DataFrame` or CSV file, or `ImageTable`
     classes=None,   # An int for the first so many classes, or a list of names; all if None
-    valid_pct=None, # Share of train to hold out for validation; None for the official split, and 0.2 where there is none
+    valid_pct=None, # Share of train to hold out for validation; the official split if None, 0.2 where there is none
     seed=42,        # Of the draws
     verify=False,   # Decode every image once, warn of those that cannot be read, and leave them out
     root=None,      # Folder with the files of a named benchmark; fastai's data folder if None

@@ -10,25 +10,29 @@ __all__ = ['verify', 'presize']
 # %% ../../nbs/11_data.check.ipynb #imports
 import math,shutil
 from fastai.vision.all import *
-from concurrent.futures import ThreadPoolExecutor
 from scipy.io import savemat
 from ..core import check_count,whole_folder
 from .table import ImageTable
-from .image import ResizeShort,open_image,unreadable
-from .readers import _folder,_id_lines,_images,_mat
+from .image import ResizeShort,_in_threads,open_image,unreadable
+from .readers import _CARS_CORNERS,_cars_corners,_folder,_id_lines,_images,_mat_rows
 from .benchmarks import BENCHMARKS,read_table
 
 # %% ../../nbs/11_data.check.ipynb #verify
+def _dls_files(dls):
+    "The pictures of `dls`, of all parts"
+    if hasattr(dls, 'table'): return dls.table.files
+    return [o for dl in dls.loaders for o in dl.items]
+
 def _files_of(source):
     "The pictures that `source` stands for"
-    if isinstance(source, DataLoaders):
-        return source.table.files if hasattr(source, 'table') else [o for dl in source.loaders for o in dl.items]
+    if isinstance(source, DataLoaders): return _dls_files(source)
     if isinstance(source, (list,tuple,L)): return [Path(o) for o in source]
-    if isinstance(source, ImageTable) or (isinstance(source, str) and source in BENCHMARKS): return read_table(source).files
+    named = isinstance(source, str) and source in BENCHMARKS
+    if named or isinstance(source, ImageTable): return read_table(source).files
     return [Path(source)] if Path(source).is_file() else _images(_folder(source))
 
 def verify(
-    source,         # `DataLoaders`, `ImageTable`, a list of files, path of a folder or a picture, or name of a benchmark
+    source,         # `DataLoaders`, `ImageTable`, list of files, path of a folder or picture, or name of a benchmark
     max_pixels=None # A picture with more is oversized; Pillow's limit if None
 )->pd.DataFrame:    # Columns `file` and `fault`, one row for each file that has one
     "Decode every picture and list those that are missing, empty, truncated, corrupt, oversized or no pictures"
@@ -37,34 +41,49 @@ def verify(
 # %% ../../nbs/11_data.check.ipynb #scale
 def _scale_cub(src, dst, ratio):
     "Write boxes of CUB, scaled by the ratio of each picture"
-    names,lines = _id_lines(src.parent/'images.txt'),[]
+    names = _id_lines(src.parent/'images.txt')
+    lines = []
     for k,box in _id_lines(src).items():
         if k not in names: continue
         r = ratio.get(src.parent/'images'/names[k], 1)
-        lines.append(' '.join([k, *(f'{float(v)*r:.1f}' for v in box.split())]))
+        scaled = ' '.join(f'{float(v)*r:.1f}' for v in box.split())
+        lines.append(f'{k} {scaled}')
     dst.write_text('\n'.join(lines)+'\n', encoding='utf-8')
 
-def _corner(v, r, up):
-    "A corner counted from 1, scaled and rounded outwards"
-    return max(1, math.ceil(v*r) if up else math.floor((v-1)*r)+1)
+# %% ../../nbs/11_data.check.ipynb #scale-corners
+def _scale_start(v, r):
+    "The first pixel of a box, counted from 1, scaled and rounded outwards"
+    return max(1, math.floor((v-1)*r)+1)
 
-def _scale_aircraft(src, dst, ratio):
-    "Write corners of Aircraft, scaled by the ratio of each picture"
-    by_stem,lines = {k.stem:v for k,v in ratio.items()},[]
-    for k,box in _id_lines(src).items():
-        corners = [_corner(float(v), by_stem.get(k, 1), i>1) for i,v in enumerate(box.split())]
-        lines.append(f'{k} ' + ' '.join(map(str, corners)))
-    dst.write_text('\n'.join(lines)+'\n')
+def _scale_end(v, r):
+    "The last pixel of a box, counted from 1, scaled and rounded outwards"
+    return max(1, math.ceil(v*r))
+
+def _scale_corners(corners, r):
+    "x1, y1, x2, y2, scaled by `r`"
+    x1,y1,x2,y2 = corners
+    return [_scale_start(x1, r), _scale_start(y1, r), _scale_end(x2, r), _scale_end(y2, r)]
 
 # %% ../../nbs/11_data.check.ipynb #scale2
+def _scale_aircraft(src, dst, ratio):
+    "Write corners of Aircraft, scaled by the ratio of each picture"
+    by_stem = {k.stem:v for k,v in ratio.items()}
+    lines = []
+    for k,box in _id_lines(src).items():
+        corners = [float(o) for o in box.split()]
+        scaled = _scale_corners(corners, by_stem.get(k, 1))
+        lines.append(' '.join([k, *map(str, scaled)]))
+    dst.write_text('\n'.join(lines)+'\n')
+
 def _scale_cars(src, dst, ratio):
     "Write corners of Cars, scaled by the ratio of each picture"
-    rows = np.atleast_1d(_mat(src)['annotations']).copy()
+    rows = _mat_rows(src, 'annotations').copy()
     in_devkit = src.parent.name=='devkit'
     folder = src.parent.parent/'cars_train' if in_devkit else src.parent/'cars_test'
     for o in rows:
         r = ratio.get(folder/str(o['fname']), 1)
-        for c in ('x1','y1','x2','y2'): o[f'bbox_{c}'] = _corner(int(o[f'bbox_{c}']), r, c[1]=='2')
+        scaled = _scale_corners(_cars_corners(o), r)
+        for k,v in zip(_CARS_CORNERS, scaled): o[k] = v
     savemat(dst, dict(annotations=rows))
 
 _SCALE = {'bounding_boxes.txt':_scale_cub, 'images_box.txt':_scale_aircraft}
@@ -89,9 +108,16 @@ def _shrink(src, dst, size, quality):
 # %% ../../nbs/11_data.check.ipynb #shrink-all
 def _shrink_all(files, size, quality, n_workers):
     "Write the copies `{src: dst}` in threads; returns the ratio of each"
-    with ThreadPoolExecutor(n_workers or defaults.cpus) as ex:
-        done = ex.map(lambda o: _shrink(*o, size, quality), files.items())
-        return dict(zip(files, progress_bar(done, total=len(files), leave=False, display=len(files)>1000)))
+    def shrink(src): return _shrink(src, files[src], size, quality)
+    ratios = _in_threads(shrink, files, n_workers)
+    return dict(zip(files, ratios))
+
+def _copy_sources(files, ratio):
+    "Copy the label files `{src: dst}`, with boxes scaled by the ratio of each picture"
+    for src,dst in files.items():
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        if src.name in _SCALE: _SCALE[src.name](src, dst, ratio)
+        else: shutil.copyfile(src, dst)
 
 def _is_copy(dest, what):
     "Whether `dest` is the copy that `what` describes"
@@ -107,22 +133,21 @@ def presize(
     quality=90,    # Of JPEG and WebP files, up to 95
     n_workers=None # Threads; one for each CPU if None
 )->Path:           # Folder of the copy
-    "Write a copy with smaller pictures, in full or not at all, in the layout of the data set and with its labels, parts and scaled boxes"
+    "Write a copy with smaller pictures, in full or not at all; layout, labels and parts stay, boxes are scaled"
     check_count(size=size, quality=quality)
     if isinstance(source, ImageTable):
-        raise TypeError('presize copies a whole data set with its label files: pass a name or a path, and take a part of the copy')
+        remedy = 'pass a name or a path, and take a part of the copy'
+        raise TypeError(f'presize copies a whole data set with its label files: {remedy}')
     t = read_table(source, root=root)
-    dest = t.root.with_name(f'{t.root.name}-{size}') if dest is None else Path(dest).expanduser()
+    beside = t.root.with_name(f'{t.root.name}-{size}')
+    dest = Path(ifnone(dest, beside)).expanduser()
     what = dict(size=size, quality=quality, files=len(t))
     if dest.exists():
         if _is_copy(dest, what): return dest
         raise FileExistsError(f'{dest} exists and is not this copy: delete it, or choose another dest')
     with whole_folder(dest) as tmp:
-        def new(o): return tmp/o.relative_to(t.root)
-        ratio = _shrink_all({o:new(o) for o in t.files}, size, quality, n_workers)
-        for o in t.sources:
-            new(o).parent.mkdir(parents=True, exist_ok=True)
-            if o.name in _SCALE: _SCALE[o.name](o, new(o), ratio)
-            else: shutil.copyfile(o, new(o))
+        def new(files): return {o: tmp/o.relative_to(t.root) for o in files}
+        ratio = _shrink_all(new(t.files), size, quality, n_workers)
+        _copy_sources(new(t.sources), ratio)
         (tmp/'presized.json').write_text(json.dumps(what))
     return dest

@@ -32,7 +32,7 @@ def _check_md5(file, md5):
 
 # %% ../../nbs/07_data.download.ipynb #get
 def _get(url, arch, md5=None):
-    "Download `url` to file `arch`, whole and with the published hash, or not at all; a file that is there is used as it is"
+    "Download `url` to file `arch`, whole and with the published hash, or not at all; a file that is there is used"
     if arch.exists(): return arch
     arch.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix='.partial-', dir=arch.parent))
@@ -72,7 +72,8 @@ def _extract_tar(arch, dest):
     with tarfile.open(arch) as f:
         for o in f:
             is_link = o.issym() or o.islnk()
-            _check_member(o.name, o.linkname if is_link else None, o.isfile() or o.isdir() or is_link)
+            plain = o.isfile() or o.isdir() or is_link
+            _check_member(o.name, o.linkname if is_link else None, plain)
             f.extract(o, dest, **safe)
 
 def _extract_zip(arch, dest):
@@ -85,7 +86,8 @@ def _extract(arch, dest):
     f = _extract_zip if zipfile.is_zipfile(arch) else _extract_tar
     try: f(arch, dest)
     except Exception as e:
-        raise OSError(f'{arch} cannot be extracted ({_first_line(e)}): replace it, or delete it to download it again') from e
+        remedy = 'replace it, or delete it to download it again'
+        raise OSError(f'{arch} cannot be extracted ({_first_line(e)}): {remedy}') from e
 
 # %% ../../nbs/07_data.download.ipynb #unpack
 def _flatten(path):
@@ -118,10 +120,10 @@ def _place(file, folder):
 
 def fetch_files(
     name:str,  # Of the folder to make in fastai's data folder
-    files,     # A list of (url, md5 or None, folder to put it into); archives are extracted
+    files,     # A list of `(url, md5 or None, folder to put it into)`; archives are extracted
     flat=False # Leave out a single folder at the top of the archive
 )->Path:       # That folder
-    "Download and extract files once; `ConnectionError` says where to put them by hand"
+    "Download and extract files once; `ConnectionError` names the folder to put them into by hand"
     dest = fastai_path('data')/name
     if dest.exists(): return dest
     arch = fastai_path('archive')/(name if len(files)>1 else '')
@@ -137,7 +139,7 @@ _MD5 = {URLs.CUB_200_2011:'97eceeb196236b17998738112f37df78'}
 def fetch_url(
     name # Attribute of fastai's `URLs`, such as 'CUB_200_2011'
 )->Path: # Folder that the archive was extracted to
-    "Download and extract an archive of fastai's, or extract the one in fastai's archive folder; `ConnectionError` says where to put it"
+    "Download and extract an archive of fastai's; `ConnectionError` names the folder to put it into by hand"
     url = getattr(URLs, name)
     folder = remove_suffix(url.split('/')[-1], '.tgz')
     return fetch_files(folder, [(url, _MD5.get(url), '')], flat=True)
@@ -146,9 +148,9 @@ def fetch_url(
 def fetch_by_hand(
     name:str, # Of the folder in fastai's data folder
     how:str,  # What to put there, and where it comes from
-    arch=None # (name, md5) of an archive that may lie in fastai's archive folder
+    arch=None # `(name, md5)` of an archive that may lie in fastai's archive folder
 )->Path:      # That folder
-    "The folder of a data set that nobody may download automatically; `FileNotFoundError` says how to get it"
+    "The folder of a data set that nobody may download automatically; `FileNotFoundError` explains how to get it"
     dest = fastai_path('data')/name
     if dest.exists(): return dest
     file = fastai_path('archive')/arch[0] if arch else None

@@ -13,7 +13,7 @@ from fastai.vision.all import *
 from concurrent.futures import ThreadPoolExecutor
 from PIL import ImageOps,UnidentifiedImageError
 from ..core import check_count,few,near_hint
-from .table import RECIPES,ImageTable
+from .table import ImageTable,_check_recipe
 
 # %% ../../nbs/06_data.image.ipynb #rgb
 def _eight_bits(im):
@@ -26,49 +26,72 @@ def _rgb(im):
     "`im` in mode RGB"
     if im.mode=='RGB': return im
     if im.mode.startswith('I'): im = _eight_bits(im)
-    if im.mode=='P': im = im.convert('RGBA') # a palette may have a transparent colour
+    if im.mode=='P': im = im.convert('RGBA') # A palette may have a transparent colour
     return im.convert('RGB')
+
+# %% ../../nbs/06_data.image.ipynb #crop-box
+def _span(start, end, most):
+    "A span of pixels in whole numbers, from 0 to `most`"
+    return max(0, round(start)),min(most, round(end))
 
 def _crop_box(im, box, size):
     "The part `box` of `im`, whose box and width and height `size` are in pixels of the original"
     x,y,w,h = box
-    rx,ry = im.width/size[0],im.height/size[1]
-    l,t = max(0, round(x*rx)),max(0, round(y*ry))
-    r,b = min(im.width, round((x+w)*rx)),min(im.height, round((y+h)*ry))
-    if r<=l or b<=t: raise ValueError(f'its box {[float(o) for o in box]} lies outside of its {size[0]} x {size[1]} pixels')
-    return im.crop((l, t, r, b))
+    rx = im.width/size[0]
+    ry = im.height/size[1]
+    left,right = _span(x*rx, (x+w)*rx, im.width)
+    top,bottom = _span(y*ry, (y+h)*ry, im.height)
+    if left<right and top<bottom: return im.crop((left, top, right, bottom))
+    numbers = [float(o) for o in box]
+    raise ValueError(f'its box {numbers} lies outside of its {size[0]} x {size[1]} pixels')
 
 # %% ../../nbs/06_data.image.ipynb #read
-_TURN = 0x0112 # the EXIF tag of the orientation; from 5 on width and height change places
+_TURN = 0x0112 # The EXIF tag of the orientation; from 5 on width and height change places
+
+def _draft_side(draft, size, box):
+    "The shortest side of the whole picture that leaves its part `box` a side of `draft`"
+    if box is None: return draft
+    short = max(1, min(box[2:]))
+    return math.ceil(draft*min(size)/short)
 
 def _read(file, draft, box):
     "An image file as an upright `PILImage`"
     with Image.open(file) as im:
-        size,turn = im.size,im.getexif().get(_TURN, 1) if 'exif' in im.info else 1
-        if draft and box is not None: draft = math.ceil(draft*min(size)/max(1, min(box[2:])))
-        if draft: im.draft(None, (draft, draft))
+        size = im.size
+        turn = im.getexif().get(_TURN, 1) if 'exif' in im.info else 1
+        if draft:
+            side = _draft_side(draft, size, box)
+            im.draft(None, (side, side))
         im.load()
         res = im if turn==1 else ImageOps.exif_transpose(im)
-        if box is not None: res = _crop_box(res, box, size[::-1] if turn>4 else size)
-        # `_new` takes the pixels over from the class of the file's format, without the copy that `copy` and `convert` make
+        upright = size[::-1] if turn>4 else size
+        if box is not None: res = _crop_box(res, box, upright)
+        # `_new` takes the pixels over from the class of the file's format; `copy` and `convert` would make a copy
         return PILImage(_rgb(res._new(res.im)))
 
 # %% ../../nbs/06_data.image.ipynb #open
+def _not_read(fn, e):
+    "Why `fn` cannot be read, and what to do, in one sentence"
+    name = fn if isinstance(fn, (Path,str)) else 'the bytes'
+    why = 'no known format, or empty' if isinstance(e, UnidentifiedImageError) else e or type(e).__name__
+    remedy = 'replace or delete it, or leave such files out with verify=True'
+    return f'{name} cannot be read as an image ({why}): {remedy}'
+
 def open_image(
     fn,         # Path, bytes, open file, array, tensor or picture
     draft=None, # Shortest side that is enough: a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size
-    box=None    # x, y, width and height of the part to cut out of a file, in pixels
+    box=None    # Place of the part to cut out of a file: x, y, width and height in pixels
 )->PILImage:
     "Open `fn` as RGB, upright; `OSError` names a file that cannot be read"
-    if isinstance(fn, Image.Image): return PILImage(_rgb(ImageOps.exif_transpose(fn.copy()))) # the copy is decoded, whatever its format
-    if not (isinstance(fn, (Path,str,bytes)) or hasattr(fn, 'read')): return PILImage(_rgb(PILImage.create(fn)))
+    if isinstance(fn, Image.Image):
+        im = fn.copy() # Which decodes it, whatever its format
+        return PILImage(_rgb(ImageOps.exif_transpose(im)))
+    is_file = isinstance(fn, (Path,str,bytes)) or hasattr(fn, 'read')
+    if not is_file: return PILImage(_rgb(PILImage.create(fn)))
+    gone = f'{fn} does not exist: check the path, or build the table again'
     try: return _read(io.BytesIO(fn) if isinstance(fn, bytes) else fn, draft, box)
-    except FileNotFoundError as e: raise FileNotFoundError(f'{fn} does not exist: check the path, or build the table again') from e
-    except Exception as e:
-        name = fn if isinstance(fn, (Path,str)) else 'the bytes'
-        why = 'no known format, or empty' if isinstance(e, UnidentifiedImageError) else e or type(e).__name__
-        remedy = 'replace or delete it, or leave such files out with verify=True'
-        raise OSError(f'{name} cannot be read as an image ({why}): {remedy}') from e
+    except FileNotFoundError as e: raise FileNotFoundError(gone) from e
+    except Exception as e: raise OSError(_not_read(fn, e)) from e
 
 # %% ../../nbs/06_data.image.ipynb #fault
 def _fault(fn, max_pixels):
@@ -82,21 +105,28 @@ def _fault(fn, max_pixels):
     except UnidentifiedImageError: return 'not an image'
     except Image.DecompressionBombError: return f'oversized (more than {2*Image.MAX_IMAGE_PIXELS:,} pixels)'
     except Exception as e:
-        why = str(e.__cause__ or e).splitlines()[0] if str(e) else type(e).__name__
+        lines = str(e.__cause__ or e).splitlines()
+        why = first(lines) or type(e).__name__
         return 'truncated' if 'truncated' in why.lower() else f'corrupt ({why})'
 
 # %% ../../nbs/06_data.image.ipynb #unreadable
+def _in_threads(f, items, n_workers=None):
+    "`f` of each item, in threads, with a progress bar if there are many"
+    with ThreadPoolExecutor(n_workers or defaults.cpus) as ex:
+        done = ex.map(f, items)
+        return list(progress_bar(done, total=len(items), leave=False, display=len(items)>1000))
+
 def unreadable(
     files,          # Paths of pictures
     max_pixels=None # A picture with more is oversized; Pillow's limit if None
 )->pd.DataFrame:    # Columns `file` and `fault`, one row for each file that has one
     "Decode every file and list those that are missing, empty, truncated, corrupt, oversized or no pictures"
     if max_pixels is None: max_pixels = Image.MAX_IMAGE_PIXELS or math.inf
-    with warnings.catch_warnings(), ThreadPoolExecutor(defaults.cpus) as ex:
+    with warnings.catch_warnings():
         warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-        faults = ex.map(partial(_fault, max_pixels=max_pixels), files)
-        faults = list(progress_bar(faults, total=len(files), leave=False, display=len(files)>1000))
-    return pd.DataFrame([(f, o) for f,o in zip(files, faults) if o], columns=['file', 'fault'])
+        faults = _in_threads(partial(_fault, max_pixels=max_pixels), files)
+    rows = [(f, o) for f,o in zip(files, faults) if o]
+    return pd.DataFrame(rows, columns=['file', 'fault'])
 
 @patch
 def drop_unreadable(self:ImageTable): # `ImageTable`
@@ -117,11 +147,14 @@ class ResizeShort(DisplayedTransform):
     ):
         self.size = size
         super().__init__()
-    def _target(self, w, h): return round(w*self.size/min(w, h)),round(h*self.size/min(w, h))
+    def _target(self, w, h):
+        short = min(w, h)
+        return round(w*self.size/short),round(h*self.size/short)
     def encodes(self, x:Image.Image):
         new = self._target(*x.size)
         if new==x.size: return x
-        return x.resize(new, NEAREST if isinstance(x, PILMask) else BILINEAR, reducing_gap=2.)
+        how = NEAREST if isinstance(x, PILMask) else BILINEAR
+        return x.resize(new, how, reducing_gap=2.)
 
 class ResizeSquare(ResizeShort):
     "Squeeze or stretch an image into a square of `size` pixels"
@@ -134,7 +167,7 @@ def recipe_tfms(
 )->list:          # Item transforms
     "The papers' recipe: scale (and pad), random crop (central for validation), random flip (training only)"
     check_count(size=size)
-    if recipe not in RECIPES: raise ValueError(f'recipe={recipe!r}: {near_hint(recipe, RECIPES)}')
+    _check_recipe(recipe)
     large = round(size*8/7)
     if recipe=='crop': first = [ResizeShort(large)]
     elif recipe=='squeeze': first = [ResizeSquare(large)]
@@ -149,6 +182,15 @@ def scaling_tfms(
     return [o for o in tfms if not isinstance(o, (RandomCrop,FlipItem))]
 
 # %% ../../nbs/06_data.image.ipynb #stats
+def _tv_stats(name):
+    "Mean and standard deviation of the pretrained weights that torchvision has for `name`"
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        hint = near_hint(name, timm.list_models()+known)
+        raise ValueError(f'no architecture {name!r} in timm or torchvision: {hint}')
+    t = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    return list(t.mean),list(t.std)
+
 def norm_stats(
     arch # Name of a timm or torchvision architecture, a torchvision function, or a timm model
 )->tuple: # Mean and standard deviation, a list of three each
@@ -156,19 +198,20 @@ def norm_stats(
     name = arch if isinstance(arch, str) else getattr(arch, '__name__', type(arch).__name__)
     cfg = getattr(arch, 'pretrained_cfg', None)
     if not cfg and timm.is_model(name): cfg = timm.get_pretrained_cfg(name)
-    if cfg is not None:
-        cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
-        return list(cfg['mean']),list(cfg['std'])
-    tv = torchvision.models.list_models(module=torchvision.models)
-    if name not in tv: raise ValueError(f'no architecture {name!r} in timm or torchvision: {near_hint(name, timm.list_models()+tv)}')
-    t = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-    return list(t.mean),list(t.std)
+    if cfg is None: return _tv_stats(name)
+    if not isinstance(cfg, dict): cfg = cfg.to_dict()
+    return list(cfg['mean']),list(cfg['std'])
 
 # %% ../../nbs/06_data.image.ipynb #stats-of
+def _is_stats(o):
+    "Whether `o` is a pair of three numbers each"
+    if not isinstance(o, (tuple,list)): return False
+    return [len(x) for x in o if isinstance(x, (tuple,list,Tensor,ndarray))]==[3,3]
+
 def _stats(stats, table):
     "Mean and standard deviation that `stats` stands for, those of `table` if None"
     if stats is None: stats = table.stats
     elif isinstance(stats, (str,nn.Module)) or callable(stats): stats = norm_stats(stats)
-    lens = [len(o) for o in stats if isinstance(o, (tuple,list,Tensor,ndarray))] if isinstance(stats, (tuple,list)) else []
-    if lens==[3,3]: return stats
-    raise ValueError(f'stats={stats!r}: pass the name of an architecture, or a mean and a standard deviation of three numbers each')
+    if _is_stats(stats): return stats
+    remedy = 'pass the name of an architecture, or a mean and a standard deviation of three numbers each'
+    raise ValueError(f'stats={stats!r}: {remedy}')

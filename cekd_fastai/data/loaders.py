@@ -11,10 +11,9 @@ __all__ = ['TableLabeller', 'TableSplitter', 'OpenImage', 'FineGrainedBlock', 'f
 # %% ../../nbs/10_data.loaders.ipynb #imports
 import multiprocessing,random
 from fastai.vision.all import *
-from concurrent.futures import ThreadPoolExecutor
 from ..core import check_count
-from .table import RECIPES
-from .image import ResizeShort,_stats,open_image,recipe_tfms,scaling_tfms
+from .table import RECIPES,_rows_by
+from .image import ResizeShort,_in_threads,_stats,open_image,recipe_tfms,scaling_tfms
 from .benchmarks import read_table
 
 # %% ../../nbs/10_data.loaders.ipynb #local
@@ -27,22 +26,25 @@ class _Local(dict):
 
 # %% ../../nbs/10_data.loaders.ipynb #label
 class TableLabeller(Transform):
-    "Class name of a path: that of its folder, or as a table says; an exported learner keeps the rule, not the table"
+    "Class name of a path: that of its folder, or the table's; an exported learner keeps the rule, not the table"
     def __init__(self,
         table # `ImageTable`
     ):
         super().__init__()
-        self.odd = _Local({f:o for f,o in zip(table.files, table.labels) if f.parent.name!=o})
+        labels = zip(table.files, table.labels)
+        self.odd = _Local({f:o for f,o in labels if f.parent.name!=o})
     def encodes(self, o:Path|str): return self.odd.get(Path(o), Path(o).parent.name)
 
 class TableSplitter:
     "Splits paths by the parts of a table; those of its test part are in neither"
     def __init__(self,
         table # `ImageTable`
-    ): self.part = {f:2 if test else int(valid) for f,valid,test in zip(table.files, table.is_valid, table.is_test)}
+    ):
+        parts = np.where(table.is_test, 'test', np.where(table.is_valid, 'valid', 'train'))
+        self.part = dict(zip(table.files, parts.tolist()))
     def __call__(self, items): # Indices of training and validation items
-        parts = [self.part.get(o, 0) for o in items]
-        return tuple([i for i,p in enumerate(parts) if p==k] for k in (0,1))
+        def rows(part): return [i for i,o in enumerate(items) if self.part.get(o, 'train')==part]
+        return rows('train'),rows('valid')
 
 # %% ../../nbs/10_data.loaders.ipynb #block
 class OpenImage(Transform):
@@ -50,18 +52,19 @@ class OpenImage(Transform):
     input_types = (Path,str,Tensor,ndarray,bytes,Image.Image)
     def __init__(self,
         draft=None, # As for `open_image`
-        boxes=None  # {path: box}; pictures that it does not list are opened whole
+        boxes=None  # `{path: box}`; pictures that it does not list are opened whole
     ):
         super().__init__()
-        self.draft,self.boxes = draft,_Local(boxes or {})
+        self.draft = draft
+        self.boxes = _Local(boxes or {})
     def encodes(self, o:Path|str|Tensor|ndarray|bytes|Image.Image):
-        named = self.boxes and isinstance(o, (Path,str))
-        return open_image(o, self.draft, self.boxes.get(Path(o)) if named else None)
+        box = self.boxes.get(Path(o)) if isinstance(o, (Path,str)) else None
+        return open_image(o, self.draft, box)
 
 class FineGrainedBlock(DataBlock):
     "A `DataBlock` of images that opens them no larger than its `ResizeShort` needs, and cuts out their boxes"
     def __init__(self, *args,
-        boxes=None, # {path: box}
+        boxes=None, # `{path: box}`; pictures that it does not list are opened whole
         **kwargs
     ):
         self.boxes = boxes
@@ -73,7 +76,8 @@ class FineGrainedBlock(DataBlock):
         "Replace the transforms"
         super().new(item_tfms, batch_tfms)
         f = first(L(self.item_tfms).sorted(key='order'))
-        self.type_tfms[0] = L(OpenImage(2*f.size if isinstance(f, ResizeShort) else None, self.boxes))
+        draft = 2*f.size if isinstance(f, ResizeShort) else None
+        self.type_tfms[0] = L(OpenImage(draft, self.boxes))
         return self
 
 # %% ../../nbs/10_data.loaders.ipynb #fg-block
@@ -82,8 +86,8 @@ def _table_files(table): return table.files
 def _boxes(table, crop_to_box):
     "{path: box} if pictures are to be cut, else None"
     if not crop_to_box: return None
-    if table.boxes is None: raise ValueError(f'crop_to_box=True: {table.root} has no boxes; CUB, NABirds, Cars, Aircraft and synthetic do')
-    return dict(zip(table.files, table.boxes))
+    if table.boxes is not None: return dict(zip(table.files, table.boxes))
+    raise ValueError(f'crop_to_box=True: {table.root} has no boxes; CUB, NABirds, Cars, Aircraft and synthetic do')
 
 def fine_grained_block(
     table,             # `ImageTable`
@@ -91,62 +95,71 @@ def fine_grained_block(
     item_tfms=None,    # To replace those of the same class in `recipe_tfms`, or to add
     batch_tfms=None,   # To replace `Normalize`, or to add
     recipe=None,       # One of `RECIPES`; the table's if None
-    stats=None,        # Mean and standard deviation to normalise with, or an architecture as for `norm_stats`; the table's if None
+    stats=None,        # Mean and standard deviation, or an architecture as for `norm_stats`; the table's if None
     crop_to_box=False, # Cut every picture to the box around its object
 ):                     # `FineGrainedBlock`
     "The `DataBlock` for `table`; `block.dataloaders(table)` reads it"
-    recipe = table.recipe if recipe is None else recipe
-    size = RECIPES.get(recipe, 1) if size is None else size
-    items = recipe_tfms(size, recipe) + list(L(item_tfms))
+    recipe = ifnone(recipe, table.recipe)
+    size = ifnone(size, RECIPES.get(recipe, 1))
     norm = Normalize.from_stats(*_stats(stats, table))
-    return FineGrainedBlock(blocks=(ImageBlock,CategoryBlock(vocab=table.classes, sort=False)), get_items=_table_files,
-        get_y=TableLabeller(table), splitter=TableSplitter(table), item_tfms=items, batch_tfms=[norm,*L(batch_tfms)],
-        boxes=_boxes(table, crop_to_box))
+    tfms = dict(item_tfms=[*recipe_tfms(size, recipe),*L(item_tfms)], batch_tfms=[norm,*L(batch_tfms)])
+    getters = dict(get_items=_table_files, get_y=TableLabeller(table), splitter=TableSplitter(table))
+    blocks = (ImageBlock,CategoryBlock(vocab=table.classes, sort=False))
+    return FineGrainedBlock(blocks, boxes=_boxes(table, crop_to_box), **getters, **tfms)
 
 # %% ../../nbs/10_data.loaders.ipynb #store
 class PixelStore:
-    "Pictures scaled once and kept as bytes on `device`, from which whole batches are cropped; `OSError` names a file that cannot be read"
+    "Pictures scaled once and kept as bytes on `device`, from which whole batches are cropped"
     def __init__(self,
         files,         # Paths of the pictures
         size:int,      # Of the crops, in pixels
         device='cpu',  # Where the bytes are kept
         recipe='crop', # One of `RECIPES`
-        boxes=None     # {path: box} to cut out
+        boxes=None     # `{path: box}` to cut out
     ):
+        self.size = size
         tfms = recipe_tfms(size, recipe)
-        scaling = scaling_tfms(tfms)
-        self.size,self.flips = size,isinstance(tfms[-1], FlipItem)
-        ims = self._read(files, Pipeline([OpenImage(2*scaling[0].size, boxes), *scaling]))
-        self.h,self.w = (torch.tensor([o.shape[i] for o in ims], device=device) for i in (0,1))
-        self.start = (self.h*self.w).cumsum(0)-self.h*self.w
-        self.pixels = torch.from_numpy(np.concatenate([o.reshape(-1, 3) for o in ims])).to(device)
-
-    @staticmethod
-    def _read(files, steps):
-        "Arrays (h, w, 3) of the pictures, read in threads"
-        def read(fn): return np.asarray(steps(fn))
-        with ThreadPoolExecutor(os.cpu_count()) as ex:
-            return list(progress_bar(ex.map(read, files), total=len(files), leave=False, display=len(files)>1000))
+        self.flips = isinstance(tfms[-1], FlipItem)
+        ims = _read_scaled(files, scaling_tfms(tfms), boxes)
+        self.h = torch.tensor([o.shape[0] for o in ims], device=device)
+        self.w = torch.tensor([o.shape[1] for o in ims], device=device)
+        n = self.h*self.w
+        self.start = n.cumsum(0)-n
+        pixels = np.concatenate([o.reshape(-1, 3) for o in ims])
+        self.pixels = torch.from_numpy(pixels).to(device)
 
     def crops(self,
         idxs:Tensor,      # Of the pictures, shape (B,), on the store's device
         random:bool=False # Random crops and flips, or the centre
     ):                    # Uint8, shape (B, 3, size, size)
         "Crops of some pictures"
-        n,s,dev = len(idxs),self.size,idxs.device
-        h,w = self.h[idxs],self.w[idxs]
-        if random: y,x = ((torch.rand(n, device=dev)*(o-s+1)).long() for o in (h,w))
-        else: y,x = (h-s)//2,(w-s)//2
-        flip = (torch.rand(n, 1, device=dev)<.5) & (random and self.flips)
-        side = torch.arange(s, device=dev)
-        cols = x[:,None]+torch.where(flip, s-1-side, side)
-        rows = self.start[idxs][:,None]+(y[:,None]+side)*w[:,None]
-        return self.pixels[rows[:,:,None]+cols[:,None]].permute(0,3,1,2)
+        w = self.w[idxs]
+        top = _offsets(self.h[idxs]-self.size, random)
+        left = _offsets(w-self.size, random)
+        chance = .5 if random and self.flips else 0.
+        flip = torch.rand(len(w), 1, device=w.device)<chance
+        side = torch.arange(self.size, device=w.device)
+        rows = top[:,None]+side
+        cols = left[:,None]+torch.where(flip, side.flip(0), side)
+        row_start = self.start[idxs][:,None]+rows*w[:,None] # Where each row of a crop begins in the store, (B, size)
+        where = row_start[:,:,None]+cols[:,None]            # Of each pixel, (B, size, size)
+        return self.pixels[where].permute(0,3,1,2)
+
+def _read_scaled(files, scaling, boxes):
+    "Arrays (h, w, 3) of pictures, read in threads and scaled"
+    steps = Pipeline([OpenImage(2*scaling[0].size, boxes), *scaling])
+    def read(fn): return np.asarray(steps(fn))
+    return _in_threads(read, files)
+
+def _offsets(room, random):
+    "Where crops begin if there are `room` pixels to move in: anywhere, or in the middle"
+    if not random: return room//2
+    return (torch.rand(len(room), device=room.device)*(room+1)).long()
 
 # %% ../../nbs/10_data.loaders.ipynb #balance
 class BalancedDL(TfmdDL):
     "A `TfmdDL` that shuffles with every class equally often, if it has been given the rows of each class"
-    by_class = None # Lists of rows
+    by_class = None # Lists of rows, one for each class
     draws = None    # A `random.Random`
     def get_idxs(self):
         if self.by_class is None or not self.shuffle: return super().get_idxs()
@@ -162,7 +175,9 @@ class BalancedDL(TfmdDL):
     def _same(self, dataset): return dataset is None or dataset is self.dataset
     def new(self, dataset=None, cls=None, **kwargs):
         res = super().new(dataset, cls, **kwargs)
-        if self._same(dataset) and isinstance(res, BalancedDL): res.by_class,res.draws = self.by_class,self.draws
+        if self._same(dataset) and isinstance(res, BalancedDL):
+            res.by_class = self.by_class
+            res.draws = self.draws
         return res
 
 # %% ../../nbs/10_data.loaders.ipynb #memdl
@@ -175,25 +190,29 @@ class MemoryDL(BalancedDL):
         train = self.dataset.split_idx==0
         for rows in chunked(samps, self.bs, self.drop_last):
             idxs = torch.tensor(rows, device=self.targets.device)
-            yield TensorImage(self.store.crops(idxs, train)),TensorCategory(self.targets[idxs])
+            crops = self.store.crops(idxs, train)
+            yield TensorImage(crops),TensorCategory(self.targets[idxs])
 
     def new(self, dataset=None, cls=None, **kwargs):
         res = super().new(dataset, cls, **kwargs)
         keeps = self._same(dataset) and 'after_item' not in kwargs
-        if keeps and isinstance(res, MemoryDL): res.store,res.targets = self.store,self.targets
+        if keeps and isinstance(res, MemoryDL):
+            res.store = self.store
+            res.targets = self.targets
         return res
 
 # %% ../../nbs/10_data.loaders.ipynb #fill
 def _fill(dls, size, recipe, boxes):
     "Give both parts of `dls` their pictures and labels"
     for dl in (dls.train,dls.valid):
-        dl.targets = torch.tensor(list(dl.dataset.tls[1]), device=dls.device)
+        labels = dl.dataset.tls[1]
+        dl.targets = torch.tensor(list(labels), device=dls.device)
         dl.store = PixelStore(dl.items, size, dls.device, recipe, boxes)
 
 def _balance(dl, table, seed):
     "Give `dl` the rows of each class"
     label = dict(zip(table.files, table.labels))
-    rows = groupby(range(len(dl.items)), lambda i: label[dl.items[i]])
+    rows = _rows_by([label[o] for o in dl.items])
     dl.by_class = [rows[o] for o in table.classes]
     dl.draws = random.Random(seed)
 
@@ -206,41 +225,45 @@ def _check_loading(table, bs, in_memory, balanced, item_tfms, kwargs):
     if in_memory and item_tfms is not None:
         remedy = 'pass yours as batch_tfms, or leave in_memory out'
         raise ValueError(f"in_memory=True keeps pictures as the recipe's item transforms leave them: {remedy}")
-    if balanced and 'dl_type' in kwargs: raise ValueError('balanced=True has a dl_type of its own: leave one of them out')
+    twice = balanced and 'dl_type' in kwargs
+    if twice: raise ValueError('balanced=True has a dl_type of its own: leave one of them out')
 
 _SPREADSHEET = ('fn_col','label_col','valid_col','group_col','folder','suff')
 
 # %% ../../nbs/10_data.loaders.ipynb #dls
 def fine_grained_dls(
     source,            # Name of a benchmark, path of a folder, `DataFrame` or CSV file, or `ImageTable`
-    size=None,         # Of the network's input, in pixels; that of the recipe if None: 224, or 32 for CIFAR, CINIC and SVHN
+    size=None,         # Of the network's input, in pixels; the recipe's if None: 224, or 32 for CIFAR, CINIC and SVHN
     bs:int=32,         # Images in a batch
     classes=None,      # An int for the first so many classes, or a list of names; all if None
-    valid_pct=None,    # Share of train to hold out for validation; None for the official split, and 0.2 where there is none
+    valid_pct=None,    # Share of train to hold out for validation; the official split if None, 0.2 where there is none
     seed=42,           # Of the split, of the draw for `per_class` and of `balanced`
     verify=False,      # Decode every image once, warn of those that cannot be read, and leave them out
     num_workers=None,  # Processes that load images; one for each CPU if None, up to 16
     root=None,         # Folder with the files of a named benchmark; fastai's data folder if None
     path=None,         # Where a `Learner` saves models; the folder of the data set if None
-    in_memory=False,   # Read every picture once and keep it, for sets that fit into memory; with the recipe's item transforms only
+    in_memory=False,   # Read every picture once and keep it in memory; with the recipe's item transforms only
     item_tfms=None,    # To replace those of the same class in `recipe_tfms`, or to add
     batch_tfms=None,   # To replace `Normalize`, or to add
     per_class=None,    # Training images of each class; all if None
-    balanced=False,    # Draw every class equally often in training; to predict the training images pass `ds_idx=0`, as its loader repeats some
+    balanced=False,    # Draw every class equally often in training; to predict the training images pass `ds_idx=0`
     crop_to_box=False, # Cut every picture to the box around its object
     recipe=None,       # One of `RECIPES`; the data set's if None
-    stats=None,        # Mean and standard deviation to normalise with, or an architecture as for `norm_stats`; the data set's if None
-    **kwargs           # Columns of a spreadsheet as for `read_table`, and arguments of `DataBlock.dataloaders`, such as `val_bs`, `device`, `drop_last`
+    stats=None,        # Mean and standard deviation, or an architecture as for `norm_stats`; the data set's if None
+    **kwargs           # Columns as for `read_table`, and arguments of `DataBlock.dataloaders` such as `val_bs`
 ):                     # `DataLoaders`
-    "A benchmark, a folder or a spreadsheet of images as `DataLoaders`; whatever is wrong with the data is said here"
-    check_count(bs=bs, **({} if size is None else dict(size=size)))
+    "A benchmark, a folder or a spreadsheet of images as `DataLoaders`; an error names what is wrong with the data"
+    check_count(bs=bs)
+    if size is not None: check_count(size=size)
     columns = {k: kwargs.pop(k) for k in _SPREADSHEET if k in kwargs}
     t = read_table(source, classes, valid_pct, seed, verify, root, per_class, **columns)
     _check_loading(t, bs, in_memory, balanced, item_tfms, kwargs)
     block = fine_grained_block(t, size, item_tfms, batch_tfms, recipe, stats, crop_to_box)
-    if in_memory: kwargs,num_workers = dict(dl_type=MemoryDL) | kwargs,0
+    if in_memory:
+        kwargs.setdefault('dl_type', MemoryDL)
+        num_workers = 0 # Processes would each copy the store
     elif balanced: kwargs['dl_type'] = BalancedDL
-    dls = block.dataloaders(t, bs=bs, num_workers=num_workers, path=t.root if path is None else path, **kwargs)
+    dls = block.dataloaders(t, bs=bs, num_workers=num_workers, path=ifnone(path, t.root), **kwargs)
     dls.table = t
     recipe = recipe or t.recipe
     if in_memory: _fill(dls, size or RECIPES[recipe], recipe, block.boxes)
@@ -251,7 +274,8 @@ def fine_grained_dls(
 def official_test_dl(
     dls # From `fine_grained_dls`
 ):      # `DataLoader` with labels
-    "The test part that `valid_pct` set free, or that class folders have beside a validation part; else the validation part, which is a benchmark's official test set"
+    "The test part, or the validation part where there is no other, which is a benchmark's official test set"
     t = dls.table
     if not t.n_test: return dls.valid
-    return dls.test_dl([f for f,test in zip(t.files, t.is_test) if test], with_labels=True)
+    files = [t.files[i] for i in np.flatnonzero(t.is_test)]
+    return dls.test_dl(files, with_labels=True)

@@ -24,21 +24,23 @@ def _id_lines(file):
     if not file.exists(): raise FileNotFoundError(f'{file} is missing: the layout of CUB-200-2011 needs {_CUB_NEEDS}')
     res = {}
     for i,line in enumerate(file.read_text(encoding='utf-8').splitlines(), 1):
-        if not line.strip(): continue
-        k,_,v = line.strip().partition(' ')
-        if not v.strip(): raise ValueError(f'{file}, line {i}: {line!r} is not a number and a value')
+        k,_,rest = line.strip().partition(' ')
+        v = rest.strip()
+        if not k: continue
+        if not v: raise ValueError(f'{file}, line {i}: {line!r} is not a number and a value')
         if k in res: raise ValueError(f'{file}, line {i}: number {k} was already used, remove one of the lines')
-        res[k] = v.strip()
+        res[k] = v
     return res
 
 # %% ../../nbs/08_data.readers.ipynb #column
 def _column(path, name, ids, ok):
     "The values of file `name` in the order of `ids`, each one of `ok`"
-    d = _id_lines(path/name)
+    file = path/name
+    d = _id_lines(file)
     missing = [i for i in ids if i not in d]
-    if missing: raise ValueError(f'{path/name} has no line for number {few(missing)} of images.txt')
-    bad = [i for i in ids if d[i] not in ok]
-    if bad: raise ValueError(f'{path/name}: number {bad[0]} has value {d[bad[0]]!r}, which is none of {few(ok)}')
+    if missing: raise ValueError(f'{file} has no line for number {few(missing)} of images.txt')
+    for i in ids:
+        if d[i] not in ok: raise ValueError(f'{file}: number {i} has value {d[i]!r}, which is none of {few(ok)}')
     return [d[i] for i in ids]
 
 def _floats(line):
@@ -49,8 +51,8 @@ def _floats(line):
 def _numbers(file, ids, n=4):
     "The `n` numbers after each of `ids` in `file`, or None if there is no such file"
     if not file.exists(): return None
-    d = _id_lines(file)
-    rows = {i: _floats(d.get(i, '')) for i in ids}
+    lines = _id_lines(file)
+    rows = {i: _floats(lines.get(i, '')) for i in ids}
     bad = [i for i,o in rows.items() if len(o)!=n]
     if bad: raise ValueError(f'{file}: {few(bad)} has no line with {n} numbers')
     return list(rows.values())
@@ -63,115 +65,146 @@ def _folder(path):
     if not path.is_dir(): raise NotADirectoryError(f'{path} is a file: pass the folder of the data set')
     return path
 
+def _folder_with(path, name):
+    "The folder that holds `name`: `path` itself or one in it; None if there is none"
+    path = Path(path)
+    if (path/name).exists(): return path
+    return first(o for o in sorted(path.glob('*/')) if (o/name).exists())
+
 def _all_there(files, root, listed):
     "Refuse a list that names files which are not there"
     gone = [o for o in files if not os.path.exists(o)]
     if not gone: return
     names = few(o.relative_to(root) for o in gone)
-    raise FileNotFoundError(f'{len(gone):,} of {len(files):,} files of {listed} are missing: {names}; extract the archive again')
+    what = f'{len(gone):,} of {len(files):,} files of {listed} are missing'
+    raise FileNotFoundError(f'{what}: {names}; extract the archive again')
 
 # %% ../../nbs/08_data.readers.ipynb #cub
-_CUB_FILES = 'images.txt classes.txt image_class_labels.txt train_test_split.txt bounding_boxes.txt hierarchy.txt'.split()
+_CUB_FILES = 'images classes image_class_labels train_test_split bounding_boxes hierarchy'.split()
 
 def cub_folder(
     path # Folder, or the folder around it
 ):       # `Path` of the folder that holds images.txt, or None
     "Where `path` holds the layout of CUB-200-2011: there or one level down"
-    path = Path(path)
-    if (path/'images.txt').exists(): return path
-    return first(o.parent for o in sorted(path.glob('*/images.txt')))
+    return _folder_with(path, 'images.txt')
 
-def _class_names(root, used=None):
-    "{number: name} of the classes by number; of those `used` where there is a hierarchy, whose names may repeat"
+def _class_names(root):
+    "{number: name} of the classes, by number"
     names = _id_lines(root/'classes.txt')
-    names = {k: names[k] for k in sorted(names, key=lambda o: (len(o), o))}
-    if used is None or not (root/'hierarchy.txt').exists(): return names
+    order = sorted(names, key=lambda o: (len(o), o)) # As text alone, 10 would come before 2
+    return {k: names[k] for k in order}
+
+def _leaves(names, used):
+    "{number: name} of the classes in `used`; of two with one name each gets its number added"
     n = Counter(names[k] for k in used)
-    return {k: v if n[v]==1 else f'{v} ({k})' for k,v in names.items() if k in used}
+    def unique(k): return names[k] if n[names[k]]==1 else f'{names[k]} ({k})'
+    return {k: unique(k) for k in names if k in used}
 
 # %% ../../nbs/08_data.readers.ipynb #cub2
 def read_cub(
     path # Folder with images.txt and images/, or the folder around it
 ):       # `ImageTable`
-    "Read the layout of CUB-200-2011 or NABirds with its own split; `ValueError` or `FileNotFoundError` names the file and line at fault"
+    "Read the layout of CUB-200-2011 or NABirds with its own split; errors name the file and line at fault"
     root = cub_folder(path)
     if root is None: raise FileNotFoundError(f'no images.txt in {path}: pass the folder that holds it')
-    names,images = _class_names(root),_id_lines(root/'images.txt')
+    names = _class_names(root)
+    images = _id_lines(root/'images.txt')
     ys = _column(root, 'image_class_labels.txt', images, list(names))
-    names = _class_names(root, set(ys))
+    if (root/'hierarchy.txt').exists(): names = _leaves(names, set(ys))
+    labels = [names[o] for o in ys]
     is_valid = [o=='0' for o in _column(root, 'train_test_split.txt', images, ['0','1'])]
     files = [root/'images'/o for o in images.values()]
     _all_there(files, root, root/'images.txt')
     boxes = _numbers(root/'bounding_boxes.txt', images)
-    sources = [o for o in root.glob('*.txt') if o.name in _CUB_FILES]
-    return ImageTable(files, [names[o] for o in ys], is_valid, names.values(), root, boxes=boxes, sources=sources)
+    sources = [o for o in root.glob('*.txt') if o.stem in _CUB_FILES]
+    return ImageTable(files, labels, is_valid, names.values(), root, boxes=boxes, sources=sources)
 
 # %% ../../nbs/08_data.readers.ipynb #list
 IMAGE_SUFFIXES = set('.jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .avif .jp2'.split())
+
+def _is_image(name): return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+def _shown(names):
+    "Names that are not hidden"
+    return [o for o in names if o[0]!='.']
 
 def _images(path):
     "Sorted paths of the images anywhere below `path`"
     res = []
     for folder,subs,names in os.walk(path, followlinks=True):
-        subs[:] = [o for o in subs if o[0]!='.']
-        shown = [o for o in names if o[0]!='.']
-        res += [Path(folder)/o for o in shown if os.path.splitext(o)[1].lower() in IMAGE_SUFFIXES]
+        subs[:] = _shown(subs)
+        res += [Path(folder)/o for o in _shown(names) if _is_image(o)]
     return sorted(res)
 
+# %% ../../nbs/08_data.readers.ipynb #class-folders
 def _class_folders(path):
     "{name: images} of the folders in `path` that hold images"
-    dirs = sorted(o for o in path.iterdir() if o.is_dir() and o.name[0]!='.' and o.name!='models')
-    res = {o.name: _images(o) for o in dirs}
+    names = _shown(o.name for o in path.iterdir() if o.is_dir())
+    res = {o: _images(path/o) for o in sorted(names) if o!='models'}
     empty = [o for o,files in res.items() if not files]
     if empty and len(empty)<len(res): warnings.warn(f'no images in {few(empty)} of {path}: not counted as a class')
     return {o:files for o,files in res.items() if files}
 
 # %% ../../nbs/08_data.readers.ipynb #parts
+def _folder_rows(path, part):
+    "(file, class, part) of each image in the class folders of `path`"
+    return [(f, name, part) for name,files in _class_folders(path).items() for f in files]
+
 def _folder_parts(path):
     "The table of a folder that holds its parts as folders"
     other = first(o for o in ('valid','val','test') if (path/o).is_dir())
     if other is None:
-        raise FileNotFoundError(f'{path} has train/ but no valid/, val/ or test/: add one, or pass {path/"train"} to split it here')
-    parts = ['train',other]
-    if other!='test' and (path/'test').is_dir(): parts.append('test')
-    rows = [(file, name, k) for k,part in enumerate(parts) for name,files in _class_folders(path/part).items() for file in files]
-    files,labels,part = zip(*rows) if rows else ((),(),())
-    return ImageTable(files, labels, [k==1 for k in part], root=path, is_test=[k==2 for k in part])
+        remedy = f'add one, or pass {path/"train"} to split it here'
+        raise FileNotFoundError(f'{path} has train/ but no valid/, val/ or test/: {remedy}')
+    rows = _folder_rows(path/'train', 'train') + _folder_rows(path/other, 'valid')
+    if other!='test' and (path/'test').is_dir(): rows += _folder_rows(path/'test', 'test')
+    df = pd.DataFrame(rows, columns=['file','label','part'])
+    return ImageTable(df.file, df.label, df.part=='valid', root=path, is_test=df.part=='test')
 
 # %% ../../nbs/08_data.readers.ipynb #folders
-def read_folders(
-    path,           # Folder of class folders, or of train/ and valid/, val/ or test/ with class folders in them
-    valid_pct=None, # Share of each class for validation: of all images where path has no train/ (0.2 if None), else of train/
-    seed=42         # Of that split
-):                  # `ImageTable`
-    "Read class folders, split by folder or else class by class; `ValueError` names a class with too few images"
-    path = Path(path)
-    if (path/'train').is_dir() and any(o.is_dir() for o in (path/'train').iterdir()):
-        t = _folder_parts(path)
-        return t if valid_pct is None else t.holdout(valid_pct, seed)
+def _split_folders(path, valid_pct, seed):
+    "The table of class folders, split class by class"
     classes = _class_folders(path)
     if not classes:
         needs = 'it needs one folder of images for each class, or train/ and test/ with such folders'
         raise ValueError(f'no images in the folders of {path}: {needs}')
     single = [o for o,files in classes.items() if len(files)<2]
-    if single: raise ValueError(f'class {few(single)} of {path} has 1 image: a class needs 2 or more, one to train and one to validate')
-    pct = .2 if valid_pct is None else valid_pct
-    rows = [(f, name, v) for name,files in classes.items() for f,v in zip(files, _split(name, len(files), pct, seed))]
+    if single:
+        needs = 'a class needs 2 or more, one to train and one to validate'
+        raise ValueError(f'class {few(single)} of {path} has 1 image: {needs}')
+    rows = []
+    for name,files in classes.items():
+        is_valid = _split(name, len(files), valid_pct, seed)
+        rows += [(f, name, v) for f,v in zip(files, is_valid)]
     return ImageTable(*zip(*rows), root=path)
+
+def read_folders(
+    path,           # Folder of class folders, or of train/ and valid/, val/ or test/ with class folders in them
+    valid_pct=None, # Share of each class for validation: of train/ where there is one, else of all images (0.2 if None)
+    seed=42         # Of that split
+):                  # `ImageTable`
+    "Read class folders, split by folder or else class by class; `ValueError` names a class with too few images"
+    path = Path(path)
+    train = path/'train'
+    has_parts = train.is_dir() and any(o.is_dir() for o in train.iterdir())
+    if not has_parts: return _split_folders(path, ifnone(valid_pct, .2), seed)
+    t = _folder_parts(path)
+    return t if valid_pct is None else t.holdout(valid_pct, seed)
 
 # %% ../../nbs/08_data.readers.ipynb #tv
 def _above(path, name):
     "The folder in which folder `name` lies: `path` itself, the one above it or one below it; None if there is none"
     path = Path(path)
     if path.name==name and path.is_dir(): return path.parent
-    return first(o for o in (path, *sorted(path.glob('*/'))) if (o/name).is_dir())
+    return _folder_with(path, name)
 
 def _tv_items(root, base, cls, part, **kwargs):
     "Pairs of file and class number of one part of a torchvision data set, and its class names"
     try: ds = cls(root, split=part, **kwargs)
     except (RuntimeError,OSError) as e:
-        raise FileNotFoundError(f'{root/base} lacks files of {cls.__name__} or they were changed ({e}): extract the archive again') from e
-    if cls is tvd.OxfordIIITPet: items = zip(ds._images, ds._labels) # it has no `loader`, and would open every picture
+        what = f'{root/base} lacks files of {cls.__name__} or they were changed ({e})'
+        raise FileNotFoundError(f'{what}: extract the archive again') from e
+    if cls is tvd.OxfordIIITPet: items = zip(ds._images, ds._labels) # It has no `loader`, and would open every picture
     else: items = [ds[i] for i in range(len(ds))]
     return items,ds.classes
 
@@ -192,27 +225,34 @@ def _read_tv(path, base, cls, sources, train=('train',), boxes=None, recipe='cro
 
 # %% ../../nbs/08_data.readers.ipynb #boxes
 _CARS_MATS = ('devkit/cars_train_annos.mat', 'cars_test_annos_withlabels.mat')
+_CARS_CORNERS = ('bbox_x1','bbox_y1','bbox_x2','bbox_y2')
 
-def _corners(boxes):
-    "Corners, counted from 1 and included, as x, y, width, height"
-    x1,y1,x2,y2 = np.array(boxes, dtype=float).reshape(-1, 4).T
-    return np.stack([x1-1, y1-1, x2-x1+1, y2-y1+1], 1)
+def _as_boxes(corners):
+    "x1, y1, x2, y2, counted from 1 and included, as x, y, width, height"
+    corners = np.array(corners, dtype=float).reshape(-1, 4)
+    start = corners[:,:2]-1
+    return np.hstack([start, corners[:,2:]-start])
 
-def _mat(file): return loadmat(file, squeeze_me=True)
+def _mat_rows(file, key):
+    "The rows of an array or a structure in a MATLAB file"
+    return np.atleast_1d(loadmat(file, squeeze_me=True)[key])
 
 # %% ../../nbs/08_data.readers.ipynb #boxes2
 def _aircraft_boxes(base, files):
-    boxes = _numbers(base/'data'/'images_box.txt', [o.stem for o in files])
-    return None if boxes is None else _corners(boxes)
+    corners = _numbers(base/'data'/'images_box.txt', [o.stem for o in files])
+    return None if corners is None else _as_boxes(corners)
+
+def _cars_corners(row): return [int(row[o]) for o in _CARS_CORNERS]
 
 def _cars_boxes(base, files):
-    rows = [o for f in _CARS_MATS for o in np.atleast_1d(_mat(base/f)['annotations'])]
-    return _corners([[int(o[f'bbox_{c}']) for c in ('x1','y1','x2','y2')] for o in rows])
+    rows = [o for f in _CARS_MATS for o in _mat_rows(base/f, 'annotations')]
+    return _as_boxes([_cars_corners(o) for o in rows])
 
 # %% ../../nbs/08_data.readers.ipynb #readers
 def read_cars(path): # `ImageTable`
     "Read Stanford Cars: folder `stanford_cars` with devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat"
-    return _read_tv(path, 'stanford_cars', tvd.StanfordCars, ('devkit/*.mat', '*.mat'), boxes=_cars_boxes, recipe='squeeze')
+    kwargs = dict(boxes=_cars_boxes, recipe='squeeze')
+    return _read_tv(path, 'stanford_cars', tvd.StanfordCars, ('devkit/*.mat','*.mat'), **kwargs)
 
 def read_aircraft(path, level='variant'): # `ImageTable`
     "Read FGVC-Aircraft: folder `fgvc-aircraft-2013b`; `level` is 'variant', 'family' or 'manufacturer'"
@@ -228,28 +268,40 @@ def read_flowers(path): # `ImageTable`
     "Read Oxford Flowers-102: folder `flowers-102` with jpg/, imagelabels.mat and setid.mat"
     return _read_tv(path, 'flowers-102', tvd.Flowers102, ('*.mat',), ('train','val'))
 
+def _train_test(train, test, root, **kwargs):
+    "The table of two lists of files whose folders are their classes"
+    files = train+test
+    labels = [o.parent.name for o in files]
+    is_valid = [False]*len(train)+[True]*len(test)
+    return ImageTable(files, labels, is_valid, root=root, **kwargs)
+
 def read_dogs(path): # `ImageTable`
     "Read Stanford Dogs: Images/, train_list.mat and test_list.mat"
-    path = Path(path)
-    root = first(o for o in (path, *sorted(path.glob('*/'))) if (o/'train_list.mat').exists())
-    if root is None: raise FileNotFoundError(f'no train_list.mat in {path}: pass the folder that holds it, with test_list.mat and Images/')
-    names = {part: [str(o) for o in np.atleast_1d(_mat(root/f'{part}_list.mat')['file_list'])] for part in ('train','test')}
-    files = [root/'Images'/o for o in names['train']+names['test']]
-    _all_there(files, root, 'train_list.mat and test_list.mat')
-    is_valid = [False]*len(names['train'])+[True]*len(names['test'])
-    return ImageTable(files, [o.parent.name for o in files], is_valid, root=root, sources=sorted(root.glob('*_list.mat')))
+    root = _folder_with(path, 'train_list.mat')
+    if root is None:
+        remedy = 'pass the folder that holds it, with test_list.mat and Images/'
+        raise FileNotFoundError(f'no train_list.mat in {path}: {remedy}')
+    def listed(name): return [root/'Images'/str(o) for o in _mat_rows(root/name, 'file_list')]
+    train = listed('train_list.mat')
+    test = listed('test_list.mat')
+    _all_there(train+test, root, 'train_list.mat and test_list.mat')
+    return _train_test(train, test, root, sources=sorted(root.glob('*_list.mat')))
 
 # %% ../../nbs/08_data.readers.ipynb #whole
+def _write_part(ds, dest):
+    "Write the pictures of a torchvision data set into class folders, numbered by their places in the array"
+    folders = [dest/str(o) for o in getattr(ds, 'classes', range(10))]
+    for o in folders: o.mkdir(parents=True)
+    for i in progress_bar(range(len(ds)), leave=False, display=len(ds)>1000):
+        im,y = ds[i]
+        im.save(folders[y]/f'{i:05d}.png', compress_level=1)
+
 def _write_png(root, dest, cls):
-    "Write torchvision data set `cls` in `root` as train/ and test/ with class folders of PNG files, whose numbers are the places in the array"
+    "Write torchvision data set `cls` in `root` as train/ and test/ with class folders of PNG files"
     with whole_folder(dest) as tmp:
         for part in ('train','test'):
-            ds = cls(root, split=part) if cls is tvd.SVHN else cls(root, train=part=='train')
-            names = [str(o) for o in getattr(ds, 'classes', range(10))]
-            for o in names: (tmp/part/o).mkdir(parents=True)
-            for i in progress_bar(range(len(ds)), leave=False, display=len(ds)>1000):
-                im,y = ds[i]
-                im.save(tmp/part/names[y]/f'{i:05d}.png', compress_level=1)
+            which = dict(split=part) if cls is tvd.SVHN else dict(train=part=='train')
+            _write_part(cls(root, **which), tmp/part)
 
 def _no_gaps(files, path):
     "Refuse files that `_write_png` numbered if some of the numbers are missing"
@@ -257,8 +309,9 @@ def _no_gaps(files, path):
     numbers = {int(o.stem) for o in files}
     gone = sorted(set(range(max(numbers)))-numbers)
     if not gone: return
+    what = f'{len(gone):,} files of {path} are missing'
     names = few(f'{o:05d}.png' for o in gone)
-    raise FileNotFoundError(f'{len(gone):,} files of {path} are missing: {names}; delete {path.parent} to write it again')
+    raise FileNotFoundError(f'{what}: {names}; delete {path.parent} to write it again')
 
 # %% ../../nbs/08_data.readers.ipynb #arrays
 def _png_folder(path, cls):
@@ -269,7 +322,8 @@ def _png_folder(path, cls):
     official = path if cls is tvd.SVHN else _above(path, cls.base_folder)
     try: _write_png(official or path, dest, cls)
     except RuntimeError as e:
-        raise FileNotFoundError(f'{path} has neither train/ and test/ nor the whole files of {cls.__name__} ({e}): get them again') from e
+        what = f'{path} has neither train/ and test/ nor the whole files of {cls.__name__} ({e})'
+        raise FileNotFoundError(f'{what}: get them again') from e
     return dest
 
 def read_small(
@@ -280,20 +334,25 @@ def read_small(
 ):                # `ImageTable`
     "Read CIFAR or SVHN from class folders of PNG files, which are written once from the official arrays"
     path = _png_folder(Path(path), cls)
-    parts = {part: _images(path/part) for part in ('train','test')}
-    for part,files in parts.items(): _no_gaps(files, path/part)
-    files = parts['train']+parts['test']
-    is_valid = [False]*len(parts['train'])+[True]*len(parts['test'])
-    return ImageTable(files, [f.parent.name for f in files], is_valid, root=path, recipe=recipe, stats=stats)
+    train = _images(path/'train')
+    test = _images(path/'test')
+    _no_gaps(train, path/'train')
+    _no_gaps(test, path/'test')
+    return _train_test(train, test, path, recipe=recipe, stats=stats)
 
 # %% ../../nbs/08_data.readers.ipynb #layouts
-_LAYOUTS = {'images.txt':read_cub, 'stanford_cars':read_cars, 'fgvc-aircraft-2013b':read_aircraft, 'oxford-iiit-pet':read_pets,
-    'flowers-102':read_flowers, 'train_list.mat':read_dogs}
+_LAYOUTS = {'images.txt':read_cub, 'stanford_cars':read_cars, 'fgvc-aircraft-2013b':read_aircraft,
+    'oxford-iiit-pet':read_pets, 'flowers-102':read_flowers, 'train_list.mat':read_dogs}
+
+def _layout_reader(path):
+    "The reader of the layout whose mark lies in `path`, None if there is none"
+    for mark,read in _LAYOUTS.items():
+        if path.name==mark or _folder_with(path, mark): return read
+    return None
 
 def _read_path(path, valid_pct, seed):
     "The table of a folder in any layout"
-    for mark,read in _LAYOUTS.items():
-        if path.name==mark or (path/mark).exists() or any(path.glob(f'*/{mark}')):
-            t = read(path)
-            return t if valid_pct is None else t.holdout(valid_pct, seed)
-    return read_folders(path, valid_pct, seed)
+    read = _layout_reader(path)
+    if read is None: return read_folders(path, valid_pct, seed)
+    t = read(path)
+    return t if valid_pct is None else t.holdout(valid_pct, seed)

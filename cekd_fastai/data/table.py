@@ -15,26 +15,35 @@ from ..core import check_count,few,near_hint
 # %% ../../nbs/05_data.table.ipynb #recipes
 RECIPES = dict(crop=224, squeeze=224, pad=32, digits=32)
 
+def _check_recipe(recipe):
+    "Refuse what is none of `RECIPES`"
+    if recipe not in RECIPES: raise ValueError(f'recipe={recipe!r}: {near_hint(recipe, RECIPES)}')
+
 # %% ../../nbs/05_data.table.ipynb #flags
-_PARTS = dict(train='train training true_train', valid='valid validation val dev', test='test testing')
-_WORDS = {w:k for k,ws in _PARTS.items() for w in ws.split()} | dict.fromkeys(('true','1','1.0','yes'), 'valid') | dict.fromkeys(('false','0','0.0','no'), 'train')
+_WORDS = dict.fromkeys('train training true_train false 0 0.0 no'.split(), 'train')
+_WORDS |= dict.fromkeys('valid validation val dev true 1 1.0 yes'.split(), 'valid')
+_WORDS |= dict.fromkeys('test testing'.split(), 'test')
 
 def _part_of(value, row, column):
     "'train', 'valid' or 'test', whichever a cell of a table stands for"
     part = _WORDS.get(str(value).strip().lower())
-    if part is None:
-        raise ValueError(f'row {row} of column {column!r} is {value!r}, which names no part: write True or False, or train, valid or test')
-    return part
+    if part is not None: return part
+    remedy = 'write True or False, or train, valid or test'
+    raise ValueError(f'row {row} of column {column!r} is {value!r}, which names no part: {remedy}')
+
+def _part_names(values, column):
+    "The part that each cell of a column stands for, as an array of words"
+    return np.array([_part_of(o, i, column) for i,o in enumerate(values)], dtype=str)
 
 def _flags(values, column):
     "A column of flags as an array of booleans; `ValueError` names the row of what is none"
     values = list(values)
     if all(isinstance(o, (bool,np.bool_)) for o in values): return np.array(values, dtype=bool)
-    return np.array([_part_of(o, i, column)!='train' for i,o in enumerate(values)], dtype=bool)
+    return _part_names(values, column)!='train'
 
 # %% ../../nbs/05_data.table.ipynb #table
 class ImageTable:
-    "Files, class names and parts of a data set; raises `ValueError` if a class has no training image, a file is listed twice, or a part is empty"
+    "Files, class names and parts of a data set; `ValueError` names what nobody could train on"
     def __init__(self,
         files,         # Paths of the images
         labels,        # Name of each image's class
@@ -42,27 +51,33 @@ class ImageTable:
         classes=None,  # Names in the order of the vocabulary; sorted labels if None
         root='.',      # Folder of the data set
         is_test=None,  # True for each image of a test part beside the validation part; none if None
-        boxes=None,    # x, y, width and height of the object in each image, in pixels
+        boxes=None,    # Place of the object in each image: x, y, width and height in pixels
         recipe='crop', # One of `RECIPES`
         stats=None,    # Mean and standard deviation to normalise with; ImageNet's if None
         sources=()     # Files with labels, parts and boxes, which a copy of the data set needs
     ):
-        self.root,self.recipe = Path(root),recipe
+        self.root = Path(root)
+        self.recipe = recipe
         self.files = [Path(o) for o in files]
         self.labels = list(labels)
         self.is_valid = _flags(is_valid, 'is_valid')
-        self.is_test = _flags([False]*len(self.files) if is_test is None else is_test, 'is_test')
+        no_test = [False]*len(self.files)
+        self.is_test = _flags(ifnone(is_test, no_test), 'is_test')
         self._check_labels()
         self.classes = sorted(set(self.labels)) if classes is None else list(classes)
         self.boxes = None if boxes is None else np.array(boxes, dtype=float).reshape(-1, 4)
-        self.stats = imagenet_stats if stats is None else stats
+        self.stats = ifnone(stats, imagenet_stats)
         self.sources = [Path(o) for o in sources]
         self._check()
 
     @property
+    def is_train(self):
+        "True for each image that is neither for validation nor for the test"
+        return ~(self.is_valid | self.is_test)
+    @property
     def n_train(self):
         "Number of training images"
-        return len(self)-self.n_valid-self.n_test
+        return int(self.is_train.sum())
     @property
     def n_valid(self):
         "Number of validation images"
@@ -81,17 +96,21 @@ class ImageTable:
 @patch
 def counts(self:ImageTable): # `DataFrame` with a row for each class, columns `train`, `valid` and, where there is a test part, `test`
     "Number of images of each class in each part"
-    idx = {c:i for i,c in enumerate(self.classes)}
-    labels = np.array([idx[o] for o in self.labels], dtype=int)
-    parts = dict(train=~self.is_valid & ~self.is_test, valid=self.is_valid)
-    if self.n_test: parts['test'] = self.is_test
-    cols = {k: np.bincount(labels[rows], minlength=len(idx)) for k,rows in parts.items()}
-    return pd.DataFrame(cols, index=pd.Index(self.classes, name='class'))
+    number = {c:i for i,c in enumerate(self.classes)}
+    ys = np.array([number[o] for o in self.labels], dtype=int)
+    def count(rows): return np.bincount(ys[rows], minlength=len(number))
+    df = pd.DataFrame(dict(train=count(self.is_train), valid=count(self.is_valid)))
+    if self.n_test: df['test'] = count(self.is_test)
+    return df.set_index(pd.Index(self.classes, name='class'))
+
+def _inside(file, root):
+    "Path `file` as text, relative to `root` where it lies inside"
+    return str(file.relative_to(root) if file.is_relative_to(root) else file)
 
 @patch
 def to_df(self:ImageTable): # Columns `file` (relative to `root` where it lies inside), `label`, `is_valid` and, where there is a test part, `is_test`
     "The table as a `DataFrame`, one row for each image"
-    files = [str(o.relative_to(self.root)) if o.is_relative_to(self.root) else str(o) for o in self.files]
+    files = [_inside(o, self.root) for o in self.files]
     df = pd.DataFrame(dict(file=files, label=self.labels, is_valid=self.is_valid))
     return df.assign(is_test=self.is_test) if self.n_test else df
 
@@ -99,12 +118,14 @@ def to_df(self:ImageTable): # Columns `file` (relative to `root` where it lies i
 @patch
 def _check_labels(self:ImageTable):
     "Refuse columns of different lengths and empty labels"
-    n = len(self.files)
-    if not n==len(self.labels)==len(self.is_valid)==len(self.is_test):
-        parts = f'{len(self.is_valid)} and {len(self.is_test)} parts'
-        raise ValueError(f'{n} files, {len(self.labels)} labels, {parts}: give one of each for every image')
-    empty = [f'{f} (row {i})' for i,(f,o) in enumerate(zip(self.files, self.labels)) if pd.isna(o) or o=='']
-    if empty: raise ValueError(f'no label for {few(empty)}: fill in the column, or leave these files out')
+    lengths = [len(o) for o in (self.files,self.labels,self.is_valid,self.is_test)]
+    if len(set(lengths))>1:
+        have = '{} files, {} labels, {} and {} parts'.format(*lengths)
+        raise ValueError(f'{have}: give one of each for every image')
+    empty = [i for i,o in enumerate(self.labels) if pd.isna(o) or o=='']
+    if not empty: return
+    where = few(f'{self.files[i]} (row {i})' for i in empty)
+    raise ValueError(f'no label for {where}: fill in the column, or leave these files out')
 
 @patch
 def _check(self:ImageTable):
@@ -112,11 +133,11 @@ def _check(self:ImageTable):
     if self.boxes is not None and len(self.boxes)!=len(self):
         raise ValueError(f'{len(self)} files and {len(self.boxes)} boxes: give one of each for every image')
     if not self.files: raise ValueError(f'no images in {self.root}: check the path')
-    if unknown := set(self.labels)-set(self.classes):
-        raise ValueError(f'labels that are no class: {few(sorted(unknown))}; add them to classes')
+    unknown = set(self.labels)-set(self.classes)
+    if unknown: raise ValueError(f'labels that are no class: {few(sorted(unknown))}; add them to classes')
     if len(set(self.classes))<len(self.classes):
         raise ValueError(f'classes of {self.root} lists a name twice: give every class a name of its own')
-    if self.recipe not in RECIPES: raise ValueError(f'recipe={self.recipe!r}: {near_hint(self.recipe, RECIPES)}')
+    _check_recipe(self.recipe)
     self._check_parts()
 
 # %% ../../nbs/05_data.table.ipynb #check-parts
@@ -124,36 +145,52 @@ def _check(self:ImageTable):
 def _check_parts(self:ImageTable):
     "Refuse files in two parts, classes that cannot be learnt, and a split without validation images"
     twice = [f for f,n in Counter(self.files).items() if n>1]
-    both = [f for f,valid,test in zip(self.files, self.is_valid, self.is_test) if valid and test]
-    if twice or both: raise ValueError(f'listed more than once: {few(twice+both)}; an image belongs to one class and one part')
-    n = self.counts()
-    none = n.index[n.train==0]
-    if len(none):
-        where = f'{few(n.valid[none])} in the validation part'
-        raise ValueError(f'no training image for class {few(none)} ({where}) in {self.root}: add some, or leave the class out')
+    twice += [self.files[i] for i in np.flatnonzero(self.is_valid & self.is_test)]
+    if twice: raise ValueError(f'listed more than once: {few(twice)}; an image belongs to one class and one part')
+    self._check_train()
     if self.n_valid: return
     raise ValueError(f'no validation images in {self.root}: add some, or raise valid_pct if the split is made here')
 
+@patch
+def _check_train(self:ImageTable):
+    "Refuse classes without a training image"
+    n = self.counts()
+    none = n.index[n.train==0]
+    if not len(none): return
+    where = f'{few(n.valid[none])} in the validation part'
+    what = f'no training image for class {few(none)} ({where})'
+    raise ValueError(f'{what} in {self.root}: add some, or leave the class out')
+
 # %% ../../nbs/05_data.table.ipynb #split
 def _check_pct(valid_pct):
-    if isinstance(valid_pct, bool) or not 0<valid_pct<1: raise ValueError(f'valid_pct={valid_pct}: pass a share between 0 and 1')
+    "Refuse what is no share of the images"
+    is_share = not isinstance(valid_pct, bool) and 0<valid_pct<1
+    if not is_share: raise ValueError(f'valid_pct={valid_pct}: pass a share between 0 and 1')
 
 def _split(name, n, valid_pct, seed):
     "Which of the `n` images of class `name` are for validation: a part of `valid_pct`, at least one, never all"
     _check_pct(valid_pct)
     n_valid = min(max(1, round(n*valid_pct)), n-1)
-    valid = set(random.Random(f'{seed}/{name}').sample(range(n), n_valid))
+    draw = random.Random(f'{seed}/{name}')
+    valid = set(draw.sample(range(n), n_valid))
     return [i in valid for i in range(n)]
 
+# %% ../../nbs/05_data.table.ipynb #split-groups
+def _rows_by(values):
+    "{value: its rows} of a list of values"
+    return groupby(range(len(values)), values.__getitem__)
+
 def _split_groups(labels, groups, valid_pct, seed):
-    "Which images are for validation if whole groups are: about `valid_pct` of all, and every class keeps a training image"
+    "Which images are for validation if whole groups are: about `valid_pct` of all; every class keeps a training image"
     _check_pct(valid_pct)
-    left,res = Counter(labels),np.zeros(len(labels), dtype=bool)
-    rows = groupby(range(len(groups)), lambda i: groups[i])
+    most = max(valid_pct*len(labels), 1)
+    rows = _rows_by(groups)
+    left = Counter(labels)
+    res = np.zeros(len(labels), dtype=bool)
     for g in random.Random(seed).sample(sorted(rows, key=str), len(rows)):
         n = Counter(labels[i] for i in rows[g])
-        fits = res.sum()+len(rows[g])<=max(valid_pct*len(labels), 1)
-        if fits and all(left[o]>k for o,k in n.items()):
+        class_stays = all(left[o]>k for o,k in n.items())
+        if class_stays and res.sum()+len(rows[g])<=most:
             res[rows[g]] = True
             left -= n
     return res
@@ -163,54 +200,64 @@ def _column(df, col, name, default=None):
     "The values of a column by its name or number, None if there is none"
     if col is None: col = name if name in df.columns else default
     if col is None: return None
-    if isinstance(col, int) and col not in df.columns and col<len(df.columns): col = df.columns[col]
+    by_number = isinstance(col, int) and col not in df.columns
+    if by_number and col<len(df.columns): col = df.columns[col]
     if col not in df.columns: raise ValueError(f'no column {col!r} in the table: {near_hint(col, df.columns)}')
     return df[col].tolist()
 
 def _parts(df, valid_col):
     "Which rows are for validation and which for the test, from a column of flags or names of parts; None without one"
-    valid,test = _column(df, valid_col, 'is_valid'),_column(df, None, 'is_test')
+    valid = _column(df, valid_col, 'is_valid')
     if valid is None: return None,None
-    names = [_part_of(o, i, valid_col or 'is_valid') for i,o in enumerate(valid)]
-    is_test = np.array([o=='test' for o in names]) if test is None else _flags(test, 'is_test')
-    return np.array([o=='valid' for o in names]),is_test
+    names = _part_names(valid, valid_col or 'is_valid')
+    test = _column(df, None, 'is_test')
+    is_test = names=='test' if test is None else _flags(test, 'is_test')
+    return names=='valid',is_test
+
+def _draw(labels, groups, valid_pct, seed):
+    "A split of rows: of groups where there are some, else class by class"
+    if groups is not None: return _split_groups(labels, groups, valid_pct, seed)
+    res = np.zeros(len(labels), dtype=bool)
+    for name,rows in _rows_by(labels).items():
+        if not pd.isna(name): res[rows] = _split(name, len(rows), valid_pct, seed)
+    return res
 
 # %% ../../nbs/05_data.table.ipynb #df-from
+def _listed_files(names, root, suff):
+    "Paths of the files that a column names, all of which must be there"
+    blank = [i for i,o in enumerate(names) if pd.isna(o)]
+    if blank: raise ValueError(f'no file name in row {few(blank)}: fill in the column')
+    files = [root/f'{o}{suff}' for o in names]
+    gone = [o for o in files if not o.is_file()]
+    if not gone: return files
+    what = f'{len(gone):,} of {len(files):,} files of the table are missing'
+    raise FileNotFoundError(f'{what}: {few(gone)}; check folder= and suff=')
+
 @patch(cls_method=True)
 def from_df(cls:ImageTable,
     df,             # `DataFrame`, or path of a CSV file
     fn_col=None,    # Column of file names; `file`, or the first, if None
     label_col=None, # Column of labels; `label`, or the second, if None
-    valid_col=None, # Column that says which rows are for validation (and for the test); `is_valid` if None and there is one
+    valid_col=None, # Column of flags, or of names of parts; `is_valid` if None and there is one
     group_col=None, # Column of what belongs together; whole groups go to one part
     folder=None,    # Folder of the files; that of the CSV file, or the current one, if None
     suff='',        # Added to each file name, such as '.jpg'
-    valid_pct=.2,   # Share for validation, where no column says it
+    valid_pct=.2,   # Share for validation, where no column gives the parts
     seed=42,        # Of that split
     **kwargs        # Further arguments of `ImageTable`
 )->ImageTable:
     "Read a table of files and labels; `ValueError` and `FileNotFoundError` name the column, row or file at fault"
     if not isinstance(df, pd.DataFrame):
-        folder = Path(df).parent if folder is None else folder
+        folder = ifnone(folder, Path(df).parent)
         df = pd.read_csv(df)
-    root = Path('.' if folder is None else folder)
-    names,labels = _column(df, fn_col, 'file', 0),_column(df, label_col, 'label', 1)
-    if blank := [i for i,o in enumerate(names) if pd.isna(o)]: raise ValueError(f'no file name in row {few(blank)}: fill in the column')
-    files = [root/f'{o}{suff}' for o in names]
-    gone = [o for o in files if not o.is_file()]
-    if gone: raise FileNotFoundError(f'{len(gone):,} of {len(files):,} files of the table are missing: {few(gone)}; check folder= and suff=')
+    root = Path(ifnone(folder, '.'))
+    names = _column(df, fn_col, 'file', 0)
+    labels = _column(df, label_col, 'label', 1)
+    files = _listed_files(names, root, suff)
     labels = [o if pd.isna(o) else str(o) for o in labels]
     is_valid,is_test = _parts(df, valid_col)
-    if is_valid is None: is_valid = _draw(files, labels, _column(df, group_col, None), valid_pct, seed)
+    if is_valid is None: is_valid = _draw(labels, _column(df, group_col, None), valid_pct, seed)
     return cls(files, labels, is_valid, root=root, is_test=is_test, **kwargs)
-
-def _draw(files, labels, groups, valid_pct, seed):
-    "A split of rows: of groups where there are some, else class by class"
-    if groups is not None: return _split_groups(labels, groups, valid_pct, seed)
-    res = np.zeros(len(files), dtype=bool)
-    for name,rows in groupby(range(len(labels)), lambda i: labels[i]).items():
-        if not pd.isna(name): res[rows] = _split(name, len(rows), valid_pct, seed)
-    return res
 
 # %% ../../nbs/05_data.table.ipynb #subset
 @patch
@@ -218,36 +265,47 @@ def subset(self:ImageTable,
     classes # An int for the first so many, or a list of names
 ): # `ImageTable`
     "The part of the table with `classes` only, in the table's order of classes"
+    wanted = set(self._named(classes))
+    if not wanted: raise ValueError('classes is empty: pass a number, a list of names, or None for all')
+    keep = [o for o in self.classes if o in wanted]
+    return self._rows([o in wanted for o in self.labels], classes=keep)
+
+@patch
+def _named(self:ImageTable, classes):
+    "The names that `classes` stands for, all of which must be classes of the table"
     n = len(self.classes)
     if isinstance(classes, str): classes = [classes]
     if isinstance(classes, int):
         if not 0<classes<=n: raise ValueError(f'classes={classes}: {self.root} has {n} classes, pass 1 to {n}')
-        classes = self.classes[:classes]
-    keep = set(classes)
-    if not keep: raise ValueError('classes is empty: pass a number, a list of names, or None for all')
-    for o in classes:
+        return self.classes[:classes]
+    names = list(classes)
+    for o in names:
         if o not in self.classes: raise ValueError(f'no class {o!r} in {self.root}: {near_hint(o, self.classes)}')
-    return self._rows([o in keep for o in self.labels], classes=[o for o in self.classes if o in keep])
+    return names
+
+# %% ../../nbs/05_data.table.ipynb #rows
+def _pick(column, rows):
+    "Some of the rows of a column, None if there is no such column"
+    return None if column is None else [column[i] for i in rows]
 
 @patch
 def _rows(self:ImageTable, keep=None, **changes):
     "A table of the rows in `keep` (all if None), with some of its columns changed"
-    i = np.flatnonzero(np.ones(len(self)) if keep is None else keep)
+    rows = range(len(self)) if keep is None else np.flatnonzero(keep)
     same = {k: getattr(self, k) for k in ('classes','root','recipe','stats','sources')}
-    rows = dict(files=[self.files[j] for j in i], labels=[self.labels[j] for j in i], is_valid=self.is_valid[i], is_test=self.is_test[i])
-    boxes = None if self.boxes is None else self.boxes[i]
-    return ImageTable(**same | rows | dict(boxes=boxes) | changes)
+    cols = {k: _pick(getattr(self, k), rows) for k in ('files','labels','is_valid','is_test','boxes')}
+    return ImageTable(**same | cols | changes)
 
 # %% ../../nbs/05_data.table.ipynb #holdout
 @patch
 def _train_rows(self:ImageTable, need, why):
     "{class: its training rows}, at least `need` of them"
     res = {o:[] for o in self.classes}
-    train = ~(self.is_valid | self.is_test)
-    for i in np.flatnonzero(train): res[self.labels[i]].append(i)
-    short = [f'{o} ({len(rows)})' for o,rows in res.items() if len(rows)<need]
-    if short: raise ValueError(f'class {few(short)} of {self.root} has fewer than {need} training images: {why}')
-    return res
+    for i in np.flatnonzero(self.is_train): res[self.labels[i]].append(i)
+    short = {o: len(rows) for o,rows in res.items() if len(rows)<need}
+    if not short: return res
+    named = few(f'{o} ({n})' for o,n in short.items())
+    raise ValueError(f'class {named} of {self.root} has fewer than {need} training images: {why}')
 
 @patch
 def holdout(self:ImageTable,
@@ -257,8 +315,8 @@ def holdout(self:ImageTable,
     "Set a part of train aside for validation; what was the validation part becomes the test part"
     if self.n_test: raise ValueError(f'{self.root} has a validation part and a test part already: leave valid_pct out')
     valid = np.zeros(len(self), dtype=bool)
-    for o,rows in self._train_rows(2, 'valid_pct needs one to train and one to validate').items():
-        valid[rows] = _split(o, len(rows), valid_pct, seed)
+    train = self._train_rows(2, 'valid_pct needs one to train and one to validate')
+    for o,rows in train.items(): valid[rows] = _split(o, len(rows), valid_pct, seed)
     return self._rows(is_valid=valid, is_test=self.is_valid)
 
 # %% ../../nbs/05_data.table.ipynb #few-shot
@@ -269,8 +327,9 @@ def few_shot(self:ImageTable,
 ): # `ImageTable`
     "Keep `n` training images of each class, and the other parts whole"
     check_count(per_class=n)
-    keep = self.is_valid | self.is_test
+    keep = ~self.is_train
     for o,rows in self._train_rows(n, 'pass a smaller per_class').items():
-        order = random.Random(f'{seed}/{o}').sample(rows, len(rows))
+        draw = random.Random(f'{seed}/{o}')
+        order = draw.sample(rows, len(rows)) # Of them all, so that a larger `n` keeps these and adds to them
         keep[order[:n]] = True
     return self._rows(keep)

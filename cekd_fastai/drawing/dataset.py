@@ -19,18 +19,28 @@ from .species import PARTS,bird_species
 from .bird import draw_bird
 
 # %% ../../nbs/04_drawing.dataset.ipynb #draw-chunk
-def _file(spec, cls, k, i):
-    "Path below images/ of the k-th picture of class number `cls` (both from 1), which is number `i` of the set"
-    s = spec.name.replace(' ', '_')
-    return f'{cls:03d}.{s}/{s}_{k:04d}_{i:06d}.jpg'
+def _folder(spec, c):
+    "Folder below images/ of class number `c`, from 1"
+    return f'{c:03d}.{spec.name.replace(" ", "_")}'
+
+def _pictures(specs, n):
+    "{number: (file below images/, species)} of a set with `n` pictures of each species; numbers begin with 1"
+    res = {}
+    for c,spec in enumerate(specs, 1):
+        folder = _folder(spec, c)
+        _,name = folder.split('.')
+        for k in range(1, n+1):
+            i = len(res)+1
+            res[i] = f'{folder}/{name}_{k:04d}_{i:06d}.jpg',spec
+    return res
 
 def _draw_chunk(job):
-    "Draw and save some pictures of one species: `job` is (spec, class number, [(k, image number)], folder, size, seed)"
-    spec,cls,ids,folder,size,seed = job
+    "Draw and save some pictures: `job` is ([(number, (file, species))], folder, size, seed)"
+    pictures,folder,size,seed = job
     res = []
-    for k,i in ids:
+    for i,(file,spec) in pictures:
         im,box,parts = draw_bird(spec, np.random.default_rng([seed, i]), size)
-        im.save(Path(folder)/'images'/_file(spec, cls, k, i), quality=92, subsampling=0)
+        im.save(Path(folder)/'images'/file, quality=92, subsampling=0)
         res.append((i, box, parts))
     return res
 
@@ -39,74 +49,139 @@ def _context():
     "How processes start: forked on Linux, else as the platform prefers"
     return mp.get_context('fork' if sys.platform == 'linux' else None)
 
+def _workers(n):
+    "The checked number of processes: one for each CPU, up to 8, if `n` is None"
+    if n is None: return min(8, _cpus())
+    if not isinstance(n, int) or n < 0: raise ValueError(f'n_workers is {n!r}: pass 0 or more processes, or None')
+    return n
+
+def _cpus():
+    "CPUs that this process may use"
+    if hasattr(os, 'sched_getaffinity'): return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+# %% ../../nbs/04_drawing.dataset.ipynb #draw-all
+_DEAD = "a drawing process died; in a script, call make_birds under `if __name__ == '__main__':`, or pass n_workers=0"
+
 def _draw_all(jobs, n_workers, progress):
     "The results of `_draw_chunk` for all `jobs`, in order, on `n_workers` processes (0: this one)"
-    bar = (lambda it: progress_bar(it, total=len(jobs), leave=False)) if progress else (lambda it: it)
-    if n_workers == 0: return sum(bar(map(_draw_chunk, jobs)), [])
+    def gather(chunks):
+        bar = progress_bar(chunks, total=len(jobs), leave=False) if progress else chunks
+        return [row for rows in bar for row in rows]
+    if n_workers == 0: return gather(map(_draw_chunk, jobs))
     ex = ProcessPoolExecutor(n_workers, mp_context=_context())
-    try: return sum(bar(ex.map(_draw_chunk, jobs)), [])
-    except BrokenProcessPool as e:
-        raise RuntimeError("a drawing process died; in a script, call make_birds under `if __name__ == '__main__':`, or pass n_workers=0") from e
+    try: return gather(ex.map(_draw_chunk, jobs))
+    except BrokenProcessPool as e: raise RuntimeError(_DEAD) from e
     finally: ex.shutdown(cancel_futures=True)
 
 # %% ../../nbs/04_drawing.dataset.ipynb #tables
+def _split(n_classes, s):
+    "1 for a training picture and 0 for a test picture, in the order of the pictures: each class is shuffled by itself"
+    res = []
+    for c in range(n_classes):
+        rng = np.random.default_rng([s['seed'], 0, c])
+        res += [int(v < s['n_train']) for v in rng.permutation(s['n_images'])]
+    return res
+
+def _part_lines(i, parts):
+    "Lines of part_locs.txt for picture number `i`"
+    for n,part in enumerate(PARTS, 1):
+        x,y,visible = parts[part]
+        yield f'{i} {n} {x:.1f} {y:.1f} 1' if visible else f'{i} {n} 0.0 0.0 0'
+
+def _diagnostic_lines(specs):
+    "Lines of diagnostic_parts.csv: each pair of classes, and the parts on which they differ"
+    yield 'species_a,species_b,parts'
+    classes = [(_folder(o, c), o) for c,o in enumerate(specs, 1)]
+    for (a,spec_a),(b,spec_b) in combinations(classes, 2):
+        parts = ' '.join(spec_a.differ(spec_b))
+        yield f'{a},{b},{parts}'
+
+# %% ../../nbs/04_drawing.dataset.ipynb #write-tables
 _README = """# Synthetic birds
 
-{n_species} species x {n_images} images of {size} x {size} pixels ({n_train} per species for training), drawn by `cekd_fastai.synthetic.make_birds` with seed {seed}.
+{n_species} species x {n_images} images of {size} x {size} pixels ({n_train} per species for training), \
+drawn by `cekd_fastai.synthetic.make_birds` with seed {seed}.
 The files have the layout of CUB-200-2011:
 
 - images/, images.txt, classes.txt, image_class_labels.txt
 - train_test_split.txt: 1 is training, 0 is test
 - bounding_boxes.txt: image, x, y, width, height, in pixels
-- parts/parts.txt, parts/part_locs.txt: image, part, x, y, visible; a part that is hidden or outside the picture is 0.0 0.0 0
+- parts/parts.txt, parts/part_locs.txt: image, part, x, y, visible; \
+a part that is hidden or outside the picture is 0.0 0.0 0
 - parts/diagnostic_parts.csv: for every pair of species, the parts on which they look different
 - birds.json: the settings they were drawn with
 """
 
+def _put(file, lines):
+    "Write `lines` to `file`, with the same line ends on every platform"
+    text = '\n'.join(lines)
+    file.write_text(text+'\n', encoding='utf-8', newline='\n')
+
+def _numbered(values):
+    "Lines with a number, from 1, and a value"
+    return [f'{i} {v}' for i,v in enumerate(values, 1)]
+
 def _write_tables(folder, specs, rows, s):
     "Write all tables of a set into `folder`: `rows` is a list of (image number, box, parts), `s` the settings"
-    N,classes = s['n_images'],[f"{c:03d}.{o.name.replace(' ', '_')}" for c,o in enumerate(specs, 1)]
-    split = [int(v < s['n_train']) for c in range(len(specs)) for v in np.random.default_rng([s['seed'], 0, c]).permutation(N)]
-    at = lambda i,p,x,y,v: f'{i} {PARTS.index(p)+1} {x:.1f} {y:.1f} 1' if v else f'{i} {PARTS.index(p)+1} 0.0 0.0 0'
-    def put(f, lines): (folder/f).write_text('\n'.join(lines)+'\n', encoding='utf-8', newline='\n')
-    put('classes.txt', [f'{c} {o}' for c,o in enumerate(classes, 1)])
-    put('images.txt', [f'{i} {_file(specs[(i-1)//N], (i-1)//N+1, (i-1)%N+1, i)}' for i,*_ in rows])
-    put('image_class_labels.txt', [f'{i} {(i-1)//N+1}' for i,*_ in rows])
-    put('train_test_split.txt', [f'{i} {v}' for (i,*_),v in zip(rows, split)])
-    put('bounding_boxes.txt', [' '.join([str(i)]+[f'{v:.1f}' for v in box]) for i,box,_ in rows])
-    put('parts/parts.txt', [f'{i} {p}' for i,p in enumerate(PARTS, 1)])
-    put('parts/part_locs.txt', [at(i, p, *v) for i,_,parts in rows for p,v in parts.items()])
-    pairs = combinations(zip(classes, specs), 2)
-    put('parts/diagnostic_parts.csv', ['species_a,species_b,parts'] + [f"{a},{b},{' '.join(sa.differ(sb))}" for (a,sa),(b,sb) in pairs])
-    put('README.md', [_README.format(**s).rstrip()])
-    put('birds.json', [json.dumps(s, indent=1)])
+    pictures = _pictures(specs, s['n_images'])
+    classes = [_folder(o, c) for c,o in enumerate(specs, 1)]
+    labels = np.repeat(range(1, len(specs)+1), s['n_images'])
+    _put(folder/'classes.txt', _numbered(classes))
+    _put(folder/'images.txt', _numbered(file for file,_ in pictures.values()))
+    _put(folder/'image_class_labels.txt', _numbered(labels))
+    _put(folder/'train_test_split.txt', _numbered(_split(len(specs), s)))
+    boxes = [' '.join(f'{v:.1f}' for v in box) for _,box,_ in rows]
+    _put(folder/'bounding_boxes.txt', _numbered(boxes))
+    _put(folder/'parts'/'parts.txt', _numbered(PARTS))
+    _put(folder/'parts'/'part_locs.txt', [o for i,_,parts in rows for o in _part_lines(i, parts)])
+    _put(folder/'parts'/'diagnostic_parts.csv', _diagnostic_lines(specs))
+    _put(folder/'README.md', [_README.format(**s).rstrip()])
+    _put(folder/'birds.json', [json.dumps(s, indent=1)])
 
 # %% ../../nbs/04_drawing.dataset.ipynb #checks
-_DRAWING = 1 # raised when the drawing changes, so that an older set is not taken for a new one
+_DRAWING = 1 # Raised when the drawing changes, so that an older set is not taken for a new one
+
+def _check_whole(name, v):
+    "Refuse what is not a whole number"
+    whole = isinstance(v, (int, np.integer)) and not isinstance(v, bool)
+    if not whole: raise ValueError(f'{name} is {v!r}: pass a whole number')
 
 def _settings(n_species, n_images, size, seed, n_train):
     "The checked settings of a set, as they are stored in its birds.json"
     s = dict(n_species=n_species, n_images=n_images, size=size, seed=seed, n_train=n_train)
-    for k,v in s.items():
-        if not isinstance(v, (int, np.integer)) or isinstance(v, bool): raise ValueError(f'{k} is {v!r}: pass a whole number')
+    for k,v in s.items(): _check_whole(k, v)
     bird_species(n_species)
-    if n_images < 2: raise ValueError(f'n_images is {n_images}: each species needs at least 2, one to train and one to test')
-    if not 1 <= n_train < n_images: raise ValueError(f'n_train is {n_train} of n_images={n_images}: pass 1 to {n_images-1}, so that both sets get images')
+    if n_images < 2: raise ValueError(f'n_images is {n_images}: each species needs at least 2, to train and to test')
+    if not 1 <= n_train < n_images:
+        most = n_images-1
+        raise ValueError(f'n_train is {n_train} of n_images={n_images}: pass 1 to {most}, so that both sets get images')
     if size < 32: raise ValueError(f'size is {size}: below 32 pixels the marks cannot be seen')
     if seed < 0: raise ValueError(f'seed is {seed}: pass 0 or more')
     return {k: int(v) for k,v in s.items()} | dict(drawing=_DRAWING)
 
+# %% ../../nbs/04_drawing.dataset.ipynb #reuse
 def _reuse(path, s, force):
     "Whether `path` already holds the set with settings `s`; an error if something else is in the way"
-    if not path.exists() or path.is_dir() and not any(path.iterdir()): return False
-    if not (path/'birds.json').is_file(): raise FileExistsError(f'{path} exists and was not written by make_birds: choose another path')
+    if _is_free(path): return False
+    old = path/'birds.json'
+    if not old.is_file(): raise FileExistsError(f'{path} exists and was not written by make_birds: choose another path')
     if force: return False
-    old = json.loads((path/'birds.json').read_text())
-    diff = ', '.join(f'{k}={old.get(k)} instead of {v}' for k,v in s.items() if old.get(k) != v)
-    if diff: raise ValueError(f'{path} holds birds with {diff}: choose another path, or pass force=True to replace them')
-    missing = s['n_species']*s['n_images'] - sum(1 for _ in path.glob('images/*/*.jpg'))
+    _check_same(path, json.loads(old.read_text()), s)
+    missing = s['n_species']*s['n_images'] - len(list(path.glob('images/*/*.jpg')))
     if missing: raise ValueError(f'{path} lacks {missing} of its images: pass force=True to draw them again')
     return True
+
+def _is_free(path):
+    "Whether there is nothing at `path`, or an empty folder"
+    return not path.exists() or path.is_dir() and not any(path.iterdir())
+
+def _check_same(path, old, s):
+    "Refuse a set at `path` with `old` settings other than `s`"
+    diff = [f'{k}={old.get(k)} instead of {v}' for k,v in s.items() if old.get(k) != v]
+    if not diff: return
+    found = ', '.join(diff)
+    raise ValueError(f'{path} holds birds with {found}: choose another path, or pass force=True to replace them')
 
 # %% ../../nbs/04_drawing.dataset.ipynb #install
 def _folders(tmp, specs):
@@ -114,7 +189,7 @@ def _folders(tmp, specs):
     try:
         shutil.rmtree(tmp, ignore_errors=True)
         (tmp/'parts').mkdir(parents=True)
-        for c,o in enumerate(specs, 1): (tmp/'images'/_file(o, c, 1, 1)).parent.mkdir(parents=True)
+        for c,o in enumerate(specs, 1): (tmp/'images'/_folder(o, c)).mkdir(parents=True)
     except OSError as e: raise type(e)(f'cannot write to {tmp.parent} ({e.strerror}): choose another path') from e
 
 def _install(tmp, path):
@@ -126,27 +201,29 @@ def _install(tmp, path):
 
 # %% ../../nbs/04_drawing.dataset.ipynb #make
 def make_birds(
-    path, # folder of the data set; its parents are made as needed
+    path, # Folder of the data set; its parents are made as needed
     n_species:int=20, # 2 to 252, in genera of four
-    n_images:int=60, # per species
-    size:int=96, # side of the square pictures, in pixels; at least 32
-    seed:int=42, # the same seed gives the same files
-    n_train:int=40, # per species, of the `n_images`; the others are for testing
-    force:bool=False, # replace birds that were drawn with other settings
-    n_workers:int=None, # processes; 0 draws in this one, None takes one for each CPU, up to 8
-    progress:bool=True # show a progress bar
+    n_images:int=60, # Per species
+    size:int=96, # Side of the square pictures, in pixels; at least 32
+    seed:int=42, # The same seed gives the same files
+    n_train:int=40, # Per species, of the `n_images`; the others are for testing
+    force:bool=False, # Replace birds that were drawn with other settings
+    n_workers:int=None, # Processes; 0 draws in this one, None takes one for each CPU, up to 8
+    progress:bool=True # Show a progress bar
 )->Path: # `path`
-    "Draw a fine-grained data set in the layout of CUB-200-2011; a set that is already there with the same settings is reused"
-    path,s = Path(path),_settings(n_species, n_images, size, seed, n_train)
-    if n_workers is None: n_workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
-    if not isinstance(n_workers, int) or n_workers < 0: raise ValueError(f'n_workers is {n_workers!r}: pass 0 or more processes, or None')
+    "Draw a fine-grained data set in the layout of CUB-200-2011, or reuse the one that is there with the same settings"
+    path = Path(path)
+    s = _settings(n_species, n_images, size, seed, n_train)
+    n_workers = _workers(n_workers)
     if _reuse(path, s, force): return path
     tmp = path.parent/f'.{path.name}-{os.getpid()}.partial'
-    specs,N = bird_species(n_species),n_images
-    jobs = [(o, c, [(k+1, (c-1)*N+k+1) for k in range(j, min(j+10, N))], str(tmp), size, s['seed']) for c,o in enumerate(specs, 1) for j in range(0, N, 10)]
+    specs = bird_species(n_species)
+    pictures = _pictures(specs, n_images)
+    jobs = [(chunk, str(tmp), size, s['seed']) for chunk in chunked(pictures.items(), 10)]
     try:
         _folders(tmp, specs)
-        _write_tables(tmp, specs, _draw_all(jobs, n_workers, progress), s)
+        rows = _draw_all(jobs, n_workers, progress)
+        _write_tables(tmp, specs, rows, s)
         if force or not _reuse(path, s, force): _install(tmp, path)
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return path

@@ -1,4 +1,4 @@
-"""A genus, six marks, and species that differ in one of them
+"""Twelve genera, six marks, and species that differ in one mark or two
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/drawing.species.html.md"""
 
@@ -10,94 +10,118 @@ __all__ = ['PARTS', 'MARKS', 'PLANS', 'MAX_SPECIES', 'BodyPlan', 'BirdSpec', 'bi
 # %% ../../nbs/01_drawing.species.ipynb #imports
 import math
 from dataclasses import dataclass
+from itertools import zip_longest
 
 # %% ../../nbs/01_drawing.species.ipynb #marks
 PARTS = ('back', 'belly', 'bill', 'breast', 'crown', 'eye', 'legs', 'nape', 'tail', 'throat', 'wing')
-MARKS = dict(bill=dict(slender='Slender-billed', thick='Thick-billed', curved='Curve-billed', orange='Orange-billed'),
-    crown=dict(plain='Plain-crowned', black='Black-capped', red='Red-crowned', white='White-crowned', gold='Gold-crowned'),
+MARKS = dict( # Options of each mark, and the adjective of each
+    bill=dict(slender='Slender-billed', thick='Thick-billed', curved='Curve-billed', orange='Orange-billed'),
+    crown=dict(plain='Plain-crowned', black='Black-capped', red='Red-crowned', white='White-crowned',
+        gold='Gold-crowned'),
     eye=dict(plain='Plain-faced', ringed='White-eyed', yellow='Yellow-eyed', masked='Masked'),
     wing=dict(plain='Plain-winged', barred='Bar-winged', patched='White-winged', orange='Orange-winged'),
-    breast=dict(plain='Plain-breasted', streaked='Streaked', spotted='Spotted', banded='Banded', black='Black-breasted'),
+    breast=dict(plain='Plain-breasted', streaked='Streaked', spotted='Spotted', banded='Banded',
+        black='Black-breasted'),
     tail=dict(plain='Plain-tailed', edged='White-tailed', tipped='Dark-tailed', rufous='Rufous-tailed'))
 
 # %% ../../nbs/01_drawing.species.ipynb #plan
 @dataclass(frozen=True)
 class BodyPlan:
-    "What the species of one genus share: proportions (in half body lengths), colours, and the marks that their common species wears"
-    genus:str    # last word of the species' names
-    upper:tuple  # RGB of back, crown, nape and wing
-    under:tuple  # RGB of throat, breast and belly
-    legs:tuple   # RGB of the legs
-    depth:float  # half the depth of the body
-    head:float   # radius of the head
-    tail:float   # length of the tail
-    leg:float    # length of the legs
-    posture:float # degrees by which the body is raised
-    cock:float   # degrees by which the tail is raised above the body's axis
-    marks:tuple  # option of each mark, in the order of `MARKS`, worn by the genus' common species
+    "What the species of one genus share: proportions in half body lengths, colours, marks of the common species"
+    genus:str     # Last word of the species' names
+    upper:tuple   # RGB of back, crown, nape and wing
+    under:tuple   # RGB of throat, breast and belly
+    legs:tuple    # RGB of the legs
+    depth:float   # Half the depth of the body
+    head:float    # Radius of the head
+    tail:float    # Length of the tail
+    leg:float     # Length of the legs
+    posture:float # Degrees by which the body is raised
+    cock:float    # Degrees by which the tail is raised above the body's axis
+    marks:tuple   # Option of each mark that the common species wears, in the order of `MARKS`
 
 # %% ../../nbs/01_drawing.species.ipynb #plans
-PLANS = tuple(BodyPlan(*o) for o in (
-    ('Finch',      (122, 98, 66),  (214, 190, 150), (150, 105, 90), .66, .43, .85, .26, 22, 4,   ('slender','plain','plain','plain','plain','plain')),
-    ('Thrush',     (128, 88, 60),  (226, 210, 182), (190, 150, 120), .58, .38, .90, .46, 34, 0,  ('slender','plain','plain','plain','spotted','plain')),
-    ('Warbler',    (110, 114, 64), (214, 202, 126), (90, 72, 60),   .50, .38, .80, .32, 14, 6,   ('slender','plain','plain','barred','plain','plain')),
-    ('Flycatcher', (108, 108, 106), (206, 204, 194), (60, 56, 54),  .56, .44, 1.0, .20, 48, -4,  ('thick','black','plain','plain','plain','plain')),
-    ('Wren',       (136, 96, 62), (204, 176, 138), (150, 118, 96), .68, .42, .55, .30, 12, 52,  ('curved','plain','ringed','plain','plain','plain')),
-    ('Chat',       (98, 102, 112), (208, 186, 160), (50, 46, 46),   .60, .40, .75, .44, 30, 14,  ('slender','plain','plain','plain','black','plain')),
-    ('Bunting',    (128, 106, 76), (218, 202, 150), (160, 120, 100), .60, .40, 1.0, .24, 18, 0,  ('thick','white','plain','plain','plain','edged')),
-    ('Pipit',      (124, 110, 80), (220, 206, 170), (196, 150, 120), .48, .35, .95, .40, 10, 4,  ('slender','plain','plain','plain','streaked','edged')),
-    ('Tit',        (104, 108, 92), (208, 200, 162), (80, 84, 96),   .64, .48, .70, .22, 20, 0,   ('thick','black','plain','plain','plain','plain')),
-    ('Shrike',     (120, 116, 116), (216, 208, 198), (50, 48, 48),  .54, .44, 1.1, .24, 40, -6,  ('thick','plain','masked','plain','plain','plain')),
-    ('Treecreeper', (118, 92, 64), (224, 214, 196), (140, 110, 90), .46, .36, .90, .18, 40, -8,  ('curved','white','plain','plain','plain','plain')),
-    ('Redstart',   (104, 100, 108), (208, 180, 148), (56, 50, 48),  .54, .38, .85, .38, 28, 8,   ('slender','plain','plain','plain','plain','rufous'))))
+def _plan(genus, upper, under, legs, shape, **marks):
+    "A body plan whose common species wears the first option of each mark, except for those named"
+    plainest = {m: next(iter(opts)) for m,opts in MARKS.items()}
+    worn = plainest | marks
+    return BodyPlan(genus, upper, under, legs, *shape, marks=tuple(worn.values()))
+
+PLANS = ( # Upper side, under side and legs; depth, head, tail, leg, posture and cock; marks
+    _plan('Finch', (122,98,66), (214,190,150), (150,105,90), (.66,.43,.85,.26,22,4)),
+    _plan('Thrush', (128,88,60), (226,210,182), (190,150,120), (.58,.38,.90,.46,34,0), breast='spotted'),
+    _plan('Warbler', (110,114,64), (214,202,126), (90,72,60), (.50,.38,.80,.32,14,6), wing='barred'),
+    _plan('Flycatcher', (108,108,106), (206,204,194), (60,56,54), (.56,.44,1.0,.20,48,-4), bill='thick', crown='black'),
+    _plan('Wren', (136,96,62), (204,176,138), (150,118,96), (.68,.42,.55,.30,12,52), bill='curved', eye='ringed'),
+    _plan('Chat', (98,102,112), (208,186,160), (50,46,46), (.60,.40,.75,.44,30,14), breast='black'),
+    _plan('Bunting', (128,106,76), (218,202,150), (160,120,100), (.60,.40,1.0,.24,18,0),
+        bill='thick', crown='white', tail='edged'),
+    _plan('Pipit', (124,110,80), (220,206,170), (196,150,120), (.48,.35,.95,.40,10,4), breast='streaked', tail='edged'),
+    _plan('Tit', (104,108,92), (208,200,162), (80,84,96), (.64,.48,.70,.22,20,0), bill='thick', crown='black'),
+    _plan('Shrike', (120,116,116), (216,208,198), (50,48,48), (.54,.44,1.1,.24,40,-6), bill='thick', eye='masked'),
+    _plan('Treecreeper', (118,92,64), (224,214,196), (140,110,90), (.46,.36,.90,.18,40,-8),
+        bill='curved', crown='white'),
+    _plan('Redstart', (104,100,108), (208,180,148), (56,50,48), (.54,.38,.85,.38,28,8), tail='rufous'))
 
 # %% ../../nbs/01_drawing.species.ipynb #spec
 @dataclass(frozen=True)
 class BirdSpec:
     "One species: its name, its genus' body plan, and one option of `MARKS` for each of the six marks"
-    name:str     # such as 'Masked Finch'
-    plan:BodyPlan # shared by the genus
-    bill:str='slender' # option of `MARKS['bill']`
-    crown:str='plain'  # option of `MARKS['crown']`
-    eye:str='plain'    # option of `MARKS['eye']`
-    wing:str='plain'   # option of `MARKS['wing']`
-    breast:str='plain' # option of `MARKS['breast']`
-    tail:str='plain'   # option of `MARKS['tail']`
+    name:str           # Such as 'Masked Finch'
+    plan:BodyPlan      # Shared by the genus
+    bill:str='slender' # Option of `MARKS['bill']`
+    crown:str='plain'  # Option of `MARKS['crown']`
+    eye:str='plain'    # Option of `MARKS['eye']`
+    wing:str='plain'   # Option of `MARKS['wing']`
+    breast:str='plain' # Option of `MARKS['breast']`
+    tail:str='plain'   # Option of `MARKS['tail']`
     def __post_init__(self):
         for m,opts in MARKS.items():
-            if getattr(self, m) not in opts: raise ValueError(f'{m} has no option {getattr(self, m)!r}: choose one of {", ".join(opts)}')
-    def differ(self, other): # tuple of part names
-        "The parts on which this species looks different from `other`, in the order of `PARTS`"
+            option = getattr(self, m)
+            if option not in opts: raise ValueError(f'{m} has no option {option!r}: choose one of {", ".join(opts)}')
+    def differ(self,
+        other # Another `BirdSpec`
+    )->tuple: # Names of parts, in the order of `PARTS`
+        "The parts on which this species looks different from `other`"
         parts = {m for m in MARKS if getattr(self, m) != getattr(other, m)}
         if self.plan != other.plan: parts |= set(PARTS) - {'bill', 'eye', 'legs'}
         if self.plan.legs != other.plan.legs: parts.add('legs')
         return tuple(p for p in PARTS if p in parts)
 
 # %% ../../nbs/01_drawing.species.ipynb #species
+def _rotate(l, k):
+    "The list `l` from item `k` on, then the items before it"
+    k %= len(l)
+    return l[k:]+l[:k]
+
+def _changes(mark, worn, k):
+    "(mark, option) pairs for the options of `mark` other than `worn`, beginning with number `k`"
+    return _rotate([(mark, o) for o in MARKS[mark] if o != worn], k)
+
 def _variants(g):
-    "The changes of one mark open to genus number `g`: (mark, option) pairs, first one of each mark, beginning with another mark in each genus"
+    "The changes of one mark open to genus number `g`: (mark, option) pairs, first one of each mark"
     base = dict(zip(MARKS, PLANS[g].marks))
     order = ['wing', 'crown', 'breast', 'eye', 'bill', 'tail']
-    order = order[3*g%6:] + order[:3*g%6]
-    opts = {m: [o for o in MARKS[m] if o != base[m]] for m in order}
-    opts = {m: os_[g//2%len(os_):] + os_[:g//2%len(os_)] for m,os_ in opts.items()}
-    return [(m, opts[m][i]) for i in range(max(map(len, opts.values()))) for m in order if i < len(opts[m])]
+    order = _rotate(order, 3*g) # So that neighbouring genera begin with other marks
+    rounds = zip_longest(*[_changes(m, base[m], g//2) for m in order])
+    return [change for r in rounds for change in r if change]
+
+# %% ../../nbs/01_drawing.species.ipynb #species-list
+def _nth_species(g, j):
+    "Species number `j` of genus number `g`: 0 is the common one, each other changes one mark of it"
+    plan = PLANS[g]
+    marks = dict(zip(MARKS, plan.marks))
+    if j == 0: return BirdSpec(f'Common {plan.genus}', plan, **marks)
+    mark,option = _variants(g)[j-1]
+    marks[mark] = option
+    return BirdSpec(f'{MARKS[mark][option]} {plan.genus}', plan, **marks)
 
 def bird_species(
-    n:int=20 # number of species, 2 to `MAX_SPECIES`
-)->list: # of n `BirdSpec`, genus by genus
-    "The first `n` species: genera of four (more when the twelve genera are full), whose members differ by one or two marks"
-    if not 2 <= n <= MAX_SPECIES: raise ValueError(f'n_species is {n}: the marks can be combined to between 2 and {MAX_SPECIES} species')
-    per = max(4, math.ceil(n/len(PLANS)))
-    res = []
-    for i in range(n):
-        g,j = divmod(i, per)
-        plan,marks = PLANS[g],dict(zip(MARKS, PLANS[g].marks))
-        adj = 'Common'
-        if j:
-            m,o = _variants(g)[j-1]
-            marks[m],adj = o,MARKS[m][o]
-        res.append(BirdSpec(f'{adj} {plan.genus}', plan, **marks))
-    return res
+    n:int=20 # Number of species, 2 to `MAX_SPECIES`
+)->list: # `n` times `BirdSpec`, genus by genus
+    "The first `n` species: genera of four (more when all twelve are full) whose members differ by one mark or two"
+    if not 2 <= n <= MAX_SPECIES: raise ValueError(f'n_species is {n}: pass a number between 2 and {MAX_SPECIES}')
+    per_genus = max(4, math.ceil(n/len(PLANS)))
+    return [_nth_species(*divmod(i, per_genus)) for i in range(n)]
 
 MAX_SPECIES = sum(1+len(_variants(g)) for g in range(len(PLANS)))

@@ -12,12 +12,26 @@ from fastai.vision.all import *
 
 # %% ../../nbs/38_interpret.calibration.ipynb #conf-code-x
 def _check_logits(logits, y):
-    "One sentence for what is not a table of logits and one class for each image"
-    if logits.ndim!=2 or y.ndim!=1 or len(logits)!=len(y) or y.is_floating_point():
-        raise ValueError(f"`logits` and `y` have the shapes {tuple(logits.shape)} and {tuple(y.shape)}: pass logits (N, K) and one class for each image, an integer, as `branch_preds` gives them.")
+    "Refuse what is not a table of logits and one class for each image"
+    one_each = logits.ndim==2 and y.shape==logits.shape[:1]
+    if not one_each or y.is_floating_point():
+        shapes = f'{tuple(logits.shape)} and {tuple(y.shape)}'
+        raise ValueError(f"`logits` and `y` have the shapes {shapes}: "
+            "pass logits (N, K) and one class for each image, an integer, as `branch_preds` gives them.")
     if not len(y): raise ValueError("There are no images in `logits`.")
 
+def _check_not_probs(logits):
+    "Refuse probabilities, whose softmax would be almost even"
+    sums_to_1 = (logits.sum(1)-1).abs().max()<1e-3
+    if sums_to_1 and logits.min()>=0:
+        raise ValueError("`logits` holds probabilities (its rows sum to 1), as `get_preds` gives them: "
+            "pass their logarithm, `probs.log()`, or logits from `branch_preds`.")
+
 # %% ../../nbs/38_interpret.calibration.ipynb #rel-code
+def _bin_name(i, bins):
+    "The interval of bin `i` in words"
+    return f'{i/bins:.2f} to {(i+1)/bins:.2f}'
+
 def reliability(
     logits:Tensor, # Logits, shape (N, K), e.g. from `branch_preds`
     y:Tensor,      # Classes, shape (N,)
@@ -26,16 +40,21 @@ def reliability(
     "Mean probability of the predicted class and share of correct predictions, in bins of the former"
     _check_logits(logits, y)
     if not bins>=1: raise ValueError(f"`bins` is {bins}, but a reliability table needs at least one.")
-    if logits.min()>=0 and (logits.sum(1)-1).abs().max()<1e-3:
-        raise ValueError("`logits` holds probabilities (its rows sum to 1), as `get_preds` gives them: pass their logarithm, `probs.log()`, or logits from `branch_preds`.")
-    p,pred = logits.double().softmax(1).max(1)
-    b = (p*bins).long().clamp(max=bins-1)
-    df = pd.DataFrame(dict(bin=b.tolist(), confidence=p.tolist(), right=(pred==y).double().tolist()))
-    df = df.groupby('bin').agg(confidence=('confidence','mean'), accuracy=('right','mean'), images=('right','size'))
-    df.index = pd.Index([f'{i/bins:.2f} to {(i+1)/bins:.2f}' for i in df.index], name='bin')
-    return df
+    _check_not_probs(logits)
+    probs = logits.double().softmax(1)
+    p,pred = probs.max(1)
+    b = (p*bins).long().clamp(max=bins-1) # a probability of 1 belongs to the last bin
+    df = pd.DataFrame(dict(bin=b.tolist(), confidence=p.tolist()))
+    df['accuracy'] = (pred==y).tolist()
+    df['images'] = 1
+    df = df.groupby('bin').agg(dict(confidence='mean', accuracy='mean', images='sum'))
+    return df.rename(partial(_bin_name, bins=bins))
 
-def _mean_gap(table): return float((table.images*(table.accuracy-table.confidence).abs()).sum()/table.images.sum())
+# %% ../../nbs/38_interpret.calibration.ipynb #ece-code
+def _mean_gap(table):
+    "Mean distance of confidence and accuracy over the images of a table"
+    gap = (table.accuracy-table.confidence).abs()
+    return float(np.average(gap, weights=table.images))
 
 def ece(
     logits:Tensor, # Logits, shape (N, K)
@@ -52,8 +71,12 @@ def plot_reliability(
 )->pd.DataFrame:        # `table` with `gap`, accuracy minus confidence
     "Draw accuracy over confidence, beside the diagonal of a network that is as good as it says"
     if ax is None: ax = plt.subplots(figsize=(2.5,2.5), layout='constrained')[1]
+    error = _mean_gap(table)
+    share = table.images/table.images.sum()
     ax.plot([0,1], [0,1], 'k:', lw=1)
     ax.plot(table.confidence, table.accuracy, lw=1)
-    ax.scatter(table.confidence, table.accuracy, s=15+150*table.images/table.images.sum())
-    ax.set(title=f'calibration error {_mean_gap(table):.2f}', xlabel='confidence', ylabel='accuracy', xlim=(0,1.02), ylim=(-.02,1.02))
+    ax.scatter(table.confidence, table.accuracy, s=15+150*share)
+    ax.set_title(f'calibration error {error:.2f}')
+    ax.set(xlabel='confidence', ylabel='accuracy')
+    ax.set(xlim=(0,1.02), ylim=(-.02,1.02))
     return table.assign(gap=table.accuracy-table.confidence)

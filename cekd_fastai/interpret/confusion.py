@@ -11,39 +11,97 @@ __all__ = ['confused_pairs', 'plot_confused_pairs', 'branch_agreement', 'plot_br
 from fastai.vision.all import *
 from ..core import show_panel,unwrap_model
 from ..branches import BranchNet
-from .history import _pictures,_vocab,plot_history
-from .maps import _Look,_described,_item_batch,_item_boxes,_names,_preds
+from .history import _axes,_vocab,plot_history
+from .maps import _Look,_described,_in_item_order,_item_batch,_names,_preds,_shown_batch
 from .calibration import _check_logits
 
 # %% ../../nbs/39_interpret.confusion.ipynb #conf-code
+_PAIR = ['a','b','errors','images','item_a','item_b']
+
+def _confusions(y, pred, n):
+    "How often two of `n` classes were taken for each other in either direction, (n, n), above the diagonal"
+    cell = y*n+pred # of the matrix (n, n), row by row
+    cm = torch.bincount(cell, minlength=n*n).reshape(n, n)
+    return torch.triu(cm+cm.T, 1)
+
+def _clearest(logits, y, a, b):
+    "The item of class `a` that was taken for `b` most clearly, or else came nearest to it; -1 without images of `a`"
+    is_a = y==a
+    if not is_a.any(): return -1
+    taken = is_a & (logits.argmax(1)==b)
+    among = taken if taken.any() else is_a
+    margin = logits[:,b]-logits[:,a]
+    return torch.where(among, margin, -torch.inf).argmax().item()
+
+# %% ../../nbs/39_interpret.confusion.ipynb #conf-pairs
 def confused_pairs(
     logits:Tensor, # Logits of the deployed network, shape (N, K)
     y:Tensor,      # Classes, shape (N,)
     vocab,         # Names of the classes
     k:int=3,       # Number of pairs
 )->pd.DataFrame:   # Columns `a`, `b`, `errors`, `images`, `item_a`, `item_b`
-    "The `k` pairs of classes that are taken for each other most, with the item of each class that was taken for the other most clearly"
+    "The `k` pairs of classes that are taken for each other most, with the item of each that shows it most clearly"
     _check_logits(logits, y)
-    n,pred = len(vocab),logits.argmax(1)
+    n = len(vocab)
     if n!=logits.shape[1]: raise ValueError(f"`vocab` names {n} classes, but `logits` has {logits.shape[1]} columns.")
-    cm = torch.bincount(y*n+pred, minlength=n*n).reshape(n, n)
-    both = torch.triu(cm+cm.T, 1).flatten()
-    def worst(a, b):
-        of = (y==a)&(pred==b) if cm[a,b] else y==a # without an error that way, the one that comes nearest to it
-        return torch.where(of, logits[:,b]-logits[:,a], -torch.inf).argmax().item() if of.any() else -1
+    both = _confusions(y, logits.argmax(1), n).flatten()
+    k = min(k, (both>0).sum().item())
+    errors,cells = both.topk(k)
     res = []
-    for i in both.topk(min(k, (both>0).sum().item())).indices.tolist():
-        a,b = divmod(i, n)
-        res.append((vocab[a], vocab[b], both[i].item(), ((y==a)|(y==b)).sum().item(), worst(a, b), worst(b, a)))
-    return pd.DataFrame(res, columns=['a','b','errors','images','item_a','item_b'])
+    for e,cell in zip(errors.tolist(), cells.tolist()):
+        a,b = divmod(cell, n)
+        in_pair = (y==a)|(y==b)
+        images = in_pair.sum().item()
+        item_a = _clearest(logits, y, a, b)
+        item_b = _clearest(logits, y, b, a)
+        res.append((vocab[a], vocab[b], e, images, item_a, item_b))
+    return pd.DataFrame(res, columns=_PAIR)
 
 # %% ../../nbs/39_interpret.confusion.ipynb #pairs-code
-def _pair_photos(learn, pairs):
-    "The photographs of `pairs`: a batch of them, and the row of `pairs` and the side that each belongs to"
-    need = ['a','b','errors','images','item_a','item_b']
-    if lack := [o for o in need if o not in pairs]: raise ValueError(f"`pairs` has no column `{lack[0]}`: make it with `confused_pairs`, or leave it out.")
-    rows = [(r,side,i) for r,o in enumerate(pairs.itertuples()) for side,i in enumerate((o.item_a,o.item_b)) if i>=0]
-    return _item_batch(learn, [i for *_,i in rows]),[(r,side) for r,side,_ in rows]
+def _check_pairs(pairs):
+    "Refuse a table that lacks a column of `confused_pairs`"
+    lack = first(o for o in _PAIR if o not in pairs)
+    if lack: raise ValueError(f"`pairs` has no column `{lack}`: make it with `confused_pairs`, or leave it out.")
+
+def _photos(pairs):
+    "A row for each photograph of `pairs`: its pair, the `row` and `side` where it is drawn, and its `item`"
+    pairs = pairs.reset_index(drop=True).rename_axis('row').reset_index()
+    pairs['pair'] = [f'{r.a} / {r.b}' for r in pairs.itertuples()]
+    left = pairs.assign(side=0, item=pairs.item_a)
+    right = pairs.assign(side=1, item=pairs.item_b)
+    photos = _in_item_order([left,right])
+    return photos[photos['item']>=0].reset_index(drop=True)
+
+# %% ../../nbs/39_interpret.confusion.ipynb #pairs-draw
+def _told(look, b, photos, vocab):
+    "What the titles of the photographs say, as a table"
+    pred = look.logits[-1].argmax(-1)
+    predicted = [vocab[o] for o in pred.tolist()]
+    return photos[['pair','errors','images']].assign(item=b.names, truth=b.truth, predicted=predicted)
+
+def _draw_pair_photos(axs, b, told):
+    "Draw the photographs"
+    for ax,im,r in zip(axs, b.ims, told.itertuples()):
+        title = f'{r.truth}\n{r.errors} of {r.images} confused\n→ {r.predicted}'
+        show_panel(ax, im, title)
+
+def _draw_class_maps(axs, look, b, names, vocab):
+    "Draw the map of the class in `names` over each photograph, and say the same as a table"
+    y = tensor([vocab.index(str(o)) for o in names])
+    sem,df = _described(look, -1, y, b.boxes)
+    df.insert(0, 'map_of', list(names))
+    for ax,im,r,cam in zip(axs, b.ims, df.itertuples(), sem.numpy()):
+        title = f'map of\n{r.map_of}\n{r.probability:.0%}'
+        show_panel(ax, im, title, cam=cam)
+    return df
+
+# %% ../../nbs/39_interpret.confusion.ipynb #pairs-plot
+_TOLD = ['pair','errors','images','item','truth','predicted','map_of','probability','where']
+
+def _valid_pairs(learn, vocab, k):
+    "The `k` most confused pairs of the validation set"
+    whole,_,y = _preds(learn)
+    return confused_pairs(whole, y, vocab, k)
 
 def plot_confused_pairs(
     learn:Learner,           # A learner of a convolutional classifier
@@ -53,29 +111,28 @@ def plot_confused_pairs(
 )->pd.DataFrame:             # A row for each photograph and map
     "Draw the worst image of either class of each pair, with the activation maps of both classes"
     vocab = _vocab(learn)
-    if pairs is None:
-        whole,_,y = _preds(learn)
-        pairs = confused_pairs(whole, y, vocab, k)
-    if not len(pairs): return pd.DataFrame(columns=['pair','errors','images','item','truth','predicted','map_of','probability','where'])
-    b,at = _pair_photos(learn, pairs)
-    look,boxes,ims = _Look(learn, b.x),_item_boxes(learn, b.files),_pictures(b.dl, b.x)
-    if axs is None: axs = plt.subplots(len(pairs), 6, figsize=(10,2.2*len(pairs)), squeeze=False, layout='constrained')[1]
-    for ax in (axs := np.reshape(axs, (len(pairs),2,3))).flat: ax.axis('off')
-    return _draw_pairs([axs[o] for o in at], ims, look, boxes, pairs.iloc[[r for r,_ in at]], b, vocab)
-
-def _draw_pairs(at, ims, look, boxes, of, b, vocab):
-    "Draw photographs and maps on the axes `at`, three for each photograph, and say the same as a table"
-    pred = [vocab[o] for o in look.logits[-1].argmax(-1).tolist()]
-    for j,(ax,r) in enumerate(zip(at, of.itertuples())): show_panel(ax[0], ims[j], f'{b.truth[j]}\n{r.errors} of {r.images} confused\n→ {pred[j]}')
-    res = []
-    for c,names in ((1,of.a),(2,of.b)):
-        sem,df = _described(look, -1, tensor([vocab.index(str(o)) for o in names]), boxes)
-        photo = dict(pair=[f'{x} / {y}' for x,y in zip(of.a, of.b)], errors=list(of.errors), images=list(of.images), item=b.names, truth=b.truth, predicted=pred)
-        res.append(pd.DataFrame(photo | dict(map_of=list(names))).join(df))
-        for j,name in enumerate(names): show_panel(at[j][c], ims[j], f'map of\n{name}\n{df.probability[j]:.0%}', cam=sem[j].numpy())
-    return pd.concat(res).sort_index(kind='stable').reset_index(drop=True)
+    if pairs is None: pairs = _valid_pairs(learn, vocab, k)
+    n = len(pairs)
+    if not n: return pd.DataFrame(columns=_TOLD)
+    _check_pairs(pairs)
+    photos = _photos(pairs)
+    b = _shown_batch(learn, photos['item'].tolist())
+    look = _Look(learn, b.x)
+    if axs is None: axs = _axes(n, 6, (10,2.2*n))
+    axs = np.reshape(axs, (n,2,3))
+    for ax in axs.flat: ax.axis('off')
+    axs = axs[photos.row,photos.side]
+    told = _told(look, b, photos, vocab)
+    _draw_pair_photos(axs[:,0], b, told)
+    of_a = _draw_class_maps(axs[:,1], look, b, photos.a, vocab)
+    of_b = _draw_class_maps(axs[:,2], look, b, photos.b, vocab)
+    return _in_item_order([told.join(of_a),told.join(of_b)])
 
 # %% ../../nbs/39_interpret.confusion.ipynb #agree-code
+def _agreement(preds):
+    "Share of the images for which two rows of `preds` (m, N) are equal, shape (m, m)"
+    return (preds[:,None]==preds[None]).double().mean(-1)
+
 def branch_agreement(
     learn:Learner, # A learner of a network with two or more branches
     dl=None,       # Data to measure on, the validation set by default
@@ -83,21 +140,27 @@ def branch_agreement(
     "Share of the images for which two branches, or a branch and the ensemble, predict the same class"
     net = unwrap_model(learn.model)
     if not isinstance(net, BranchNet) or net.n_branches<2:
-        raise ValueError(f"`branch_agreement` compares branches, but `{type(net).__name__}` has one output: make the learner with `branch_learner(..., n_branches=2)` or more.")
+        raise ValueError(f"`branch_agreement` compares branches, but `{type(net).__name__}` has one output: "
+            "make the learner with `branch_learner(..., n_branches=2)` or more.")
     whole,each,_ = _preds(learn, dl)
-    p = torch.cat([each,whole[None]]).argmax(-1)
-    names = _names(len(p))
-    return pd.DataFrame((p[:,None]==p[None]).double().mean(-1).numpy(), index=names, columns=names)
+    preds = torch.cat([each,whole[None]]).argmax(-1)
+    names = _names(len(preds))
+    return pd.DataFrame(_agreement(preds).numpy(), index=names, columns=names)
 
+# %% ../../nbs/39_interpret.confusion.ipynb #agree-plot
 def plot_branch_agreement(
     agreement:pd.DataFrame, # From `branch_agreement`
     ax=None,                # Matplotlib axes, made if None
 )->pd.DataFrame:            # `agreement`, which says the same
     "Draw the agreement of branches as a matrix with its numbers"
-    m,n = agreement.to_numpy(),len(agreement)
-    if ax is None: ax = plt.subplots(figsize=(.7*n+.9,.55*n+.6), layout='constrained')[1]
+    m = agreement.to_numpy()
+    n = len(m)
+    figsize = (.7*n+.9,.55*n+.6)
+    if ax is None: ax = plt.subplots(figsize=figsize, layout='constrained')[1]
     ax.imshow(m, cmap='viridis', vmin=0, vmax=1)
-    for i,j in itertools.product(range(n), repeat=2): ax.text(j, i, f'{m[i,j]:.2f}', ha='center', va='center', color='k' if m[i,j]>.6 else 'w', fontsize=8)
+    for (i,j),v in np.ndenumerate(m):
+        color = 'k' if v>.6 else 'w' # dark on the bright end of the colours
+        ax.text(j, i, f'{v:.2f}', ha='center', va='center', color=color, fontsize=8)
     ax.set(title='same predicted class', xticks=range(n), yticks=range(n))
     ax.set_xticklabels(agreement.columns, fontsize=7)
     ax.set_yticklabels(agreement.index, fontsize=7)
@@ -118,9 +181,10 @@ def report(
     "Curves, the most confused pairs with example images, and activation maps on one page"
     n = len(pairs) if _has_maps(learn) else 0
     fig = plt.figure(figsize=(10, 3.2+2.1*n), dpi=80, layout='constrained')
-    top,*rest = fig.subfigures(2, 1, height_ratios=[2.6,2.1*n]) if n else [fig]
+    if n: top,bottom = fig.subfigures(2, 1, height_ratios=[2.6,2.1*n])
+    else: top = fig
     plot_history(hist, top.subplots(1, 3))
     top.suptitle(title)
-    if n: plot_confused_pairs(learn, pairs, rest[0].subplots(n, 6, squeeze=False))
+    if n: plot_confused_pairs(learn, pairs, bottom.subplots(n, 6))
     plt.close(fig)
     return fig

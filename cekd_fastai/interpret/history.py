@@ -21,9 +21,17 @@ def _weights_of(owner):
     except (AttributeError,TypeError,KeyError): return {}
     return {k:float(w.get(k, 1.)) for k in owner.part_names()}
 
+# %% ../../nbs/36_interpret.history.ipynb #hist-table
 def _epoch_rows(rec, names):
     "The recorder's values of each epoch of training, as dicts"
     return [dict(zip(names, v)) for v in rec.values if len(v)==len(names)] # a row of `validate` is shorter
+
+def _loss_parts(learn, names):
+    "Which of the columns `names` are parts of the loss, and their weights in the last step"
+    owner = loss_owner(learn)
+    if owner is None: return dict(parts=[], weights={})
+    parts = [o for o in owner.part_names() if o in names]
+    return dict(parts=parts, weights=_weights_of(owner))
 
 def history(
     learn:Learner, # A learner after `fit`
@@ -38,9 +46,7 @@ def history(
         raise ValueError("The learner has no record of an epoch of training: call `history` right after `learn.fit`, "
             "since `validate` and `lr_find` start the record anew.")
     df = pd.DataFrame(rows, columns=names).rename_axis('epoch').reset_index()
-    owner = loss_owner(learn)
-    parts = [o for o in owner.part_names() if o in names] if owner else []
-    df.attrs = dict(parts=parts, weights=_weights_of(owner) if owner else {})
+    df.attrs = _loss_parts(learn, names)
     return df
 
 # %% ../../nbs/36_interpret.history.ipynb #plot-code
@@ -50,24 +56,30 @@ def _parts(hist):
     losses = ('epoch','train_loss','valid_loss')
     return [c for c in hist if c not in losses and 'acc' not in c and 'error' not in c]
 
-def _draw_curves(ax, hist, labels, title):
-    "Draw the columns `labels` of `hist` over the epochs, each with its label"
-    for c,label in labels.items(): ax.plot(hist['epoch']+1, hist[c], marker='.', label=label)
+def _axes(n_rows, n_cols, figsize):
+    "The axes of a new figure, shape (n_rows, n_cols)"
+    return plt.subplots(n_rows, n_cols, figsize=figsize, squeeze=False, layout='constrained')[1]
+
+def _draw_curves(ax, hist, cols, title, label=noop):
+    "Draw the columns `cols` of `hist` over the epochs; `label` makes a label of a column's name"
+    for c in cols: ax.plot(hist['epoch']+1, hist[c], marker='.', label=label(c))
     ax.set(title=title, xlabel='epoch')
-    if labels: ax.legend(fontsize=7)
+    if cols: ax.legend(fontsize=7)
     else: ax.text(.5, .5, 'none', ha='center')
 
+# %% ../../nbs/36_interpret.history.ipynb #plot-history
 def plot_history(
     hist:pd.DataFrame, # From `history`
     axs=None,          # Three matplotlib axes, made if None
 )->pd.DataFrame:       # `hist`, which holds the same numbers
     "Draw losses, metrics and parts of the loss over the epochs"
-    if axs is None: axs = plt.subplots(1, 3, figsize=(9,2.4), layout='constrained')[1]
-    loss,parts = [o for o in ('train_loss','valid_loss') if o in hist],_parts(hist)
+    if axs is None: axs = _axes(1, 3, (9,2.4))[0]
+    loss = [o for o in ('train_loss','valid_loss') if o in hist]
+    parts = _parts(hist)
     metrics = [c for c in hist if c not in loss+parts+['epoch']]
-    _draw_curves(axs[0], hist, {c:c for c in loss}, 'loss')
-    _draw_curves(axs[1], hist, {c:c for c in metrics}, 'metrics')
-    _draw_curves(axs[2], hist, {c:c for c in parts}, 'parts of the training loss')
+    _draw_curves(axs[0], hist, loss, 'loss')
+    _draw_curves(axs[1], hist, metrics, 'metrics')
+    _draw_curves(axs[2], hist, parts, 'parts of the training loss')
     return hist
 
 # %% ../../nbs/36_interpret.history.ipynb #plot-parts
@@ -77,10 +89,11 @@ def plot_components(
 )->pd.DataFrame: # A row for each part: its `weight` in the last step where known, and its value in each epoch
     "Draw the parts of the training loss over the epochs; the whole loss where it has one part"
     hist = history(learn) if isinstance(learn, Learner) else learn
-    parts,w = _parts(hist) or ['train_loss'],hist.attrs.get('weights', {})
+    parts = _parts(hist) or ['train_loss']
+    w = hist.attrs.get('weights', {})
+    def label(part): return f'{part} × {w[part]:.2g}' if part in w else part
     if ax is None: ax = plt.subplots(figsize=(4.5,2))[1]
-    labels = {c:f'{c} × {w[c]:.2g}' if c in w else c for c in parts}
-    _draw_curves(ax, hist, labels, 'parts of the training loss')
+    _draw_curves(ax, hist, parts, 'parts of the training loss', label)
     df = hist[parts].T.rename_axis('part')
     df.columns = [i+1 for i in hist['epoch']]
     if w: df.insert(0, 'weight', [w.get(c, 1.) for c in parts])
@@ -94,11 +107,15 @@ def _vocab(learn):
     raise ValueError("`learn.dls` names no classes (it has no `vocab`), and these pictures are of classifiers: "
         "use a `CategoryBlock`.")
 
+def _joined(vocab, on):
+    "The names of the classes that are true in `on`, shape (K,), as one label"
+    return ' + '.join(vocab[on.cpu().numpy()]) or 'none'
+
 def _labels(learn, y):
     "Names of the classes in `y`, indices (B,) or several labels (B, K)"
-    v = _vocab(learn)
-    if y.ndim==1: return [v[i] for i in y.tolist()]
-    return [' + '.join(v[i] for i in o.nonzero()[:,0].tolist()) or 'none' for o in y>.5]
+    vocab = np.array(_vocab(learn), dtype=object)
+    if y.ndim==1: return [vocab[i] for i in y.tolist()]
+    return [_joined(vocab, on) for on in y>.5]
 
 # %% ../../nbs/36_interpret.history.ipynb #mixed-code
 def _the_mix(learn):
@@ -113,20 +130,24 @@ def _the_mix(learn):
 
 def _mixed_batch(learn, dl):
     "A batch of `dl` mixed by the learner's mix: mixed images, their record, and the classes before"
-    mix,device = _the_mix(learn),next(learn.model.parameters()).device
-    x,y = [to_device(o, device).as_subclass(Tensor) for o in dl.one_batch()[:2]]
+    mix = _the_mix(learn)
+    device = next(learn.model.parameters()).device
+    batch = to_device(dl.one_batch()[:2], device)
+    x,y = [o.as_subclass(Tensor) for o in batch]
     draws = (mix.mix(x, y) for _ in range(100)) # a mix may leave a batch as it is
-    mixed,rec = first(o for o in draws if o is not None) or (None,None)
-    if rec is None: raise ValueError(f"`{mix}` mixed nothing in 100 draws: raise its `alpha`.")
-    return mixed,rec,y
+    drawn = first(o for o in draws if o is not None)
+    if drawn is None: raise ValueError(f"`{mix}` mixed nothing in 100 draws: raise its `alpha`.")
+    return *drawn,y
 
 def _mixed_table(learn, rec, y, size, n):
     "Host, donor, their weights and the share of the box, of the first `n` images"
-    names = _labels(learn, y)
+    df = pd.DataFrame(dict(host=_labels(learn, y)))
+    df['donor'] = df.host[rec.perm.tolist()].tolist()
+    df['weight_host'] = rec.lam_a.tolist()
+    df['weight_donor'] = rec.lam_b.tolist()
     share = 1. if rec.box_a is None else box_share(rec.box_a, *size)
-    share = torch.as_tensor(share).expand(len(y))
-    return pd.DataFrame(dict(host=names[:n], donor=[names[i] for i in rec.perm[:n].tolist()],
-        weight_host=rec.lam_a[:n].tolist(), weight_donor=rec.lam_b[:n].tolist(), box=share[:n].tolist()))
+    df['box'] = share.tolist() if isinstance(share, Tensor) else share
+    return df.head(n)
 
 # %% ../../nbs/36_interpret.history.ipynb #mixed-show
 def _pictures(dl, x):
@@ -138,10 +159,16 @@ def _grid(n, figsize):
     n_cols = min(n, 4)
     n_rows = math.ceil(n/n_cols)
     figsize = figsize or (1.75*n_cols,2.1*n_rows)
-    axs = plt.subplots(n_rows, n_cols, figsize=figsize, squeeze=False, layout='constrained')[1].flatten()
+    axs = _axes(n_rows, n_cols, figsize).flatten()
     for ax in axs: ax.axis('off')
     return axs
 
+def _pasted_box(rec, i):
+    "Where the donor was pasted into image `i`, None without a box"
+    box = rec.box_a
+    return tuple(box[i].tolist()) if isinstance(box, Tensor) else box
+
+# %% ../../nbs/36_interpret.history.ipynb #mixed-draw
 @torch.no_grad()
 def show_mixed(
     learn:Learner,      # A learner with a mix among its callbacks
@@ -153,10 +180,10 @@ def show_mixed(
     _the_mix(learn) # refused before a batch is read
     dl = learn.dls.train.new(num_workers=0)
     mixed,rec,y = _mixed_batch(learn, dl)
-    n = min(n, len(y))
-    df,ims = _mixed_table(learn, rec, y, mixed.shape[-2:], n),_pictures(dl, mixed)
-    for i,(ax,r) in enumerate(zip(_grid(n, figsize), df.itertuples())):
-        box = tuple(rec.box_a[i].tolist()) if isinstance(rec.box_a, Tensor) else rec.box_a
+    df = _mixed_table(learn, rec, y, mixed.shape[-2:], n)
+    ims = _pictures(dl, mixed)
+    axs = _grid(len(df), figsize)
+    for i,r in enumerate(df.itertuples()):
         title = f'{r.weight_host:.2f} {r.host}\n{r.weight_donor:.2f} {r.donor}'
-        show_panel(ax, ims[i], title, box, 'red')
+        show_panel(axs[i], ims[i], title, _pasted_box(rec, i), 'red')
     return df

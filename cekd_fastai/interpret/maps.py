@@ -17,23 +17,30 @@ from ..cam import cam,map_and_head,semantic_map
 from ..mix.noise import find_evidence
 from ..branches import BranchNet,branch_preds
 from ..css.net import joint_label
-from .history import _labels,_pictures,_vocab
+from .history import _axes,_labels,_pictures,_vocab
 
 # %% ../../nbs/37_interpret.maps.ipynb #look-code
-def _branch_maps(net, z, feats):
-    "A function from classes to maps for each branch"
-    n_outputs = z.shape[-1]//net.class_logits(z).shape[-1] # outputs for each class, 1 except in CSS
-    def one(i, y): return cam(net.heads[i], feats[i], joint_label(y, i%n_outputs, n_outputs))
-    return [partial(one, i) for i in range(len(net.heads))]
+def _n_outputs(net, z):
+    "Number of a head's outputs for each class: 1 except in CSS"
+    return z.shape[-1]//net.class_logits(z).shape[-1]
+
+def _branch_map(net, feats, n_outputs, i, y):
+    "Maps of the classes `y` for branch `i`"
+    output = joint_label(y, i%n_outputs, n_outputs)
+    return cam(net.heads[i], feats[i], output)
 
 def _look_branches(net, x):
     "Logits (m, B, K) of each branch and the ensemble, functions from classes to maps, and feature maps"
     z,feats = net.branch_forward(x)
-    each,whole = net.class_logits(z),net.ensemble(z, feats)
+    each = net.class_logits(z)
+    whole = net.ensemble(z, feats)[None]
     whole_map = partial(net.cam, feats)
-    if len(each)==1: return whole[None],[whole_map],feats
-    return torch.cat([each,whole[None]]),_branch_maps(net, z, feats)+[whole_map],feats
+    if len(each)==1: return whole,[whole_map],feats
+    branch_map = partial(_branch_map, net, feats, _n_outputs(net, z))
+    maps = [partial(branch_map, i) for i in range(len(each))]
+    return torch.cat([each,whole]),[*maps,whole_map],feats
 
+# %% ../../nbs/37_interpret.maps.ipynb #look-plain
 def _look_plain(model, x):
     "The same for a network without branches"
     feat,head = map_and_head(model, x)
@@ -43,11 +50,12 @@ def _look_plain(model, x):
 # %% ../../nbs/37_interpret.maps.ipynb #look-class
 def _names(n):
     "What `n` networks are called in pictures and tables"
-    return ['network'] if n==1 else [f'branch {i}' for i in range(n-1)]+['ensemble']
+    if n==1: return ['network']
+    return [f'branch {i}' for i in range(n-1)]+['ensemble']
 
 def _check_maps(model, feats):
     "Refuse a network without a feature map of more than one place"
-    if all(f is not None and math.prod(f.shape[2:])>1 for f in feats): return
+    if all(f is not None and f[0,0].numel()>1 for f in feats): return
     raise ValueError(
         f"`{type(model).__name__}` has no spatial feature map of these pictures, so there is no class activation map: "
         "use a convolutional network, such as 'resnet50', and pictures that leave it more than one place, "
@@ -57,7 +65,8 @@ def _check_maps(model, feats):
 class _Look:
     "Logits, probabilities and maps of each network of a learner for one batch, from one pass"
     def __init__(self, learn, x):
-        self.model,self.size = unwrap_model(learn.model),x.shape[-2:]
+        self.model = unwrap_model(learn.model)
+        self.size = x.shape[-2:]
         self.device = next(self.model.parameters()).device
         x = to_device(x, self.device).as_subclass(Tensor)
         look = _look_branches if isinstance(self.model, BranchNet) else _look_plain
@@ -65,26 +74,56 @@ class _Look:
         _check_maps(self.model, feats)
         activation = getattr(learn.loss_func, 'activation', partial(F.softmax, dim=-1))
         z = z.float()
-        self.names,self.logits,self.probs = _names(len(z)),z.cpu(),activation(z).cpu()
+        self.names = _names(len(z))
+        self.logits = z.cpu()
+        self.probs = activation(z).cpu()
 
     @torch.no_grad()
     def maps(self, i, y):
         "Maps (B, H, W) of the classes `y` for network `i`, each sums to 1"
-        with eval_mode(self.model): sem = semantic_map(self.map_fns[i](y.to(self.device)), self.size).cpu()
-        return torch.where(sem.isnan(), 1/math.prod(self.size), sem)
+        y = y.to(self.device)
+        with eval_mode(self.model): maps = self.map_fns[i](y)
+        sem = semantic_map(maps, self.size).cpu()
+        even = 1/math.prod(self.size)
+        return torch.where(sem.isnan(), even, sem) # a flat map sums to 0, which it is divided by
+
+    def known(self):
+        "The indices that each name or number of `which` stands for"
+        n = len(self.names)
+        known = {name:[i] for i,name in enumerate(self.names)}
+        known |= {i:[i] for i in range(max(n-1, 1))}
+        return known | dict(all=range(n), ensemble=[n-1])
 
     def indices(self, which):
         "Indices of the networks that `which` names"
-        n = len(self.names)
-        last = max(n-2, 0) # the last branch
-        known = {name:[i] for i,name in enumerate(self.names)} | {i:[i] for i in range(last+1)}
-        known |= dict(all=range(n), ensemble=[n-1])
-        res = [known.get(o) for o in (which if is_listy(which) else [which])]
-        if res and None not in res: return [i for o in res for i in o]
+        known = self.known()
+        found = [known.get(o) for o in L(which)]
+        if found and None not in found: return list(itertools.chain(*found))
+        last = max(len(self.names)-2, 0) # the last branch
         raise ValueError(f"`which` is {which!r}: choose 'all', 'ensemble', "
             f"an index of a branch from 0 to {last}, or a list of them.")
 
-# %% ../../nbs/37_interpret.maps.ipynb #items-code
+# %% ../../nbs/37_interpret.maps.ipynb #items-new
+def _new_picture(o):
+    "What fastai shall load: the path `o`, or a copy of the image `o`"
+    if isinstance(o, Image.Image): return o.copy()
+    if not isinstance(o, (str,Path)): return o
+    if not Path(o).is_file(): raise FileNotFoundError(f"There is no picture `{o}`.")
+    return Path(o)
+
+def _new_name(i, o):
+    "What the picture `o` is called, as number `i` of its batch"
+    return o.name if isinstance(o, Path) else f'picture {i}'
+
+def _new_batch(learn, items):
+    "A batch of pictures that are not in the learner's data, paths or images"
+    files = [_new_picture(o) for o in items]
+    names = [_new_name(i, o) for i,o in enumerate(files)]
+    dl = learn.dls.test_dl(files, bs=len(files), num_workers=0)
+    x,*_ = dl.one_batch()
+    return SimpleNamespace(names=names, dl=dl, x=x, truth=['']*len(files), files=files)
+
+# %% ../../nbs/37_interpret.maps.ipynb #items-valid
 def _check_index(learn, items):
     "The indices `items`, if the validation set has them"
     n = len(learn.dls.valid_ds)
@@ -93,14 +132,10 @@ def _check_index(learn, items):
         if not 0<=i<n: raise ValueError(f"There is no item {i}: the validation set has {n} images{remedy}")
     return items
 
-def _new_batch(learn, items):
-    "A batch of pictures that are not in the learner's data, paths or images"
-    files = [Path(o) if isinstance(o, str) else o.copy() if isinstance(o, Image.Image) else o for o in items]
-    gone = first(o for o in files if isinstance(o, Path) and not o.is_file())
-    if gone: raise FileNotFoundError(f"There is no picture `{gone}`.")
-    dl = learn.dls.test_dl(files, bs=len(files), num_workers=0)
-    names = [o.name if isinstance(o, Path) else f'picture {i}' for i,o in enumerate(files)]
-    return SimpleNamespace(names=names, dl=dl, x=dl.one_batch()[0], truth=['']*len(files), files=files)
+def _valid_files(learn, items):
+    "The files of the images `items` of the validation set, empty where they are not known"
+    files = getattr(learn.dls.valid_ds, 'items', None)
+    return [files[i] for i in items] if isinstance(files, (list,L)) else []
 
 def _valid_batch(learn, items):
     "A batch of images of the validation set, by index"
@@ -108,47 +143,58 @@ def _valid_batch(learn, items):
     own = dict(bs=len(items), n=len(items), get_idxs=lambda: items)
     dl = learn.dls.valid.new(num_workers=0, shuffle=False, drop_last=False, **own)
     x,y,*_ = dl.one_batch()
-    files = getattr(learn.dls.valid_ds, 'items', None)
-    files = [files[i] for i in items] if isinstance(files, (list,L)) else []
-    return SimpleNamespace(names=items, dl=dl, x=x, truth=_labels(learn, y.as_subclass(Tensor)), files=files)
+    truth = _labels(learn, y.as_subclass(Tensor))
+    return SimpleNamespace(names=items, dl=dl, x=x, truth=truth, files=_valid_files(learn, items))
 
 # %% ../../nbs/37_interpret.maps.ipynb #items-batch
-def _is_index(o): return isinstance(o, (int,np.integer)) or isinstance(o, Tensor) and o.ndim==0
+_ONE_ITEM = (int,np.integer,str,Path,Image.Image)
+
+def _is_index(o):
+    "Is `o` an index of the validation set?"
+    if isinstance(o, Tensor): return o.ndim==0
+    return isinstance(o, (int,np.integer))
 
 def _item_batch(learn, items):
     "A batch of `items`: what they are called, their loader, pixels, true classes, and files where known"
-    items = [items] if isinstance(items, (int,np.integer,str,Path,Image.Image)) else list(items)
+    items = [items] if isinstance(items, _ONE_ITEM) else list(items)
     if not items: raise ValueError("`items` is empty: pass indices of the validation set, or pictures.")
     is_index = [_is_index(o) for o in items]
     if any(is_index)!=all(is_index):
         raise ValueError("`items` mixes indices and pictures: "
             "pass either indices of the validation set, or paths and images.")
-    with no_random(): return (_valid_batch if all(is_index) else _new_batch)(learn, items)
+    batch = _valid_batch if all(is_index) else _new_batch
+    with no_random(): return batch(learn, items)
 
 # %% ../../nbs/37_interpret.maps.ipynb #boxes-code
 def _item_boxes(learn, files):
     "Box of the object in each image of a batch, shape (B, 4); None where it is not known"
     if not files or not all(isinstance(o, (str,Path)) for o in files): return None
+    files = [Path(o) for o in files]
     try:
-        with no_random(): return find_evidence(learn.dls, [Path(o) for o in files], 'box').rects[:,0]
+        with no_random(): evidence = find_evidence(learn.dls, files, 'box')
     except (FileNotFoundError,KeyError,ValueError): return None
+    return evidence.rects[:,0]
 
 # %% ../../nbs/37_interpret.maps.ipynb #place-code
-_PLACES = 'upper left,top,upper right,left,centre,right,lower left,bottom,lower right'.split(',')
+_PLACES = 'upper left,top,upper right,left,centre,right,lower left,bottom,lower right,everywhere'.split(',')
 
 def map_place(
     maps:Tensor, # Maps, shape (B, H, W)
 )->list:         # One of `_PLACES` for each, 'everywhere' for a flat map
     "Where most of each map lies, in words"
-    flat = maps.amax((1,2))==maps.amin((1,2))
-    ninth = F.adaptive_avg_pool2d(maps[:,None].float(), 3).flatten(1).argmax(1)
-    return ['everywhere' if f else _PLACES[i] for f,i in zip(flat.tolist(), ninth.tolist())]
+    is_flat = maps.amax((1,2))==maps.amin((1,2))
+    ninths = F.adaptive_avg_pool2d(maps[:,None].float(), 3)
+    place = ninths.flatten(1).argmax(1)
+    place[is_flat] = -1
+    return [_PLACES[i] for i in place.tolist()]
 
 # %% ../../nbs/37_interpret.maps.ipynb #mass-code
 def _overlap(n, lo, hi):
     "Part of each of `n` pixels in a row that lies between `lo` and `hi`, shape (B, n)"
-    edge = torch.arange(n+1.)[None]
-    return (edge[:,1:].minimum(hi[:,None])-edge[:,:-1].maximum(lo[:,None])).clamp(min=0)
+    pixel = torch.arange(float(n))
+    start = pixel.maximum(lo[:,None])
+    end = (pixel+1).minimum(hi[:,None])
+    return (end-start).clamp(min=0)
 
 def box_mass(
     maps:Tensor,  # Maps, shape (B, H, W)
@@ -156,19 +202,52 @@ def box_mass(
 )->Tensor:        # Shape (B,)
     "Sum of each map over its box"
     x1,y1,x2,y2 = boxes.float().unbind(1)
-    rows,cols = _overlap(maps.shape[1], y1, y2),_overlap(maps.shape[2], x1, x2)
+    _,h,w = maps.shape
+    rows = _overlap(h, y1, y2)
+    cols = _overlap(w, x1, x2)
     return torch.einsum('bhw,bh,bw->b', maps.float(), rows, cols)
 
 # %% ../../nbs/37_interpret.maps.ipynb #show-cam
 def _described(look, i, y, boxes):
     "Maps of the classes `y` for network `i`, and a table of what they show"
     sem = look.maps(i, y)
-    probs = look.probs[i].gather(1, y[:,None])[:,0]
+    probs = look.probs[i].gather(1, y[:,None]).flatten()
     df = pd.DataFrame(dict(probability=probs.tolist(), where=map_place(sem)))
     if boxes is None: return sem,df
-    area = box_share(boxes, *look.size)
-    return sem,df.assign(in_box=box_mass(sem, boxes).tolist(), box_area=area.tolist())
+    df['in_box'] = box_mass(sem, boxes).tolist()
+    df['box_area'] = box_share(boxes, *look.size).tolist()
+    return sem,df
 
+# %% ../../nbs/37_interpret.maps.ipynb #show-cam-draw
+def _shown_batch(learn, items):
+    "A batch of `items` with what is drawn of it: pictures, boxes and frames"
+    b = _item_batch(learn, items)
+    b.ims = _pictures(b.dl, b.x)
+    b.boxes = _item_boxes(learn, b.files)
+    if b.boxes is None: b.frames = [None]*len(b.ims)
+    else: b.frames = b.boxes.tolist()
+    return b
+
+def _draw_photos(axs, b):
+    "Draw the pictures of a batch with their names and boxes"
+    for i,ax in enumerate(axs):
+        title = f'{b.names[i]}\n{b.truth[i]}'
+        show_panel(ax, b.ims[i], title, b.frames[i], 'lime')
+
+def _draw_maps(axs, look, i, b, vocab):
+    "Draw the map of the class that network `i` predicts over each picture, and say the same as a table"
+    pred = look.logits[i].argmax(-1)
+    sem,facts = _described(look, i, pred, b.boxes)
+    maps = sem.numpy()
+    predicted = [vocab[o] for o in pred.tolist()]
+    df = pd.DataFrame(dict(item=b.names, truth=b.truth, network=look.names[i], predicted=predicted))
+    df = df.join(facts)
+    for j,r in df.iterrows():
+        title = f'{r.network} {r.probability:.0%}\n{r.predicted}'
+        show_panel(axs[j], b.ims[j], title, b.frames[j], 'lime', maps[j])
+    return df
+
+# %% ../../nbs/37_interpret.maps.ipynb #show-cam-all
 def _in_item_order(tables):
     "One table of several that have a row for each item, item by item"
     return pd.concat(tables).sort_index(kind='stable').reset_index(drop=True)
@@ -180,23 +259,17 @@ def show_cam(
     figsize:tuple=None, # Size of the figure in inches
 )->pd.DataFrame:        # A row for each item and network
     "Draw each picture, and over it the map of the class that each branch and the ensemble predict"
-    vocab,b = _vocab(learn),_item_batch(learn, items)
-    look,boxes = _Look(learn, b.x),_item_boxes(learn, b.files)
-    nets,n,ims = look.indices(which),len(b.names),_pictures(b.dl, b.x)
-    n_cols,res = len(nets)+1,[]
-    axs = plt.subplots(n, n_cols, figsize=figsize or (1.7*n_cols,2*n), squeeze=False, layout='constrained')[1]
-    frames = [None]*n if boxes is None else [tuple(o) for o in boxes.tolist()]
-    for j in range(n): show_panel(axs[j,0], ims[j], f'{b.names[j]}\n{b.truth[j]}', frames[j], 'lime')
-    for ax,i in zip(axs.T[1:], nets):
-        pred = look.logits[i].argmax(-1)
-        sem,df = _described(look, i, pred, boxes)
-        named = dict(item=b.names, truth=b.truth, network=look.names[i], predicted=[vocab[o] for o in pred.tolist()])
-        df = pd.DataFrame(named).join(df)
-        for j,r in df.iterrows():
-            title = f'{r.network} {r.probability:.0%}\n{r.predicted}'
-            show_panel(ax[j], ims[j], title, frames[j], 'lime', sem[j].numpy())
-        res.append(df)
-    return _in_item_order(res)
+    vocab = _vocab(learn)
+    b = _shown_batch(learn, items)
+    look = _Look(learn, b.x)
+    nets = look.indices(which)
+    n_rows = len(b.names)
+    n_cols = len(nets)+1
+    axs = _axes(n_rows, n_cols, figsize or (1.7*n_cols,2*n_rows))
+    _draw_photos(axs[:,0], b)
+    columns = zip(axs.T[1:], nets)
+    tables = [_draw_maps(ax, look, i, b, vocab) for ax,i in columns]
+    return _in_item_order(tables)
 
 # %% ../../nbs/37_interpret.maps.ipynb #item-cams
 def item_cams(
@@ -207,9 +280,12 @@ def item_cams(
     b = _item_batch(learn, items)
     look = _Look(learn, b.x)
     pred = look.logits[-1].argmax(-1)
-    return decode_images(b.dl, b.x).permute(0,2,3,1),look.maps(-1, pred),pred
+    ims = decode_images(b.dl, b.x).permute(0,2,3,1)
+    return ims,look.maps(-1, pred),pred
 
 # %% ../../nbs/37_interpret.maps.ipynb #preds-code
 def _preds(learn, dl=None):
     "`branch_preds` that leaves loaders and random numbers alone"
-    with no_random(): return branch_preds(learn, learn.dls.valid.new() if dl is None else dl)
+    with no_random():
+        if dl is None: dl = learn.dls.valid.new() # a new loader draws a seed
+        return branch_preds(learn, dl)
