@@ -17,36 +17,38 @@ from . import __version__
 from .recipes import PAPER_RUNS
 
 # %% ../nbs/43_cli.ipynb #names-code
-NAMES = dict(
-    method=dict(plain='no distillation', cekd='two branches teach each other on clean and mixed images: CEKD (arXiv 2203.06551), reconstructed',
-        meal='one network learns from trained teachers: MEAL (arXiv 1812.02425)',
-        css='two networks of three branches with labels of their own: CSS (arXiv 2203.11660)',
-        diversity='branches learn from their gated ensemble and are kept apart: FFM + CD (arXiv 2010.00795)',
-        one='branches learn from their gated ensemble: ONE (arXiv 1806.04606)',
-        okddip='peers learn from mixtures of their own, a leader from all peers: OKDDip (arXiv 1912.00350)',
-        ffl='two branches and a fused classifier teach each other: FFL (arXiv 1904.09058)',
-        dml='every branch learns from each of the others: DML (arXiv 1706.00384)',
-        kdcl='every branch learns from the mean of all: KDCL (CVPR 2020)'),
-    mix=dict(none='images as they are', mixup='two images blended pixel by pixel (arXiv 1710.09412)',
-        cutmix='a box of another image at the same place (arXiv 1905.04899)',
-        snapmix='a resized box, labels weighed by class activation maps (arXiv 2012.04846)'),
-    opt=dict(adam='Adam', sgd='with momentum 0.9', nesterov='SGD with momentum 0.9 that looks ahead'),
-    schedule={'one-cycle':'up and down once', 'steps':'a tenth after each milestone'},
-    precision=dict(full='32 bits', fp16='mixed, with scaled gradients', bf16='mixed'),
-    adversarial=dict(joint='as the official code', grl='gradient reversal, as the paper says', alternate='in turns', none='no discriminators'),
-    recipe=PAPER_RUNS)
-_DATA = 'synthetic cub cars aircraft aircraft-family aircraft-manufacturer dogs pets flowers nabirds cifar10 cifar100 cinic10 svhn imagenet imagewoof'.split()
+# chkstyle: off
+_METHODS = dict(plain='no distillation',
+    cekd='two branches teach each other on clean and mixed images: CEKD (arXiv 2203.06551), reconstructed',
+    meal='one network learns from trained teachers: MEAL (arXiv 1812.02425)',
+    css='two networks of three branches with labels of their own: CSS (arXiv 2203.11660)',
+    diversity='branches learn from their gated ensemble and are kept apart: FFM + CD (arXiv 2010.00795)',
+    one='branches learn from their gated ensemble: ONE (arXiv 1806.04606)',
+    okddip='peers learn from mixtures of their own, a leader from all peers: OKDDip (arXiv 1912.00350)',
+    ffl='two branches and a fused classifier teach each other: FFL (arXiv 1904.09058)',
+    dml='every branch learns from each of the others: DML (arXiv 1706.00384)',
+    kdcl='every branch learns from the mean of all: KDCL (CVPR 2020)')
+_MIXES = dict(none='images as they are',
+    mixup='two images blended pixel by pixel (arXiv 1710.09412)',
+    cutmix='a box of another image at the same place (arXiv 1905.04899)',
+    snapmix='a resized box, labels weighed by class activation maps (arXiv 2012.04846)')
+_WORDS = dict(opt='adam sgd nesterov', schedule='one-cycle steps', precision='full fp16 bf16', adversarial='joint grl alternate none')
+NAMES = dict(method=_METHODS, mix=_MIXES, recipe=PAPER_RUNS) | {k:v.split() for k,v in _WORDS.items()}
+_FINE = 'synthetic cub cars aircraft aircraft-family aircraft-manufacturer dogs pets flowers nabirds imagenet imagewoof'
+_DATA = f'{_FINE} cifar10 cifar100 cinic10 svhn'.split()
 
 # %% ../nbs/43_cli.ipynb #check-code
 def _nearest(what, name, names):
     "Refuse a name, with the closest there are"
-    near = get_close_matches(name, names, cutoff=.5)
+    near = get_close_matches(name.lower(), names, cutoff=.5)
     remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose from {', '.join(names)}."
     raise ValueError(f"There is no {what} {name!r}; {remedy}")
 
+# %% ../nbs/43_cli.ipynb #check-where
 def _check_data(name, dry_run):
     "Refuse data that are neither a benchmark nor there"
-    if name in _DATA or dry_run or Path(name).expanduser().exists(): return
+    if dry_run or not isinstance(name, (str,Path)): return # from Python it may be a table
+    if name in _DATA or Path(name).expanduser().exists(): return
     if len(Path(name).parts)==1: _nearest('benchmark or folder', str(name), _DATA)
     raise FileNotFoundError(f"There is no folder {str(name)!r}: check --data.")
 
@@ -56,6 +58,7 @@ def _check_out(out, folder):
     if not folder.is_dir() or not out.is_relative_to(folder): return
     raise ValueError(f"--out {out} lies among the pictures of {folder}, where report.png would count as one of them: choose a folder elsewhere.")
 
+# %% ../nbs/43_cli.ipynb #check-names
 def check_names(
     args:dict, # Arguments of `cekd_train`
 ):
@@ -63,8 +66,8 @@ def check_names(
     for k,names in NAMES.items():
         if args[k] is not None and args[k] not in names: _nearest(f'--{k}', args[k], names)
     _check_data(args['data'], args['dry_run'])
-    for k in ('data','root'):
-        if args[k] and args[k] not in _DATA: _check_out(args['out'], args[k])
+    for o in (args['data'],args['root']):
+        if isinstance(o, (str,Path)) and o not in _DATA: _check_out(args['out'], o)
 
 # %% ../nbs/43_cli.ipynb #list-code
 def _named(option): return [f'{k:10} {v}' for k,v in NAMES[option].items()]
@@ -74,6 +77,7 @@ def _recipe_line(name, run):
     known = f"{run['published']:.2f} %" if run['published'] else 'none'
     return f"{name:30} {run['data']}, {run['arch']}, {run['epochs']} epochs, published: {known}"
 
+# %% ../nbs/43_cli.ipynb #list-slow
 def _benchmark_lines():
     "The benchmarks, a line each"
     from cekd_fastai.job import BENCHMARKS
@@ -81,7 +85,8 @@ def _benchmark_lines():
 
 def _backbone_lines():
     "The backbones, a line each, with where they come from"
-    import cekd_fastai.job # before timm, as it filters a warning of torch
+    import cekd_fastai.job # chkstyle: ignore
+    # the room above comes before timm, as it filters a warning of torch
     import timm,torchvision
     from cekd_fastai.arch import CIFAR_ARCHS
     names = dict.fromkeys(torchvision.models.list_models(torchvision.models), 'torchvision')
@@ -89,6 +94,7 @@ def _backbone_lines():
     names |= dict.fromkeys(CIFAR_ARCHS, 'for images of 32 pixels')
     return [f'{k:46} {names[k]}' for k in sorted(names)]
 
+# %% ../nbs/43_cli.ipynb #list-all
 LISTS = dict(methods=lambda: _named('method'), mixes=lambda: _named('mix'), benchmarks=_benchmark_lines,
     recipes=lambda: [_recipe_line(k, v) for k,v in PAPER_RUNS.items()], backbones=_backbone_lines)
 
@@ -112,6 +118,7 @@ class _Parser(argparse.ArgumentParser):
 class _Format(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog): super().__init__(prog, max_help_position=30)
 
+# %% ../nbs/43_cli.ipynb #parse-add
 def _add(group, name, o):
     "Add the option of one parameter to its group"
     flag = '--' + name.replace('_', '-')
@@ -132,6 +139,7 @@ def cli_parser():
         _add(group, name, o)
     return p
 
+# %% ../nbs/43_cli.ipynb #parse-given
 def given(
     argv=None, # The words of the command line; those of this process if None
 )->dict:

@@ -14,7 +14,8 @@ with warnings.catch_warnings():
     warnings.filterwarnings('ignore', r'`torch\.jit\.script` is', FutureWarning, r'torch\.jit\._script')
     from fastai.vision.all import *
 from contextlib import nullcontext
-from . import synthetic # registers itself as a benchmark
+# this room registers itself as a benchmark
+from . import synthetic # chkstyle: ignore
 from .core import lookup
 from .drawing.dataset import make_birds
 from .data.table import RECIPES
