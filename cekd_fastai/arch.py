@@ -130,14 +130,20 @@ def _classifier(head):
 def new_head(
     head:nn.Module,  # From the last map to logits
     n_out:int,       # Number of classes
-    name:str='model' # What error messages call the network
+    name:str='model',# What error messages call the network
+    keep=False,      # Keep the classifier, which must have `n_out` outputs
 )->nn.Module:
     "A copy of `head` with a fresh classifier of `n_out` outputs"
     head = deepcopy(head)
     key,old = _classifier(head)
     if old is None: raise _not_a_chain(name, 'its head has no linear layer')
+    if keep:
+        if len(old.weight)==n_out: return head
+        raise ValueError(f"The classifier of `{name}` has {len(old.weight)} classes and the data has {n_out}, so it "
+            "cannot be kept: leave `keep_head` out.")
     if isinstance(old, nn.Linear): new = nn.Linear(old.in_features, n_out)
     else: new = nn.Conv2d(old.in_channels, n_out, old.kernel_size)
+    if std := getattr(old, 'init_std', None): nn.init.normal_(new.weight, 0, std)
     parent,_,attr = key.rpartition('.')
     setattr(head.get_submodule(parent), attr, new)
     return head
@@ -175,16 +181,40 @@ def _vgg_stage(c_in, c, n, pool):
         c_in = c
     return nn.Sequential(*layers)
 
-def _cifar_vgg16(num_classes=100):
-    "A chain of five stages of convolutions with batch normalisation, pooling and a classifier of three layers"
-    stages = dict(stem=(64,2), layer1=(128,2), layer2=(256,3), layer3=(512,3), layer4=(512,3))
+def _vgg_stages(*n):
+    "Five stages of `n` convolutions, and pooling"
     parts,c_in = {},3
-    for name,(c,n) in stages.items():
+    for name,c,n in zip(('stem','layer1','layer2','layer3','layer4'), (64,128,256,512,512), n):
         parts[name] = _vgg_stage(c_in, c, n, pool=name!='stem')
         c_in = c
     parts['pool'] = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
-    hidden = [nn.Linear(c_in, 512), nn.ReLU(inplace=True), nn.Linear(512, 512), nn.ReLU(inplace=True)]
+    return parts
+
+def _start_as_okddip(net):
+    "Biases of convolutions at 0, and weights of linear layers from N(0, 0.01), also of a later classifier"
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d): nn.init.zeros_(m.bias)
+        if isinstance(m, nn.Linear):
+            m.init_std = .01 # read by `new_head`
+            nn.init.normal_(m.weight, 0, m.init_std)
+    return net
+
+# %% ../nbs/19_arch.ipynb #cifar-vgg2
+def _cifar_vgg16(num_classes=100, official=False):
+    "A chain of five stages of convolutions with batch normalisation, pooling and a classifier of three layers"
+    parts = _vgg_stages(2, 2, 3, 3, 3)
+    hidden = []
+    for _ in range(2):
+        hidden += [nn.Linear(512, 512), nn.ReLU(inplace=True)]
+        if official: hidden.append(nn.Dropout(.5))
     parts['fc'] = nn.Sequential(*hidden, nn.Linear(512, num_classes))
+    net = nn.Sequential(OrderedDict(parts))
+    return _start_as_okddip(net) if official else net
+
+def _cifar_vgg19(num_classes=100):
+    "The same with more convolutions, and a classifier of one layer"
+    parts = _vgg_stages(2, 2, 4, 4, 4)
+    parts['fc'] = nn.Linear(512, num_classes)
     return nn.Sequential(OrderedDict(parts))
 
 # %% ../nbs/19_arch.ipynb #cifar-make
@@ -193,12 +223,12 @@ _bottlenecks = dict(resnet56=6, resnet110=12)
 CIFAR_ARCHS = {f'cifar_{k}':partial(_cifar_resnet, n) for k,n in _basic.items()}
 CIFAR_ARCHS |= {f'cifar_{k}':partial(_cifar_resnet, n, Bottleneck) for k,n in _bottlenecks.items()}
 CIFAR_ARCHS['cifar_wide_resnet20_8'] = partial(_cifar_resnet, 2, Bottleneck, wide=8)
-CIFAR_ARCHS['cifar_vgg16'] = _cifar_vgg16
+CIFAR_ARCHS |= dict(cifar_vgg16=_cifar_vgg16, cifar_vgg19=_cifar_vgg19)
 
 def cifar_net(
     name:str,              # One of `CIFAR_ARCHS`
     pretrained:bool=False, # There are no weights: True is refused
-    **kwargs               # `num_classes`
+    **kwargs               # `num_classes`, and of `cifar_vgg16` also `official`
 )->nn.Sequential:
     "One of the small networks of the CIFAR papers, with random weights"
     make = lookup('network for CIFAR', name, CIFAR_ARCHS)

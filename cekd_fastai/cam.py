@@ -9,6 +9,7 @@ __all__ = ['cam_logits', 'cam', 'semantic_map', 'map_and_head', 'model_cam']
 
 # %% ../nbs/15_cam.ipynb #imports
 from fastai.vision.all import *
+from contextlib import nullcontext
 from .core import eval_mode,unwrap_model
 
 # %% ../nbs/15_cam.ipynb #maps-place
@@ -62,18 +63,26 @@ def map_and_head(
     return (feat,head) if is_map else (None,None)
 
 # %% ../nbs/15_cam.ipynb #maps-class
+def _maps_of(model, x):
+    "Last maps of a model, and the function from them and classes to class activation maps"
+    if hasattr(model, 'cam'): return model.branch_forward(x)[1],model.cam
+    feat,head = map_and_head(model, x)
+    if feat is None or feat.shape[-2:].numel()==1:
+        raise ValueError(f"`{type(model).__name__}` has no spatial feature map to look at: use a convolutional "
+            "network made by `branch_learner` or `vision_learner`, or mix with `CutMix` or `MixUp`.")
+    return [feat],lambda feats, y: cam(head, feats[0], y)
+
 @torch.no_grad()
 def model_cam(
-    model:nn.Module, # A model of this library, a `vision_learner` model (body, head), or a timm model
-    x:Tensor,        # Images, shape (B, 3, H, W)
-    y:Tensor,        # Classes (B,), or weights of the classes (B, K)
-)->Tensor:           # Shape (B, h, w)
-    "Class activation maps from a pass of its own, which leaves the model untouched"
+    model:nn.Module,     # A model of this library, a `vision_learner` model (body, head), or a timm model
+    x:Tensor,            # Images, shape (B, 3, H, W)
+    y:Tensor,            # Classes (B,), or weights of the classes (B, K)
+    training:bool=False, # Run the pass in the model's own mode; False: in evaluation mode
+    rectify:bool=False,  # Set negative entries of the last maps to zero
+)->Tensor:               # Shape (B, h, w)
+    "Class activation maps from a pass of its own, which leaves the model untouched, save for statistics with `training`"
     model = unwrap_model(model)
-    with eval_mode(model):
-        if hasattr(model, 'cam'): return model.cam(model.branch_forward(x)[1], y)
-        feat,head = map_and_head(model, x)
-        if feat is None or feat.shape[-2:].numel()==1:
-            raise ValueError(f"`{type(model).__name__}` has no spatial feature map to look at: use a convolutional "
-                "network made by `branch_learner` or `vision_learner`, or mix with `CutMix` or `MixUp`.")
-        return cam(head, feat, y)
+    with nullcontext() if training else eval_mode(model): feats,to_maps = _maps_of(model, x)
+    if rectify:
+        for i,f in enumerate(feats): feats[i] = f.relu() # in place, since the list may carry more
+    with eval_mode(model): return to_maps(feats, y)

@@ -105,6 +105,7 @@ class CEKD(Distill):
     net_tensors = None # The network's own tensors by name, which the average follows
     cancelled = False  # Whether this step was cancelled, so that the average must not move
     show_ema = True    # Whether validation sees the average
+    takes_soft = True  # Another callback may soften the labels
     _stateattrs = Distill._stateattrs + ('ema_target','region','net_tensors')
     def __init__(self,
         w_cross:float=1.,        # Weight of the cross loss, 0 or above
@@ -197,7 +198,7 @@ def weights(self:CEKD):
 @patch
 def _unmixed_losses(self:CEKD, z, y):
     "Parts of the loss of a batch that was not mixed, from its branch logits (n, B, K)"
-    lf = self.learn.loss_func
+    lf = self.task_loss
     hard = z[:1] if self.target=='separate' else z
     labelled = z[:1] if self.clean_on=='label' else z
     return dict(ce_mix=sum(lf(o, y) for o in hard), cross=z.new_zeros(()), ce_clean=sum(lf(o, y) for o in labelled))
@@ -205,7 +206,7 @@ def _unmixed_losses(self:CEKD, z, y):
 @patch
 def _mixed_losses(self:CEKD, z, y):
     "Parts of the loss of a mixed batch, from its branch logits (n, B, K)"
-    rec,lf,host = self.record,self.learn.loss_func,self.mixer.host
+    rec,lf,host = self.record,self.task_loss,self.mixer.host
     if self.w_cross and self.teacher=='ema': self.ema_target = self.ema_logits(host)[None]
     if self.w_cross and self.fuse=='maps': self.region = self._region_logits(self.clean.feats, rec, host.shape[-2:])
     clean = self.clean.logits.float() if self.needs_clean else torch.zeros_like(z)

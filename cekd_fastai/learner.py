@@ -12,9 +12,10 @@ import inspect
 from fastai.vision.all import *
 from .core import lookup,unwrap_model
 from .branches import BranchNet,branch_net,branch_splitter,peer_net
+from .midlevel import mid_net,mid_splitter
 from .distill import BranchLoss,Components
 from .meal.callback import MEAL
-from .online.gates import gate_net,gate_splitter
+from .online.gates import gate_apart,gate_net,gate_splitter
 from .online.callback import ONLINE,OnlineKD
 from .css.net import css_net
 from .css.callback import CSS
@@ -49,6 +50,9 @@ def branch_learner(
     pretrained:bool=True, # Download ImageNet weights; ignored with `weights` or a module
     weights=None,         # Local checkpoint to load instead
     freeze_bn:bool=False, # Keep the statistics of batch normalisation in training
+    own_start:bool=False, # Random weights of its own for each branch, as for `branch_net`
+    keep_head:bool=False, # Keep the classifier of the backbone, as for `branch_net`
+    mid:bool=False,       # Predict with a classifier on the map before the last stage too: SnapMix's baseline+
     arch_args:dict=None,  # Passed to the function that builds the backbone, e.g. `dict(pad_type='same')`
     cbs=None,             # Callbacks, e.g. `[SnapMix(), CEKD()]`
     **kwargs
@@ -56,9 +60,14 @@ def branch_learner(
     "A `Learner` of a `BranchNet` around any convolutional backbone, or of peers"
     n_out = _n_classes(dls)
     kw = dict(split=split, freeze_bn=freeze_bn, pretrained=pretrained, weights=weights)
-    if is_listy(arch): net = _peers(arch, n_branches, n_out, arch_args=arch_args, **kw)
-    else: net = branch_net(arch, n_out, n_branches, **kw, **(arch_args or {}))
-    return _learner(dls, net, BranchLoss(), cbs, branch_splitter, freeze_bn, kwargs)
+    if is_listy(arch):
+        given = [k for k,v in dict(own_start=own_start, keep_head=keep_head, mid=mid).items() if v]
+        if given: raise ValueError(f"`{given[0]}` is for one network, but these are peers: leave it out.")
+        net = _peers(arch, n_branches, n_out, arch_args=arch_args, **kw)
+        return _learner(dls, net, BranchLoss(), cbs, branch_splitter, freeze_bn, kwargs)
+    kw |= dict(own_start=own_start, keep_head=keep_head) | (arch_args or {})
+    make,splitter = (mid_net,mid_splitter) if mid else (branch_net,branch_splitter)
+    return _learner(dls, make(arch, n_out, n_branches, **kw), BranchLoss(), cbs, splitter, freeze_bn, kwargs)
 
 # %% ../nbs/35_learner.ipynb #le-meal
 @delegates(branch_learner)
@@ -86,10 +95,18 @@ def _online_method(method):
     names = ', '.join(map(repr, ONLINE))
     raise ValueError(f"`method` is a `{type(method).__name__}`: pass one of {names}, or an `OnlineKD` callback such as `FFMCD()`.")
 
+def _decays(net, wd, wd_gate):
+    "A weight decay for each parameter group, the gate last"
+    groups = gate_apart(net)
+    if not any(p.requires_grad for p in net.gate.parameters()):
+        raise ValueError(f"`wd_gate` is {wd_gate}, but the gate {net.gate.name!r} has no weights: leave it out.")
+    if wd is None: raise ValueError("`wd_gate` needs `wd`, the weight decay of the rest: pass both.")
+    return [wd]*(len(groups)-1) + [wd_gate]
+
 @delegates(Learner.__init__)
 def online_learner(
     dls:DataLoaders,       # Data with classes, e.g. from `fine_grained_dls`
-    arch,                  # Name in timm or torchvision, a function that builds a model, or an `nn.Module`
+    arch,                  # Name in timm or torchvision, a function that builds a model, or an `nn.Module`; several names: peers, a network each
     method='diversity',    # One of `ONLINE`, or an `OnlineKD` callback
     n_branches:int=None,   # Number of branches; None: 3, of OKDDip 4 (the last is the leader), of FFL 2
     gate:str=None,         # One of `GATES`; None: that of the method
@@ -97,17 +114,25 @@ def online_learner(
     pretrained:bool=True,  # Download ImageNet weights; ignored with `weights` or a module
     weights=None,          # Local checkpoint to load instead
     freeze_bn:bool=False,  # Keep the statistics of batch normalisation in training, except in the gate
+    own_start:bool=False,  # Random weights of its own for each branch, as for `branch_net`
+    wd_gate:float=None,    # Weight decay of the gate; None: that of the network, `wd`
     arch_args:dict=None,   # Passed to the function that builds the backbone
     cbs=None,              # Further callbacks, e.g. `CutMix()`
     **kwargs
 )->Learner:
     "A `Learner` of online distillation among the branches of any convolutional backbone"
     method = _online_method(method)
-    if n_branches is None: n_branches = method.branches
-    kw = dict(pretrained=pretrained, weights=weights) | (arch_args or {})
-    gate = gate or method.gates[0]
-    net = gate_net(arch, _n_classes(dls), n_branches, gate, split, freeze_bn, **kw)
-    return _learner(dls, net, method, cbs, gate_splitter, freeze_bn, kwargs)
+    n_out,splitter = _n_classes(dls),gate_splitter
+    kw = dict(split=split, freeze_bn=freeze_bn, pretrained=pretrained, weights=weights)
+    if is_listy(arch):
+        if own_start or gate or wd_gate is not None:
+            raise ValueError("Peers have no gate and share no trunk: leave `own_start`, `gate` and `wd_gate` out.")
+        net = _peers(arch, n_branches or len(arch), n_out, arch_args=arch_args, **kw)
+        return _learner(dls, net, method, cbs, branch_splitter, freeze_bn, kwargs)
+    kw |= dict(own_start=own_start) | (arch_args or {})
+    net = gate_net(arch, n_out, n_branches or method.branches, gate or method.gates[0], **kw)
+    if wd_gate is not None: splitter,kwargs['wd'] = gate_apart,_decays(net, kwargs.get('wd'), wd_gate)
+    return _learner(dls, net, method, cbs, splitter, freeze_bn, kwargs)
 
 # %% ../nbs/35_learner.ipynb #cs-learn
 @delegates(Learner.__init__)
@@ -121,15 +146,16 @@ def css_learner(
     pretrained:bool=True, # Download ImageNet weights; ignored with `weights` or a module
     weights=None,         # Local checkpoint to load instead; a pair for different ones
     freeze_bn:bool=False, # Keep the statistics of batch normalisation in training
+    own_start:bool=False, # Random weights of its own for each branch, as for `branch_net`
     arch_args:dict=None,  # Passed to the functions that build the backbones; a pair for different ones
     cbs=None,             # Callbacks; `CSS()` is added unless one is among them
     **kwargs
 )->Learner:
     "A `Learner` of the two networks of CSS"
-    net = css_net(archs, _n_classes(dls), n_branches, split, transform, seed, freeze_bn, pretrained, weights, arch_args)
+    net = css_net(archs, _n_classes(dls), n_branches, split, transform, seed, freeze_bn, pretrained, weights, arch_args,
+        own_start=own_start)
     given = any(cb is CSS or isinstance(cb, CSS) for cb in L(cbs)) # fastai takes classes of callbacks too
-    method = None if given else CSS()
-    return _learner(dls, net, method, cbs, branch_splitter, freeze_bn, kwargs)
+    return _learner(dls, net, [] if given else CSS(), cbs, branch_splitter, freeze_bn, kwargs)
 
 # %% ../nbs/35_learner.ipynb #le-ckpt
 class GradCheckpoint(Callback):

@@ -67,6 +67,7 @@ def mixed_loss(
     rec:MixRecord,  # How the batch was mixed
 )->Tensor:          # A scalar, or shape (B,) for `reduction='none'`
     "Loss of a mixed batch towards the labels of hosts and donors, reduced as `loss_func` reduces"
+    if hasattr(loss_func, 'mixed'): return loss_func.mixed(pred, y, rec)
     ys = y if isinstance(y, tuple) else (y,)
     loss_func = _level_weights(loss_func, ys[0])
     loss_a = sample_losses(loss_func, pred, *ys)

@@ -97,6 +97,7 @@ def _make(a, n, dls, opts, cbs, **kw):
         return meal_learner(dls, a.arch, a.teachers, n, cbs, **opts, **kw)
     if a.method in ONLINE:
         method = ONLINE[a.method](**opts)
+        if len(archs)>1: return online_learner(dls, archs, method, a.n_branches, cbs=cbs, **kw)
         return online_learner(dls, a.arch, method, n, cbs=cbs, **kw)
     if a.method=='cekd':
         peers = archs if len(archs)>1 else a.arch
@@ -114,17 +115,19 @@ def build(
     if a.n_branches is not None: n = a.n_branches
     opt = lookup('optimiser', a.opt, OPTS)
     opts = named_values(a.method_args, 'of a method')
+    more = named_values(a.learner_args, 'of a learner')
     kw = {o:args[o] for o in ('split','weights','freeze_bn','wd')}
     kw |= dict(pretrained=not a.no_pretrained, arch_args=named_values(a.arch_args))
     check_args(a)
     set_seed(a.seed)
     dls = make_data(args)
     cbs = _callbacks(a)
-    try: return _make(a, n, dls, opts, cbs, opt_func=opt, metrics=accuracy, **kw)
+    try: return _make(a, n, dls, opts, cbs, opt_func=opt, metrics=accuracy, **kw|more)
     except TypeError as e:
-        if not opts: raise
-        given = ', '.join(opts)
-        raise ValueError(f"`{a.method}` does not take these --method-args: {given} ({e}).") from e
+        if not opts and not more: raise
+        given = ', '.join([*opts,*more])
+        options = '--method-args or --learner-args' if more else '--method-args'
+        raise ValueError(f"`{a.method}` does not take these {options}: {given} ({e}).") from e
 
 # %% ../nbs/41_train.ipynb #steps-code
 class Steps:
@@ -134,21 +137,24 @@ class Steps:
         epochs:int,      # Epochs in all
         milestones=(),   # Epochs after which the rate falls
         warmup:float=0., # Epochs of linear warm-up
+        stairs=False,    # Let the warm-up rise once an epoch, as in the code of CSS
     ): store_attr()
     def __call__(self, pct):
         e = pct*self.epochs + 1e-6 # the share is rounded: without this a rate may fall one batch late
         k = .1**sum(e>=m for m in self.milestones)
-        if self.warmup: k *= min(1, e/self.warmup)
+        reached = math.floor(e)+1 if self.stairs else e
+        if self.warmup: k *= min(1, reached/self.warmup)
         return [o*k for o in self.lrs] if is_listy(self.lrs) else self.lrs*k
 
 # %% ../nbs/41_train.ipynb #train-code
 def _processes(): return int(os.environ.get('WORLD_SIZE', 1))
 
 def _rates(learn, a):
-    "One learning rate from random weights, otherwise one for each parameter group, the heads last"
+    "One learning rate from random weights, otherwise one for each parameter group: trunk, branches, heads and what follows"
     if a.no_pretrained and not a.weights: return a.lr
     n_groups = len(learn.splitter(learn.model))
-    return [a.lr]*(n_groups-1) + [a.lr*10]
+    n_old = min(2, n_groups-1)
+    return [a.lr]*n_old + [a.lr*a.head_lr]*(n_groups-n_old)
 
 def train(
     learn:Learner, # From `build`
@@ -161,7 +167,7 @@ def train(
     lrs = _rates(learn, a)
     with learn.distrib_ctx() if _processes()>1 else nullcontext():
         if a.schedule=='steps':
-            steps = Steps(lrs, a.epochs, a.milestones, a.warmup)
+            steps = Steps(lrs, a.epochs, a.milestones, a.warmup, a.stairs)
             learn.fit(a.epochs, cbs=ParamScheduler(dict(lr=steps)))
         else: learn.fit_one_cycle(a.epochs, lrs)
     return time.perf_counter()-start
@@ -309,6 +315,9 @@ def check_used(
     if a.method!='meal':
         given = a.teachers or a.trust or a.adversarial!='joint'
         _unused(given, '--teachers, --adversarial and --trust are for MEAL: add --method meal')
+    _unused(a.stairs and not a.warmup, '--stairs is for a warm-up: add --warmup')
+    from_scratch = a.no_pretrained and not a.weights
+    _unused(from_scratch and a.head_lr!=10, '--head-lr is for pretrained weights: leave out --no-pretrained')
     _check_milestones(a)
 
 # %% ../nbs/41_train.ipynb #check-args

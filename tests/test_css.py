@@ -392,6 +392,30 @@ def test_diversity_of_one_network(dls, which):
     learn.model.which = 'both'
     assert len(diversity(learn).branches)==4
 
+def test_joint_distance(dls):
+    "The distance of the authors: over joint probabilities, image by image and pair by pair, and between branches of one index"
+    from cekd_fastai.online.diversity import diversity
+    learn = make(dls)
+    net = learn.model.eval()
+    d = diversity(learn, joint=True)
+    x = torch.cat([x.as_subclass(torch.Tensor) for x,_ in dls.valid])
+    with torch.no_grad(): p = net.branch_forward(x)[0].softmax(-1)
+    n,N = p.shape[:2]
+    assert p.shape[-1]>2*3-1 and n==4
+    pairs = [(p[i,k]-p[j,k]).norm() for i in range(n) for j in range(i+1, n) for k in range(N)]
+    assert d.distance==pytest.approx(torch.stack(pairs).mean().item(), rel=1e-5)
+    same = [(p[i,k]-p[i+2,k]).norm() for i in range(2) for k in range(N)]
+    assert (d.distances[0,2]+d.distances[1,3]).item()/2==pytest.approx(torch.stack(same).mean().item(), rel=1e-5)
+    plain = diversity(learn)
+    assert plain.distance!=pytest.approx(d.distance) and plain.disagreement==d.disagreement and plain.gain==d.gain
+
+def test_own_start():
+    "Branches begin as copies, or each with random weights of its own"
+    for own in (False,True):
+        net = css_net(('test_resnet','test_resnet'), 3, 2, pretrained=False, own_start=own)
+        a,b = (next(o.parameters()) for o in net.net1.branches)
+        assert torch.equal(a, b) != own
+
 def test_class_weights_in_a_fit(dls):
     c = first_step(dls, loss_func=CrossEntropyLossFlat(weight=tensor([1.,.1,4.])))
     want,_ = loop_total(*c.got.double().chunk(2), c.targ, cw=[1.,.1,4.])

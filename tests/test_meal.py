@@ -2,6 +2,7 @@
 import os,random,subprocess,sys
 from pathlib import Path
 import numpy as np, pytest, timm, torch, torch.nn.functional as F
+from copy import deepcopy
 from torch import nn
 from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelBatchException,CancelEpochException,CancelFitException,
     CancelStepException,CancelTrainException,CategoryBlock,CrossEntropyLossFlat,DataBlock,DataLoader,DataLoaders,GradientAccumulation,
@@ -17,7 +18,7 @@ from cekd_fastai.branches import branch_net,branch_splitter,save_net
 from cekd_fastai.distill import BranchLoss,Components
 from cekd_fastai.meal.align import Taps
 from cekd_fastai.meal.targets import unlabeled_dl
-from cekd_fastai.meal.adversary import Adversary,discriminator
+from cekd_fastai.meal.adversary import Adversary,disc_loss,discriminator
 from cekd_fastai.meal.align import align
 from cekd_fastai.meal.callback import MEAL
 from cekd_fastai.meal.teachers import TappedTeachers,Teacher,as_teacher,peek,place_teachers
@@ -369,7 +370,7 @@ def test_a_tap_that_is_no_map(dls, modules):
 
 opts = [dict(kind='l1'), dict(kind='l2'), dict(kind='l1_soft'), dict(kind='l2_soft'), dict(T=4.), dict(gammas=[1.,1.,1.]), dict(taps=1), dict(taps=0), dict(dims=5),
     dict(space='max'), dict(channels='max'), dict(w_adv=.1), dict(reduce=8), dict(last_relu=True), dict(w_hard=1.), dict(adversarial='grl'), dict(adversarial=None),
-    dict(choose='mean'), dict(choose='each'), dict(teacher_taps=['layer1','layer2'])]
+    dict(choose='mean'), dict(choose='each'), dict(teacher_taps=['layer1','layer2']), dict(disc='official'), dict(batch_stats=True)]
 
 @pytest.mark.parametrize('kw', opts, ids=lambda o: '-'.join(f'{k}={v}' for k,v in o.items()))
 def test_each_option_does_something(dls, modules, kw):
@@ -388,14 +389,54 @@ def test_lr_disc(dls, modules):
         return sum((a-b).abs().sum() for a,b in zip(before, learn.model.adversary.nets.parameters()))
     assert moved(lr_disc=0.)==0 and moved(lr_disc=1e-4)<moved(lr_disc=1e-2)
 
+def test_disc_follows_the_student(dls, modules):
+    "The rate of the official discriminators is a hundredth of the student's in every step, that of V2's the student's, and ours is constant"
+    class Rates(Callback):
+        order = 60
+        def before_fit(self): self.seen = []
+        def after_batch(self):
+            if self.training: self.seen.append((self.learn.opt.hypers[-1]['lr'], self.learn.model.adversary.opt.param_groups[0]['lr']))
+    for disc,share in (('official',.01), ('official_v2',1.), ('own',None)):
+        learn = learner(dls, MEAL(modules, disc=disc), Rates())
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, .1)
+        student,discs = map(np.array, zip(*learn.rates.seen))
+        assert len(set(student))>1
+        assert np.allclose(discs, 1e-3 if share is None else share*student, rtol=1e-6)
+
+def test_disc_step_is_torchs(dls, modules):
+    "A step of the official discriminators: SGD with momentum .9 and decay 5e-4 on their own gradient"
+    adv = Adversary([6], style='official')
+    twin = deepcopy(adv.nets)
+    opt = torch.optim.SGD(twin.parameters(), lr=.002, momentum=.9, weight_decay=5e-4)
+    for i in range(3):
+        s,t = torch.randn(1,5,6),torch.randn(5,6)
+        adv.follow(.2)
+        adv.update([s], [t])
+        disc_loss(twin[0], s, t).backward()
+        opt.step()
+        opt.zero_grad()
+    assert same(list(adv.nets.parameters()), list(twin.parameters()), 1e-6) and isinstance(adv.nets[0][-1], nn.ReLU)
+
+def test_batch_statistics(dls, modules):
+    "Teachers answer by the statistics of the batch, as in training mode, and stay what they were"
+    learn = learner(dls, MEAL(modules[:1], batch_stats=True))
+    teacher,x = learn.meal.teachers[0].model,dls.one_batch()[0].as_subclass(Tensor)
+    before = {k:v.clone() for k,v in teacher.state_dict().items()}
+    twin = deepcopy(teacher).train()
+    learn.meal.add_taps()
+    found = learn.meal.query_teachers(x)[0].blocks[-1]
+    assert same(found, twin(x), 1e-5) and not same(found, teacher(x), 1e-3)
+    assert same(list(before.values()), list(teacher.state_dict().values())) and not any(m.training for m in teacher.modules())
+
 def test_v2(dls, modules):
     learn = learner(dls, MEAL.v2(modules))
     assert learn.meal.choose=='mean' and learn.meal.paths==[] and learn.meal.block_loss.gammas==[1.] and learn.meal.lr_disc==1e-4
     assert [tuple(o.shape) for o in discriminator(1000, 8).parameters()][::2]==[(125,1000),(15,125),(2,15)]
     assert len(learn.model.adversary.nets)==1 and MEAL.v2(modules, reduce=2).reduce==2
+    assert MEAL.v2(modules, disc='official_v2').lr_disc is None
     quiet(learn)
 
-bad = [(dict(choose='best'), "`choose` is 'best'"), (dict(adversarial='gan'), "`adversarial` is 'gan'"), (dict(kind='kl'), "`kind` is 'kl'"), (dict(T=0), '`T` is 0'),
+bad = [(dict(choose='best'), "`choose` is 'best'"), (dict(disc='weak'), "`disc` is 'weak'"), (dict(disc='official', lr_disc=1.), 'follow the student'), (dict(adversarial='gan'), "`adversarial` is 'gan'"), (dict(kind='kl'), "`kind` is 'kl'"), (dict(T=0), '`T` is 0'),
     (dict(w_hard=-1), '`w_hard` is -1'), (dict(w_adv=-1), '`w_adv` is -1'), (dict(lr_disc=-1), '`lr_disc` is -1'), (dict(space='sum'), "`space` is 'sum'"), (dict(channels='sum'), "`channels` is 'sum'"),
     (dict(reduce=0), 'reduce=0: pass a whole number'), (dict(views=0), 'views=0: pass a whole number'), (dict(taps=-1), '`taps` is -1'), (dict(dims=[1]), '`dims` has 1 entries, but it takes 2'), (dict(gammas=[1]), 'it takes 3')]
 

@@ -1,4 +1,5 @@
 "Mixing against references written as loops, beside everything a fastai learner does, and what it refuses."
+from copy import deepcopy
 from types import SimpleNamespace
 from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
@@ -568,6 +569,56 @@ def test_passes_of_a_step(dls, mix, owner, passes):
     learn.model.trunk.register_forward_pre_hook(lambda m, x: count.append(len(x[0])) if learn.training else None)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     assert len(count)==passes*len(dls.train)
+
+def test_snapmix_of_the_authors(dls):
+    "With `official` the pass for the maps runs in training mode, counts in batch normalisation, and maps are rectified"
+    learn = branch_learner(dls, 'test_efficientnet', 1, pretrained=False, cbs=SnapMix(official=True))
+    x,y = (o.as_subclass(Tensor) for o in dls.one_batch())
+    net,twin = learn.model.train(),deepcopy(learn.model).train()
+    maps = learn.snap_mix.maps(x, y)
+    with torch.no_grad(): feat = twin.branch_forward(x)[1][0]
+    fc = twin.heads[0][-1]
+    want = torch.einsum('bchw,bc->bhw', feat.relu(), fc.weight[y]) + fc.bias[y][:,None,None]
+    assert torch.allclose(maps, want, atol=1e-5) and (feat<0).any() and net.training
+    assert all(torch.allclose(a, b) for a,b in zip(net.buffers(), twin.buffers())) # both have counted one pass
+    with torch.no_grad(): learn.snap_mix.maps(x, y) # a look outside a step counts nothing
+    assert all(torch.allclose(a, b) for a,b in zip(net.buffers(), twin.buffers()))
+
+@pytest.mark.parametrize('mix', [None,SnapMix])
+def test_middle(dls, tmp_path, mix):
+    "SnapMix's baseline+: the loss is the sum of both classifiers' losses, the prediction their mean, and a file has both"
+    from cekd_fastai.all import Deployed,deploy
+    learn = branch_learner(dls, 'test_resnet', 1, pretrained=False, mid=True, metrics=accuracy, cbs=mix() if mix else None)
+    net,seen = learn.model,[]
+    class See(Callback):
+        order = 100
+        def after_loss(self):
+            if not self.training: return
+            rec = self.learn.snap_mix.record if mix else None
+            want = sum(mixed_loss(F.cross_entropy, z, self.yb[0], rec) if rec else F.cross_entropy(z, self.yb[0]) for z in self.learn.branch_loss.logits)
+            seen.append((self.learn.loss_grad.item(), want.item(), len(self.learn.branch_loss.logits)))
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, cbs=See())
+    assert all(a==pytest.approx(b, rel=1e-4) and n==2 for a,b,n in seen) and len(seen)==2*len(dls.train)
+    probs = learn.get_preds()[0]
+    x = dls.valid.one_batch()[0].as_subclass(Tensor)
+    with torch.no_grad(): z = net.eval().branch_forward(x)[0]
+    assert torch.allclose(net(x), z.mean(0), atol=1e-6)
+    learn.export(tmp_path/'l.pkl')
+    assert torch.allclose(load_learner(tmp_path/'l.pkl').get_preds(dl=dls.valid)[0], probs, atol=1e-5)
+    for which in (None,0):
+        got = Deployed(deploy(learn, tmp_path/'n.pt', which)).net(x)
+        assert torch.allclose(got, z.mean(0) if which is None else z[0], atol=1e-5)
+    learn.save(tmp_path/'now')
+    for p in net.parameters(): p.data.add_(1)
+    learn.load(tmp_path/'now')
+    assert torch.allclose(learn.get_preds()[0], probs, atol=1e-5)
+    learn.freeze()
+    assert all(p.requires_grad for p in net.mid.parameters()) and not any(p.requires_grad for p in net.branches.parameters() if p.ndim>1)
+
+def test_middle_stands_alone(dls):
+    "It has no loss beside a distillation, and none beside peers"
+    with pytest.raises(ValueError, match='no loss for the mid'): branch_learner(dls, 'test_resnet', mid=True, pretrained=False, cbs=[SnapMix(),CEKD()])
+    with pytest.raises(ValueError, match='`mid` is for one network'): branch_learner(dls, ('test_resnet',)*2, mid=True, pretrained=False)
 
 def test_maps_of_the_ensemble(dls):
     "The mean of the map is the logit that is deployed"

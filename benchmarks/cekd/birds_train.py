@@ -1,16 +1,14 @@
-"""What `birds.py` trains: photographs that live on the device, softer labels and distillations of their own, and one run.
+"""What `birds.py` trains: photographs that live on the device, a distillation of its own, and one run.
 
-They are written so that they can stand in the library: `SoftLabels` and what is made from it replace the labels of a batch, whoever
-writes the loss afterwards; `StoredTargets` and `MixSKDLogits` are distillations. What is kept for an image is found by `learn.dl.rows`,
-the rows of the training data that the batch holds."""
+The loader says in `rows` which rows of the training data its batch holds, where the library's soft labels look for them."""
 import time
 import numpy as np,torch
 import torch.nn.functional as F
 from torch import nn
 from fastai.basics import Callback,CancelFitException,CancelValidException,DataLoaders,OptimWrapper,partial,set_seed
 from cekd_fastai.all import branch_learner,branch_preds,branch_accuracy,ece,mixed_loss
-from cekd_fastai.all import soft_probs,cross_target,kd_loss,ramp_up,Distill,CEKD,MixUp,CutMix,SnapMix
-from cekd_fastai.core import loss_owner
+from cekd_fastai.all import soft_probs,kd_loss,Distill,CEKD,MixUp,CutMix,SnapMix
+from cekd_fastai.soft_labels import OnlineLabelSmoothing,PSKD,StoredTargets
 
 # Names and forms of the library that other versions of it may change
 MIXES = dict(MixUp=MixUp, CutMix=CutMix, SnapMix=SnapMix)
@@ -72,101 +70,7 @@ def split(label, test, held_out, seed, pct):
     parts = [o[n:] for o,n in zip(groups, cut)],[o[:n] for o,n in zip(groups, cut)]
     return tuple(np.sort(np.concatenate(o)) for o in parts)
 
-# Softer labels
-
-class SoftLabels(Callback):
-    "Replace the classes of each training batch by vectors, after the mix has seen them and before the loss is written"
-    order,run_valid = 4.5,False # between `Mix` and `Distill`
-    def before_fit(self): self.eye = torch.eye(self.learn.dls.c, device=next(self.learn.model.parameters()).device)
-
-    def before_batch(self):
-        self.hard = self.learn.yb[0]
-        self.learn.yb = (self.targets(self.hard),)
-
-    def answers(self):
-        "The network's logits for the unmixed images of this step, None if it has not seen them"
-        owner = loss_owner(self.learn)
-        if getattr(owner, 'record', None) is None: return self.learn.pred
-        z = clean_logits(owner)
-        return None if z is None else z.mean(0)
-
-    def after_loss(self):
-        "Learn from the answers"
-        z = self.answers()
-        if z is not None: self.learned(soft_probs(z.detach()), self.hard)
-
-    def after_batch(self): self.learn.yb = (self.hard,)
-    def targets(self, y): "Vectors (B, K) for classes (B,)"
-    def learned(self, p, y): "Take note of probabilities (B, K) for unmixed images of classes (B,)"
-
-class OnlineLabels(SoftLabels):
-    "Online label smoothing (arXiv 2011.12562): a class's second label is the mean answer for those of its images that the network knows"
-    def __init__(self,
-        limit:float=.88, # A class whose label says this about one class is left as it is (for fine-grained sets)
-    ): self.limit = limit
-
-    def before_fit(self):
-        super().before_fit()
-        k = len(self.eye)
-        self.soft,self.sums = torch.full_like(self.eye, 1/k),torch.zeros(k, k+1, device=self.eye.device)
-
-    def targets(self, y): return self.eye[y]+self.soft[y] # two cross-entropies of weight 1
-    def learned(self, p, y):
-        right = (p.argmax(1)==y).float()[:,None]
-        self.sums.index_add_(0, y, torch.cat([p,torch.ones_like(right)], 1)*right)
-
-    def after_train(self):
-        "New labels from the epoch's answers: uniform for a class without a right one"
-        k,n = len(self.eye),self.sums[:,-1:]
-        new = torch.where(n>0, self.sums[:,:-1]/n.clamp(min=1), 1/k)
-        self.soft = torch.where((self.soft.amax(1, keepdim=True)>=self.limit)&(n>0), self.soft, new)
-        self.sums.zero_()
-
-class ProgressiveLabels(SoftLabels):
-    "Progressive self-distillation (PS-KD): an image's answer of the epoch before takes a growing share of its label"
-    def __init__(self,
-        share:float=.8, # Of the answer in the label, in the last epoch
-    ): self.share = share
-
-    def before_fit(self):
-        super().before_fit()
-        self.store = torch.zeros(self.learn.dls.train.n, len(self.eye), device=self.eye.device)
-
-    def targets(self, y):
-        p,hard,a = self.store[self.learn.dl.rows],self.eye[y],self.share*(self.epoch+1)/self.n_epoch
-        return (1-a)*hard + a*torch.where(p.sum(1, keepdim=True)>0, p, hard)
-
-    def learned(self, p, y): self.store[self.learn.dl.rows] = p
-
-# Distillations
-
-class StoredTargets(Distill):
-    "An image's own answers in unmixed batches, averaged over epochs, teach every branch about its mixes; no clean pass"
-    def __init__(self,
-        weight:float=1., # Of the stored target
-        T:float=3.,      # Temperature of the stored target
-        keep:float=.5,   # Share of the average that an epoch keeps
-        ramp:float=.3,   # Share of the run over which the weight rises
-    ): self.weight,self.T,self.keep,self.ramp = weight,T,keep,ramp
-
-    def before_fit(self):
-        super().before_fit()
-        dls,device = self.learn.dls,next(self.learn.model.parameters()).device
-        self.store = torch.zeros(dls.train.n, dls.c, device=device)
-
-    def part_names(self): return ['ce','stored']
-    def weights(self): return dict(stored=self.weight*ramp_up(self.learn.pct_train, self.ramp))
-    def losses(self):
-        lf,y,rec,z,rows = self.learn.loss_func,self.learn.yb[0],self.record,self.logits.float(),self.learn.dl.rows
-        p = self.store[rows]
-        known = p.sum(1)>0
-        if rec is None:
-            new = soft_probs(z.detach().mean(0), self.T)
-            self.store[rows] = torch.where(known[:,None], torch.lerp(new, p, self.keep), new)
-            return dict(ce=sum(lf(o, y) for o in z), stored=z.new_zeros(()))
-        known,q = known&known[rec.perm],cross_target(p, rec)
-        soft = sum((kd_loss(o, q, self.T, per_sample=True)*known).mean() for o in z)
-        return dict(ce=sum(mixed_loss(lf, o, y, rec) for o in z), stored=soft)
+# A distillation
 
 class MixSKDLogits(Distill):
     "The part of MixSKD that needs no further branches: mixed logits and the logits of what was mixed teach each other"
@@ -184,7 +88,7 @@ class MixSKDLogits(Distill):
         hard = sum(mixed_loss(lf, o, y, rec) for o in z)
         return dict(ce_mix=hard, ce_clean=sum(lf(o, y) for o in clean), mutual=mutual)
 
-METHODS = dict(online=OnlineLabels, progressive=ProgressiveLabels, stored=StoredTargets, mixskd=MixSKDLogits)
+METHODS = dict(online=OnlineLabelSmoothing, progressive=PSKD, stored=StoredTargets, mixskd=MixSKDLogits)
 
 # One run
 

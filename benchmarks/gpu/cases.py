@@ -48,6 +48,11 @@ class Kit:
             opt_func=partial(SGD, mom=.9), lr=.01, cbs=[*cbs,*self.extra])
 
     def branch(self, *cbs, n=2, arch=None): return names.branch_learner(self.dls(), arch or self.arch, n, **self.kw(cbs))
+    def plain(self, *cbs):
+        net = names.branch_net(self.arch, self.c, 1, pretrained=False)
+        kw = self.kw(cbs)
+        del kw['pretrained']
+        return Learner(self.dls(), nn.Sequential(net.trunk, net.branches[0], net.heads[0]), **kw)
     def online(self, method, *cbs, n=None, gate=None):
         return names.online_learner(self.dls(), self.arch, method, n_branches=n, gate=gate, **self.kw(cbs))
     def css(self, *cbs, transform='corner', **kwargs):
@@ -99,6 +104,20 @@ for _loss in ('CrossEntropyLossFlat','LabelSmoothingCrossEntropy','LabelSmoothin
     case(f'class weights, {_loss}', lambda k: k.branch(CutMix(), n=1), kit=dict(loss=_loss))
 case('several labels', lambda k: k.branch(SnapMix(), n=1), kit=dict(labels='several', loss=BCEWithLogitsLossFlat()))
 case('soft labels', lambda k: k.branch(CutMix(), CEKD()), kit=dict(labels='soft', loss=nn.CrossEntropyLoss()))
+
+# soft labels of the network's own
+
+_some = dict(prob=.6)
+for _soft in ('OnlineLabelSmoothing','PSKD','StoredTargets'):
+    for _mixed in (MixUp,CutMix,SnapMix):
+        _name = f'{_soft} + {_mixed.args[0]}'
+        case(_name, lambda k,m=_mixed,o=_soft: k.branch(m(**_some), getattr(names, o)()))
+        case(f'{_name}, sample', lambda k,m=_mixed,o=_soft: k.branch(m(per='sample', **_some), getattr(names, o)()))
+    case(f'{_soft} + CEKD', lambda k,o=_soft: k.branch(CutMix(), CEKD(), getattr(names, o)()), main=_soft=='PSKD')
+    case(f'{_soft}, plain learner', lambda k,o=_soft: k.plain(MixUp(per='sample', **_some), getattr(names, o)()))
+    case(f'{_soft}, class weights', lambda k,o=_soft: k.branch(MixUp(**_some), getattr(names, o)()), kit=dict(loss='LabelSmoothingCrossEntropyFlat'))
+case('OnlineLabelSmoothing', lambda k: k.branch(names.OnlineLabelSmoothing()), main=True)
+case('PSKD', lambda k: k.branch(names.PSKD(), n=1))
 
 # CEKD
 
@@ -178,6 +197,7 @@ def begin(
     learn.add_cbs([TrainEvalCallback,CastToTensor])
     learn.model.to(learn.dls.device, non_blocking=True)
     learn.create_opt()
+    learn.dls.train._DataLoader__idxs = range(len(learn.dls.train_ds)) # the batches hold the images in their order
     learn.n_epoch,learn.n_iter,learn.epoch,learn.dl = 2,N_BATCHES,0,learn.dls.train
     for e in ('before_fit','before_epoch','before_train'): learn(e)
     return learn

@@ -321,12 +321,13 @@ def css_net(
     weights=None,         # Local checkpoint to load instead; a pair for different ones
     arch_args:dict=None,  # Passed to the functions that build the backbones; a pair for different ones
     which:str='both',     # What evaluation runs: 'net1', 'net2' or 'both'
+    own_start:bool=False, # Random weights of its own for each branch, as for `branch_net`
 )->CSSNet:
     "The two networks of CSS around any two convolutional backbones"
     _check_archs(archs)
     if n_out<1: raise ValueError(f"`n_out` is {n_out}, but CSS needs the number of classes: set `dls.c` to it.")
     def one_net(arch, split, weights, arch_args):
-        kw = dict(pretrained=pretrained, weights=weights) | (arch_args or {})
+        kw = dict(pretrained=pretrained, weights=weights, own_start=own_start) | (arch_args or {})
         return css_branch_net(arch, n_out, n_branches, split, transform, seed, freeze_bn, **kw)
     pairs = [_pair(split, 'split'), _pair(weights, 'weights'), _pair(arch_args, 'arch_args')]
     return CSSNet(*map(one_net, archs, *pairs), which)

@@ -15,7 +15,7 @@ from ..branches import PeerNet
 from ..distill import Distill
 from .align import BlockLoss,Taps,_check_len,map_sizes,pick_taps
 from .teachers import TappedTeachers,as_teacher,ensemble_accuracy,find_teacher_taps,peek,place_teachers
-from .adversary import Adversary
+from .adversary import Adversary,DISC_STYLES
 from .targets import TargetCache,UnlabeledBatches,_mix_key,_teacher_key,unlabeled_dl
 
 # %% ../../nbs/29_meal.callback.ipynb #mc-init
@@ -45,7 +45,8 @@ class MEAL(Distill):
         space:str='avg',           # Pooling of places in the alignment, 'avg' or 'max'
         channels:str='mean',       # Joining of channels in the alignment, 'mean' or 'max'
         w_adv:float=1.,            # Weight of the discriminators' part in the student's loss, 0 or above
-        lr_disc:float=1e-3,        # Learning rate of the discriminators, constant
+        disc:str='own',            # How discriminators are built and trained, one of `DISC_STYLES`
+        lr_disc:float=None,        # Learning rate of the discriminators, constant; None: 0.001, or that of `disc`
         reduce:int=2,              # How much smaller each layer of a discriminator is
         last_relu:bool=False,      # ReLU after the last layer of the discriminators, as in the official code
         w_hard:float=0.,           # Weight of the labels, 0 or above
@@ -54,6 +55,7 @@ class MEAL(Distill):
         views:int=1,               # Different epochs that `cache_targets` stores
         seed:int=42,               # Seed of the augmentation that `cache_targets` repeats
         cache_dir=None,            # Folder of `cache_targets`; None: `meal_targets` in the learner's path
+        batch_stats:bool=False,    # Teachers normalise by the statistics of the batch, as in the official code
         trust:bool=False,          # Unpickle exported learners
     ):
         one = isinstance(teachers, (str,Path,nn.Module,Learner))
@@ -79,7 +81,11 @@ def check_args(self:MEAL, teachers):
     one_of('MEAL', ['joint','grl','alternate',None], adversarial=self.adversarial)
     one_of('MEAL', ['avg','max'], space=self.space)
     one_of('MEAL', ['mean','max'], channels=self.channels)
-    check_not_negative('MEAL', w_adv=self.w_adv, w_hard=self.w_hard, lr_disc=self.lr_disc)
+    one_of('MEAL', [*DISC_STYLES], disc=self.disc)
+    check_not_negative('MEAL', w_adv=self.w_adv, w_hard=self.w_hard, lr_disc=self.lr_disc or 0)
+    if self.lr_disc is not None and DISC_STYLES[self.disc].share is not None:
+        found = f'`lr_disc` is {self.lr_disc}, but the discriminators of disc={self.disc!r} follow the student'
+        raise ValueError(f"MEAL: {found}: leave `lr_disc` out, or train them with disc='own'.")
     check_count(reduce=self.reduce, views=self.views)
 
 @patch
@@ -100,7 +106,7 @@ def add_taps(self:MEAL):
     place_teachers(self.teachers, self.learn)
     how = dict(space=self.space, channels=self.channels)
     self.student_taps = Taps(self.net, self.paths, self.sizes, **how)
-    how |= dict(choose=self.choose, T=self.T, multi=self.multi)
+    how |= dict(choose=self.choose, T=self.T, multi=self.multi, batch_stats=self.batch_stats)
     self.tapped_teachers = TappedTeachers(self.teachers, self.teacher_paths, self.sizes, **how)
 
 @patch
@@ -147,7 +153,8 @@ def setup(self:MEAL):
     model.adversary = None
     if self.adversarial:
         dims = [*self.sizes,self.n_out]
-        model.adversary = Adversary(dims, self.lr_disc, self.reduce, self.last_relu).to(x.device)
+        lr = 1e-3 if self.lr_disc is None else self.lr_disc
+        model.adversary = Adversary(dims, lr, self.reduce, self.last_relu, self.disc).to(x.device)
     self.ready_model = model
 
 # %% ../../nbs/29_meal.callback.ipynb #mc-check-learn
@@ -201,6 +208,7 @@ def open_cache(self:MEAL)->TargetCache:
     teachers = [_teacher_key(t, p) for t,p in zip(self.teachers, self.teacher_paths)]
     key = dict(seed=self.seed, choose=self.choose, T=self.T, multi=self.multi, teachers=teachers)
     key |= dict(space=self.space, channels=self.channels, sizes=self.sizes)
+    if self.batch_stats: key['batch_stats'] = True # files of answers in evaluation mode have no such entry
     key |= dict(vocab=data_vocab(self.learn.dls), rank=rank_distrib(), mix=_mix_key(self.mixer))
     folder = self.cache_dir or Path(self.learn.path)/'meal_targets'
     n_answers = len(self.teachers) if self.choose=='each' else 1
@@ -293,6 +301,7 @@ def losses(self:MEAL)->dict:
     parts = dict(sim=self.block_loss(maps, z, self.targets, self.multi))
     if self.adversarial:
         answered = [torch.stack(o) for o in zip(*[t.blocks for t in self.targets])]
+        self.net.adversary.follow(self.learn.opt.hypers[-1]['lr']) # the rate that the recorder writes down
         parts['adv'],parts['disc'] = self.net.adversary.update([*maps,z], answered, self.adversarial, self.w_adv)
     if self.w_hard: parts['hard'] = self.label_loss(z)
     return parts
@@ -301,7 +310,8 @@ def losses(self:MEAL)->dict:
 @patch(cls_method=True)
 def v2(cls:MEAL, teachers, **kwargs):
     "MEAL V2: the mean of the teachers' softmax, final outputs only, one discriminator that reduces by 8"
-    recipe = dict(choose='mean', taps=0, reduce=8, lr_disc=1e-4)
+    recipe = dict(choose='mean', taps=0, reduce=8)
+    if kwargs.get('disc', 'own')=='own': recipe['lr_disc'] = 1e-4
     return cls(teachers, **recipe | kwargs)
 
 @patch

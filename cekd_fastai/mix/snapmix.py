@@ -50,10 +50,11 @@ class SnapMix(Mix):
         prob:float=1.,        # Share of batches, or of samples, that are mixed
         same_label:bool=True, # Give pairs with the same label the summed weight, twice
         two_draws:bool=True,  # Draw the sizes of the two boxes independently
+        official:bool=False,  # Maps from a pass that counts in batch normalisation, rectified: as in the authors' code
         **kwargs
     ):
         super().__init__(alpha, prob, **kwargs)
-        store_attr('same_label,two_draws')
+        store_attr('same_label,two_draws,official')
 
 # %% ../../nbs/17_mix.snapmix.ipynb #snap-draw
 @patch
@@ -78,10 +79,14 @@ def maps(self:SnapMix,
         raise ValueError("`SnapMix` weighs labels by where a network looks, but it belongs to no learner: "
             "pass it to one in `cbs`.")
     model = unwrap_model(self.learn.model)
-    in_step = self.features is not None and torch.is_grad_enabled()
+    in_step = torch.is_grad_enabled()
     with amp_context(self.learn): # a batch is mixed before the step's own autocast begins
-        if in_step: return model.cam([f.detach() for f in self.features(x)], y)
-        return model_cam(model, x, y)
+        own_pass = partial(model_cam, model, x, y, rectify=self.official)
+        if not in_step: return own_pass()
+        if self.features is None: return own_pass(training=self.official)
+        feats = [f.detach() for f in self.features(x)]
+        if self.official: feats = [f.relu() for f in feats]
+        return model.cam(feats, y)
 
 @patch
 def weigh(self:SnapMix, x, y, rec):

@@ -10,7 +10,7 @@ __all__ = ['Diversity', 'diversity']
 # %% ../../nbs/32_online.diversity.ipynb #imports
 import pandas as pd
 from fastai.vision.all import *
-from ..core import unwrap_model
+from ..core import eval_mode,unwrap_model
 from ..branches import BranchNet,branch_accuracy,branch_preds
 
 # %% ../../nbs/32_online.diversity.ipynb #dv-pairs
@@ -91,18 +91,36 @@ def _repr_html_(self:Diversity): return self.table().to_html(float_format='{:.3f
 def __repr__(self:Diversity): return self.table().to_string(float_format='{:.3f}'.format)
 
 # %% ../../nbs/32_online.diversity.ipynb #dv-learn
+@torch.no_grad()
+def _as_trained(model, dl):
+    "Logits of every branch with labels of its own, as in training, shape (n, N, n*K)"
+    device = next(model.parameters()).device
+    with eval_mode(model):
+        batches = (to_device(b[0], device).as_subclass(Tensor) for b in dl)
+        logits = [model.branch_forward(x)[0].float().cpu() for x in batches]
+    return torch.cat(logits, 1)
+
 def diversity(
-    learn:Learner,  # A learner of a network with branches
-    dl=None,        # Data to measure on, the validation set by default
+    learn:Learner,     # A learner of a network with branches
+    dl=None,           # Data to measure on, the validation set by default
+    joint:bool=False,  # Distance over the labels that the branches have of their own, as in the code of CSS; False: over classes
 )->Diversity:
-    "Distance, disagreement and gain of the branches, from one pass over the data"
+    "Distance, disagreement and gain of the branches"
     model = unwrap_model(learn.model)
     if not isinstance(model, BranchNet):
         raise ValueError(f"`diversity` compares branches, but the model is a `{type(model).__name__}`: "
             "make the learner with `branch_learner` or `online_learner`.")
-    whole,each,y = branch_preds(learn, learn.dls.valid if dl is None else dl)
+    if joint and not model.own_labels:
+        raise ValueError(f"`joint` is for branches with labels of their own, but those of `{type(model).__name__}` have "
+            "none: leave it out.")
+    dl = learn.dls.valid if dl is None else dl
+    whole,each,y = branch_preds(learn, dl)
     predicting = getattr(model, 'predicting', slice(None)) # CSS may predict with one of its two networks
-    return Diversity(whole, each[predicting], y)
+    res = Diversity(whole, each[predicting], y)
+    if joint:
+        p = _as_trained(model, dl)[predicting].softmax(-1)
+        res.distances = _pairs(_distance, p)
+    return res
 
 # %% ../../nbs/32_online.diversity.ipynb #dv-plot
 def _plot_distances(ax, distances):

@@ -6,7 +6,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/online.gates.html.md"""
 
 # %% auto #0
 __all__ = ['GATES', 'CD_FORMS', 'MeanGate', 'Maps', 'SafeBN', 'ONEGate', 'FFMGate', 'FAUGate', 'FusionGate', 'LeaderGate',
-           'classifier_weight', 'cd_loss', 'GateNet', 'gate_splitter', 'gate_net']
+           'classifier_weight', 'cd_loss', 'GateNet', 'gate_splitter', 'gate_apart', 'gate_net']
 
 # %% ../../nbs/30_online.gates.ipynb #imports
 from fastai.vision.all import *
@@ -104,7 +104,8 @@ class FAUGate(MeanGate):
         x = _shared(feats, self.name)
         seen = sum(conv(x) for conv in self.convs)
         squeezed = self.squeeze(_gap(seen))
-        return torch.stack([score(squeezed) for score in self.scores]).softmax(0)
+        scores = [score(squeezed) for score in self.scores]
+        return torch.stack(scores).softmax(0)
 
 # %% ../../nbs/30_online.gates.ipynb #fusion
 class FusionGate(MeanGate):
@@ -203,7 +204,7 @@ class GateNet(BranchNet):
         shared = self.run_trunk(self.trunk, x)
         feats = Maps(branch(shared) for branch in self.branches)
         feats.shared = shared
-        return torch.stack([head(f) for head,f in zip(self.heads, feats)]), feats
+        return self.branch_logits(feats),feats
 
     def ensemble(self, logits, feats):
         "Logits (B, K) of the gate, from what `branch_forward` gives"
@@ -230,6 +231,13 @@ def gate_splitter(
     last = params(model.heads)+params(model.gate)
     return L(params(model.trunk), params(model.branches), last).filter(len)
 
+def gate_apart(
+    model:GateNet, # The network
+)->L:
+    "The same groups, with the gate as one of its own at the end, for a weight decay of its own"
+    groups = (model.trunk,model.branches,model.heads,model.gate)
+    return L(params(m) for m in groups).filter(len)
+
 # %% ../../nbs/30_online.gates.ipynb #pick
 @patch
 def subnet(self:GateNet,
@@ -239,7 +247,9 @@ def subnet(self:GateNet,
     if which is None and isinstance(self.gate, LeaderGate): which = self.n_branches-1
     if which is None: return self
     res = BranchNet.subnet(self, which)
-    if res.recipe: res.recipe = {k:v for k,v in res.recipe.items() if k!='gate'} | dict(build='branch_net')
+    if res.recipe:
+        plain = {k:v for k,v in res.recipe.items() if k!='gate'}
+        res.recipe = plain | dict(build='branch_net')
     return res
 
 @patch
@@ -262,7 +272,8 @@ def _weighed_cams(heads, feats, weights, y):
         maps = [cam(h, f, y) for h,f in zip(heads, feats)]
         return sum(w[...,None]*m for w,m in zip(weights, maps))
     if not y.is_floating_point(): y = F.one_hot(y, n_weights).float()
-    return sum(cam(h, f, y*w) for h,f,w in zip(heads, feats, weights))
+    maps = [cam(h, f, y*w) for h,f,w in zip(heads, feats, weights)]
+    return sum(maps)
 
 # %% ../../nbs/30_online.gates.ipynb #build
 @torch.no_grad()
@@ -272,7 +283,8 @@ def _channels(net):
     with eval_mode(net):
         shared = net.trunk(x)
         logits,feats = net.branch_forward(x)
-    return dict(c=feats[0].shape[1], c_shared=shared.shape[1], n_out=logits.shape[-1])
+    c,c_shared = feats[0].shape[1],shared.shape[1]
+    return dict(c=c, c_shared=c_shared, n_out=logits.shape[-1])
 
 @delegates(branch_net, keep=True)
 @register_builder
@@ -288,4 +300,5 @@ def gate_net(
     "A `GateNet` around any convolutional backbone"
     make_gate = lookup('gate', gate, GATES)
     net = branch_net(arch, n_out, n_branches, split, freeze_bn, **kwargs)
-    return GateNet(net.trunk, net.branches, net.heads, make_gate(n_branches, **_channels(net)), freeze_bn)
+    gate = make_gate(n_branches, **_channels(net))
+    return GateNet(net.trunk, net.branches, net.heads, gate, freeze_bn)
