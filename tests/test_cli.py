@@ -70,6 +70,7 @@ def test_writes(done):
     assert len(res['branches'])==2 and 0<=res['accuracy']<=1 and res['args']['mix']=='cutmix' and res['versions']['torch']
     assert min(res[k] for k in ('seconds','images_per_s','peak_memory_gb','valid_loss'))>0
     assert f"accuracy {res['accuracy']:.1%}" in text
+    assert f'written to {out}: result.json, history.csv, report.png, model.pkl, model.pt' in text
     head,*rows = (out/'history.csv').read_text().splitlines()
     assert head=='epoch,train_loss,valid_loss,accuracy,ce_mix,cross,ce_clean' and len(rows)==2
     assert (out/'report.png').read_bytes()[:4]==b'\x89PNG'
@@ -78,8 +79,71 @@ def test_help(started):
     "It comes without a warning, in particular torch's of fastai's `torch.jit.script`."
     p = started[1]['help']
     text,err = p.communicate(timeout=300)
-    assert p.returncode==0 and '--dry-run' in text and 'cekd-cub-resnet101' in text
-    assert 'FutureWarning' not in err
+    assert p.returncode==0 and err==''
+    assert re.findall(r'^(\w+):$', text, re.M)==['options','data','method','mix','network','training','output','examples']
+    examples = text.partition('examples:\n')[2].splitlines()
+    assert len(examples)==3 and all(o.startswith('  cekd-train --') for o in examples)
+    for o in ('--crop-to-box', '--method-args str [str ...]', '(default: resnet18)', '--precision', '--dry-run'): assert o in ' '.join(text.split())
+
+def test_examples_of_the_help_are_read():
+    from cekd_fastai.cli import cli_parser,given
+    for line in cli_parser().epilog.splitlines()[1:]:
+        words = line.split('   ')[0].split()
+        assert set(given(words[1:]))=={o[2:].replace('-', '_') for o in words if o.startswith('--')}
+
+def light(*args, start=(exe,)):
+    "Run the command in a process of its own, which must not import torch, fastai or numpy; its exit code and what it wrote"
+    p = subprocess.run([sys.executable, '-X', 'importtime', *start, *map(str, args)], capture_output=True, text=True, env=env, timeout=100)
+    lines = p.stderr.splitlines()
+    names = {o.rpartition('|')[2].strip() for o in lines if o.startswith('import time:')}
+    assert 'cekd_fastai.recipes' in names and not names & {'torch','fastai','numpy','matplotlib','timm'}
+    return p.returncode,p.stdout,'\n'.join(o for o in lines if not o.startswith('import time:'))
+
+slips = [(['--epohcs', 3], 2, 'there is no option --epohcs (did you mean --epochs?)'), (['--epochs', '3x'], 2, 'invalid int value'),
+    (['--method', 'cedk'], 1, "There is no --method 'cedk'; did you mean 'cekd'?"), (['--mix', 'snapmux'], 1, "did you mean 'snapmix'"),
+    (['--precision', 'fp61'], 1, "did you mean 'fp16'"), (['--schedule', 'step'], 1, "did you mean 'steps'"), (['--opt', 'q'], 1, 'choose from adam, sgd'),
+    (['--recipe', 'cekd-cub-resnet10'], 1, "did you mean 'cekd-cub-resnet101'"), (['--data', 'sinthetic'], 1, "did you mean 'synthetic'"),
+    (['--data', 'not/there'], 1, 'There is no folder'), (['--data', Path(__file__).parent, '--out', Path(__file__).parent/'run'], 1, 'lies among the pictures')]
+
+@pytest.mark.parametrize('args,code,says', slips)
+def test_a_slip_is_answered_before_torch_is_loaded(args, code, says):
+    rc,text,err = light(*args)
+    assert rc==code and text=='' and says in err and len(err.splitlines())==1 and err.startswith('cekd-train: ')
+
+def test_as_a_module():
+    rc,text,err = light('--version', start=('-m','cekd_fastai.cli'))
+    assert rc==0 and text.startswith('cekd_fastai 0.')
+    assert light('--mix', 'x', start=('-m','cekd_fastai.cli'))[0]==1
+
+@pytest.mark.parametrize('kind,line', [('methods','okddip     peers'),('mixes','snapmix    '),('recipes','cekd-cub-resnet101             cub, resnet101, 200 epochs, published: 89.59 %')])
+def test_lists_without_torch(kind, line):
+    rc,text,err = light('--list', kind)
+    assert rc==0 and err=='' and any(o.startswith(line) for o in text.splitlines())
+
+@pytest.mark.parametrize('kind,names', [('benchmarks',('cub','cifar100','synthetic')),('backbones',('resnet50','convnext_tiny','vit_b_16','cifar_resnet110'))])
+def test_lists_of_the_libraries(kind, names, here):
+    p = here('--list', kind)
+    assert p.returncode==0 and set(names) <= {o.split()[0] for o in p.stdout.splitlines()}
+
+def test_a_list_that_nobody_reads_to_the_end():
+    "as in `cekd-train --list backbones | head -1`: more than a pipe holds"
+    p = command('--list', 'backbones')
+    assert p.stdout.readline().strip()
+    p.stdout.close()
+    assert p.wait(timeout=100)==0 and 'BrokenPipe' not in p.stderr.read()
+
+def test_unknown_list():
+    rc,_,err = light('--list', 'birds')
+    assert rc==2 and "'methods', 'mixes', 'benchmarks', 'recipes', 'backbones'" in err
+
+@pytest.mark.skipif(os.name=='nt', reason='Windows has no SIGINT for one process')
+def test_interrupt_while_loading(tmp_path):
+    "Ctrl-C in the seconds in which torch and fastai are loaded is no traceback; a fastai that interrupts stands in for the user."
+    (tmp_path/'fastai').mkdir()
+    (tmp_path/'fastai'/'__init__.py').write_text('import os,signal,time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n')
+    path = os.pathsep.join([str(tmp_path), env.get('PYTHONPATH', '')])
+    p = subprocess.run([exe, '--dry-run'], capture_output=True, text=True, env=env|dict(PYTHONPATH=path), timeout=100)
+    assert p.returncode==130 and 'cekd-train: interrupted' in p.stderr and 'Traceback' not in p.stderr
 
 def test_make_train_is_quiet():
     "`make train` imports the room that runs an experiment before fastai, so that torch's warning is filtered there too."
