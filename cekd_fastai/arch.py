@@ -50,6 +50,7 @@ def _joints():
 def _try(head, feat):
     "Output of `head`, None if it does not fit the map"
     try: return head(feat)
+    except torch.OutOfMemoryError: raise # which says nothing about the network
     except (RuntimeError,TypeError,ValueError,NotImplementedError): return None
 
 def _find_head(rest, feat, want):
@@ -85,6 +86,7 @@ def chain(
         try:
             want = model(x)
             parts,heights,rest = _chain_parts(model, x)
+        except torch.OutOfMemoryError: raise
         except (RuntimeError,TypeError,ValueError,NotImplementedError,AttributeError,IndexError) as e:
             why = 'its children do not run one after the other, with a spatial map between them'
             raise _not_a_chain(name, why) from e

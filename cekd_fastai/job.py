@@ -13,7 +13,9 @@ import tempfile,warnings
 with warnings.catch_warnings():
     warnings.filterwarnings('ignore', r'`torch\.jit\.script` is', FutureWarning, r'torch\.jit\._script')
     from fastai.vision.all import *
-from . import synthetic # registers itself as a benchmark
+from contextlib import nullcontext
+# this room registers itself as a benchmark
+from . import synthetic # chkstyle: ignore
 from .core import lookup
 from .drawing.dataset import make_birds
 from .data.table import RECIPES
@@ -21,8 +23,7 @@ from .data.benchmarks import BENCHMARKS
 from .data.loaders import fine_grained_dls
 from .learner import branch_learner
 from .deploy import deploy
-from .train import RESULTS,check_used
-from .safely import kept_run
+from .train import RESULTS,build,check_used,out_folder,save_run,train
 from .recipes import PAPER_RUNS
 
 # %% ../nbs/42a_job.ipynb #recipe-code
@@ -34,7 +35,10 @@ def with_recipe(
     "Arguments of the recipe that `args` names, with those that were given, or differ from the defaults, kept"
     args = dict(args)
     if args['recipe'] is None: return args
-    return args | {k:v for k,v in lookup('recipe', args['recipe'], PAPER_RUNS).items() if k=='published' or k not in said and args[k]==own[k]}
+    for k,v in lookup('recipe', args['recipe'], PAPER_RUNS).items():
+        chosen = k in said or args.get(k)!=own.get(k)
+        if not chosen: args[k] = v
+    return args
 
 # %% ../nbs/42a_job.ipynb #cmd-run
 def _say(res, published, out):

@@ -9,7 +9,7 @@ __all__ = ['MIXES', 'sgd', 'nesterov', 'OPTS', 'METHODS', 'RESULTS', 'named_valu
            'evaluate', 'peak_memory', 'about', 'all_or_none', 'save_run', 'out_folder', 'check_used', 'check_args']
 
 # %% ../nbs/41_train.ipynb #imports
-import ast,json,platform,shutil,time,warnings
+import ast,json,platform,shutil,tempfile,time,warnings
 from fastai.vision.all import *
 from contextlib import nullcontext
 from fastai.callback.channelslast import ChannelsLast
@@ -150,15 +150,15 @@ class Steps:
 def _processes(): return int(os.environ.get('WORLD_SIZE', 1))
 
 def _rates(learn, a):
-    "One learning rate from random weights, otherwise one for each parameter group: trunk, branches, heads and what follows"
+    "One learning rate from random weights, otherwise one for each parameter group, the heads last"
     if a.no_pretrained and not a.weights: return a.lr
     n_groups = len(learn.splitter(learn.model))
-    n_old = min(2, n_groups-1)
-    return [a.lr]*n_old + [a.lr*a.head_lr]*(n_groups-n_old)
+    return [a.lr]*(n_groups-1) + [a.lr*10]
 
 def train(
     learn:Learner, # From `build`
     args:dict,     # Arguments of `cekd_train`
+    cbs=(),        # Further callbacks of this fit, e.g. a `Checkpoint`
 )->float:          # Seconds
     "Fit the learner with the schedule that the arguments name"
     a = SimpleNamespace(**args)
@@ -167,9 +167,9 @@ def train(
     lrs = _rates(learn, a)
     with learn.distrib_ctx() if _processes()>1 else nullcontext():
         if a.schedule=='steps':
-            steps = Steps(lrs, a.epochs, a.milestones, a.warmup, a.stairs)
-            learn.fit(a.epochs, cbs=ParamScheduler(dict(lr=steps)))
-        else: learn.fit_one_cycle(a.epochs, lrs)
+            steps = Steps(lrs, a.epochs, a.milestones, a.warmup)
+            learn.fit(a.epochs, cbs=[ParamScheduler(dict(lr=steps)),*cbs])
+        else: learn.fit_one_cycle(a.epochs, lrs, cbs=list(cbs))
     return time.perf_counter()-start
 
 # %% ../nbs/41_train.ipynb #res-code
@@ -217,8 +217,8 @@ def all_or_none(
     out, # The folder for results
 ):
     "A folder for new results, which replace those in `out` if the work inside succeeds, `result.json` last"
-    tmp = Path(out)/f'.unfinished-{os.getpid()}'
-    tmp.mkdir()
+    for f in Path(out).glob('.unfinished-*'): shutil.rmtree(f, ignore_errors=True) # a killed run has left it
+    tmp = Path(tempfile.mkdtemp(prefix='.unfinished-', dir=out))
     try:
         yield tmp
         for n in RESULTS: (out/n).unlink(missing_ok=True)
@@ -339,3 +339,4 @@ def check_args(
     check_above('training', lr=a.lr)
     check_used(a)
     _check_machine(a)
+    if math.isinf(a.lr): raise ValueError('--lr is inf, but a learning rate is a finite number.')

@@ -135,12 +135,12 @@ def _surrogate(values, grads, blocks):
 def opt_step(self:Adversary,
     grads:list, # One gradient for each parameter
 ):
-    "Step the discriminators' optimiser, with the mean gradient of all processes"
-    for p,g in zip(self.nets.parameters(), grads):
-        if num_distrib()>1:
-            torch.distributed.all_reduce(g)
-            g = g/num_distrib()
-        p.grad = g
+    "Step the discriminators' optimiser, with the mean gradient of all processes; one that is not finite counts as 0"
+    if num_distrib()>1:
+        for g in grads: torch.distributed.all_reduce(g)
+        grads = [g/num_distrib() for g in grads]
+    ok = torch.stack([g.abs().max() for g in grads]).max()<math.inf # stays on the device
+    for p,g in zip(self.nets.parameters(), grads): p.grad = torch.where(ok, g, 0.)
     self.opt.step()
     self.opt.zero_grad()
 
