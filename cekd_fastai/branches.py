@@ -15,7 +15,8 @@ from contextlib import nullcontext
 from torch.utils.checkpoint import checkpoint
 from .core import eval_mode,unwrap_model,write_whole
 from .cam import cam
-from .arch import chain,make_arch,new_head,split_at
+from .arch import make_arch,new_head
+from .graph import divide
 
 # %% ../nbs/20_branches.ipynb #bn-code
 class BranchNet(nn.Module):
@@ -174,10 +175,6 @@ def register_builder(
     return _f
 
 # %% ../nbs/20_branches.ipynb #build-net
-def _named(parts):
-    "A sequence of `(name, module)` pairs that keeps the names"
-    return nn.Sequential(OrderedDict((n.replace('.', '_'),m) for n,m in parts))
-
 @delegates(make_arch)
 @register_builder
 def branch_net(
@@ -188,15 +185,14 @@ def branch_net(
     freeze_bn:bool=False, # Keep the statistics of batch normalisation in training
     **kwargs
 )->BranchNet:
-    "A `BranchNet` around any convolutional backbone"
+    "A `BranchNet` around any backbone"
     if n_branches<1: raise ValueError(f"`n_branches` is {n_branches}, but a network needs at least one branch.")
     model,name = make_arch(arch, **kwargs)
-    parts,heights,head = chain(model, name)
-    i = split_at(parts, heights, split, name)
-    stage = _named(parts[i:])
+    if getattr(model, 'num_classes', None)==0: model.reset_classifier(n_out) # it came without a classifier
+    trunk,stage,head = divide(model, name, split)
     copies = [deepcopy(stage) for _ in range(n_branches-1)]
     heads = [new_head(head, n_out, name) for _ in range(n_branches)]
-    return BranchNet(_named(parts[:i]), [stage,*copies], heads, freeze_bn)
+    return BranchNet(trunk, [stage,*copies], heads, freeze_bn)
 
 # %% ../nbs/20_branches.ipynb #bn-each
 def _ensemble_and_each(model, x):
