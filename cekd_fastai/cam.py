@@ -66,7 +66,7 @@ def map_kind(
     if not isinstance(feat, Tensor) or feat.ndim not in (3,4): return None
     if feat.ndim==3:
         n = feat.shape[1]
-        return first(p for p in range(min(n, 17)) if _fits(n-p, h, w))
+        return first(p for p in range(min(n, 10)) if _fits(n-p, h, w))
     a,b,c = feat.shape[1:]
     if a*w==b*h and b*w!=c*h: return 'NHWC'
     return 'NCHW'

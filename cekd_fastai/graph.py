@@ -127,9 +127,17 @@ def _split_at(parts, heights, split, name):
     return split_at(parts, heights, split, name)
 
 # %% ../nbs/19b_graph.ipynb #head-code
-def _head(model, kind):
+_faults = (RuntimeError,TypeError,ValueError,NotImplementedError,AttributeError,IndexError,KeyError)
+
+def _written(model, name, method):
+    "The steps of a method of a model, or one sentence why there are none"
+    try: return trace(model, method)
+    except _faults as e:
+        raise not_a_chain(name, f'its steps cannot be written down ({str(e).splitlines()[0]})') from e
+
+def _head(model, name, kind):
     "From the last map to logits"
-    res = Mapped(trace(model, 'forward_head'), [kind], [None])
+    res = Mapped(_written(model, name, 'forward_head'), [kind], [None])
     own = L(model.get_classifier())
     res.classifiers = [k for k,m in res.named_modules() if any(m is o for o in own)]
     return res
@@ -140,7 +148,7 @@ def _by_steps(model, name, split):
     x = trial_images(model)
     size = x.shape[-2:]
     with eval_mode(model):
-        steps = trace(model, 'forward_features')
+        steps = _written(model, name, 'forward_features')
         watch = _Watch(steps)
         feat = watch.run(x)
         kind = map_kind(feat, *size)
@@ -150,13 +158,11 @@ def _by_steps(model, name, split):
         i = _split_at(parts, heights, split, name)
         if i==len(parts): trunk,stage = Mapped(steps, [None], [kind]),nn.Sequential()
         else: trunk,stage = _cut(steps, watch.seen, found[i-1][0], size)
-        head = _head(model, kind)
+        head = _head(model, name, kind)
         if not same_logits(head(stage(trunk(x))), model(x)): raise not_a_chain(name, 'its parts compute something else')
     return trunk,stage,head
 
 # %% ../nbs/19b_graph.ipynb #div-code
-_faults = (RuntimeError,TypeError,ValueError,NotImplementedError,AttributeError,IndexError,KeyError)
-
 def _named(parts):
     "A sequence of `(name, module)` pairs that keeps the names"
     return nn.Sequential(OrderedDict((n.replace('.', '_'),m) for n,m in parts))
@@ -176,8 +182,10 @@ def divide(
     if has_steps and getattr(model, 'output_fmt', 'NCHW')=='NHWC': return _by_steps(model, name, split)
     try: whole = chain(model, name)
     except ValueError:
+        if has_steps: return _by_steps(model, name, split)
+        raise
+    try: return _as_chain(*whole, split, name)
+    except ValueError as fault: # no such part, or none left for the trunk: its steps may be finer
         if not has_steps: raise
-    else: return _as_chain(*whole, split, name)
-    try: return _by_steps(model, name, split)
-    except ValueError: raise
-    except _faults as e: raise not_a_chain(name, f'its steps cannot be written down ({str(e).splitlines()[0]})') from e
+        try: return _by_steps(model, name, split)
+        except _faults: raise fault
