@@ -9,7 +9,7 @@ __all__ = ['CIFAR_ARCHS', 'same_logits', 'not_a_chain', 'trial_images', 'chain',
            'load_weights', 'make_arch']
 
 # %% ../nbs/19_arch.ipynb #imports
-import timm,torchvision
+import inspect,timm,torchvision
 from fastai.vision.all import *
 from safetensors.torch import load_file
 from timm.models.resnet import BasicBlock,Bottleneck,downsample_conv
@@ -262,15 +262,33 @@ def _without_parts(sd, known, parts):
     prefixes = tuple(f'{o}.' for o in parts)
     return {k:v for k,v in sd.items() if k in known or not k.startswith(prefixes)}
 
+def _with_counters(sd, own):
+    "`sd` with the counters of batch normalisation, if it has none at all, as files of other frameworks"
+    counters = {k:v for k,v in own.items() if k.endswith('num_batches_tracked')}
+    if not counters or any(k.endswith('num_batches_tracked') for k in sd): return sd
+    rest = {k:v.shape for k,v in own.items() if k not in counters}
+    by_position = sd.keys()!=rest.keys() and [v.shape for v in sd.values()]==list(rest.values())
+    return counters | (dict(zip(rest, sd.values())) if by_position else sd)
+
+def _with_own_classifier(sd, own, model):
+    "`sd` with the classifier of `model`, where its own is missing or has another size"
+    mine = tuple(f'{k}.' for k in _classifiers(model))
+    def fits(k, v): return not k.startswith(mine) or k in own and own[k].shape==v.shape
+    sd = {k:v for k,v in sd.items() if fits(k, v)}
+    return {k:v for k,v in own.items() if k.startswith(mine)} | sd
+
 def load_weights(
     model:nn.Module, # The network to fill
     file,            # Checkpoint with a state dict: torch file or safetensors
+    but_classifier:bool=False, # Let the classifier stay as it is where the file has none of its size?
 )->nn.Module:
     "Load a local checkpoint by name, or by position where names differ and all shapes agree"
     own = model.state_dict()
     sd = _without_parts(_read_weights(file), own, getattr(model, 'optional_parts', ()))
+    sd = _with_counters(sd, own)
     shapes = [v.shape for v in own.values()]
     if sd.keys()!=own.keys() and [v.shape for v in sd.values()]==shapes: sd = dict(zip(own, sd.values()))
+    if but_classifier: sd = _with_own_classifier(sd, own, model)
     wrong = [k for k,v in own.items() if k not in sd or sd[k].shape!=v.shape]
     wrong += [k for k in sd if k not in own]
     if wrong:
@@ -284,30 +302,43 @@ def load_weights(
 def _tv_names(): return torchvision.models.list_models(module=torchvision.models)
 def _all_names(): return [n.split('.')[0] for n in timm.list_models()] + _tv_names() + list(CIFAR_ARCHS)
 
+def _call(f, pretrained, **kwargs):
+    "What a function of the user builds; it is told `pretrained` if it takes that and does not hold it already"
+    takes = 'pretrained' in inspect.signature(f).parameters or getattr(f, '__module__', '').startswith('timm.models.')
+    told = takes and 'pretrained' not in getattr(f, 'keywords', {})
+    return f(**(dict(pretrained=pretrained) if told else {}), **kwargs)
+
+def _by_name(name, pretrained, **kwargs):
+    "The classifier that `name` names, None if there is none"
+    if name in CIFAR_ARCHS: return cifar_net(name, pretrained, **kwargs)
+    if timm.is_model(name.split('.')[0]): return timm.create_model(name, pretrained=pretrained, **kwargs)
+    if name in _tv_names(): return _torchvision(name, pretrained, **kwargs)
+
+def _torchvision(name, pretrained, **kwargs):
+    weights = 'DEFAULT' if pretrained else None
+    return torchvision.models.get_model(name, weights=weights, **kwargs)
+
 def _make(arch, pretrained, **kwargs):
     "The classifier that `arch` names or builds, and its name"
     if isinstance(arch, nn.Module): return arch,type(arch).__name__
-    by_name = isinstance(arch, str)
-    name = arch if by_name else getattr(arch, '__name__', str(arch))
-    if by_name and name in CIFAR_ARCHS: return cifar_net(name, pretrained, **kwargs),name
-    if by_name and timm.is_model(name.split('.')[0]):
-        model = timm.create_model(name, pretrained=pretrained, **kwargs)
-        return model,name
-    if name in _tv_names():
-        weights = 'DEFAULT' if pretrained else None
-        return torchvision.models.get_model(name, weights=weights, **kwargs),name
-    if callable(arch): return arch(**kwargs),name
-    raise ValueError(f"There is no architecture `{name}` in timm or torchvision; {near_hint(name, _all_names())}")
+    name = arch if isinstance(arch, str) else getattr(arch, '__name__', str(arch))
+    if not callable(arch):
+        res = _by_name(name, pretrained, **kwargs)
+        if res is not None: return res,name
+        raise ValueError(f"There is no architecture `{name}` in timm or torchvision; {near_hint(name, _all_names())}")
+    of_torchvision = getattr(arch, '__module__', '').startswith('torchvision.') and name in _tv_names()
+    return (_torchvision(name, pretrained, **kwargs) if of_torchvision else _call(arch, pretrained, **kwargs)),name
 
 # %% ../nbs/19_arch.ipynb #build-make
 def make_arch(
     arch,                 # Name in timm or torchvision, a function that builds a model, or an `nn.Module`
     pretrained:bool=True, # Download ImageNet weights; ignored with `weights` or a module
     weights=None,         # Local checkpoint to load instead
-    **kwargs              # Passed to the function that builds the model, e.g. `pad_type='same'`
+    **kwargs              # Passed to the function that builds the model, e.g. `pad_type='same'`, `img_size=96` of a transformer, or `n_in=1`
 )->tuple:                 # The classifier and its name
     "Build a backbone, with weights from the hub, from a file, or at random"
     download = pretrained and weights is None
+    if 'n_in' in kwargs: kwargs['in_chans'] = kwargs.pop('n_in') # as fastai calls it
     try: model,name = _make(arch, download, **kwargs)
     except TypeError as e:
         if not kwargs: raise
@@ -317,5 +348,5 @@ def make_arch(
         why = f"The weights of `{arch}` could not be downloaded ({type(e).__name__})"
         remedy = "pass `weights=` with a local checkpoint, or `pretrained=False` to start from random weights"
         raise ConnectionError(f"{why}: {remedy}.") from e
-    if weights is not None: load_weights(model, weights)
+    if weights is not None: load_weights(model, weights, but_classifier=True)
     return model,name

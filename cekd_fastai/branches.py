@@ -143,11 +143,11 @@ def branch_splitter(
 BUILDERS = {}
 
 def _plain(o):
-    "`o` as plain data, names in place of torchvision's functions; `ValueError` if it is something else"
+    "`o` as plain data, names in place of the functions of timm and torchvision; `ValueError` if it is something else"
     if o is None or isinstance(o, (str,int,float,bool)): return o
     if isinstance(o, (list,tuple)): return type(o)(_plain(v) for v in o)
     if isinstance(o, dict): return {k:_plain(v) for k,v in o.items()}
-    if inspect.isfunction(o) and o.__module__.startswith('torchvision.models.'): return o.__name__
+    if inspect.isfunction(o) and o.__module__.startswith(('torchvision.models.','timm.models.')): return o.__name__
     raise ValueError(f"`{o}` is not plain data.")
 
 def _arguments(f, *args, **kwargs):
