@@ -18,7 +18,7 @@ from cekd_fastai.arch import chain,make_arch,trial_images
 from cekd_fastai.branches import branch_net,load_net,save_net
 from cekd_fastai.cam import model_cam
 from cekd_fastai.cekd import CEKD
-from cekd_fastai.graph import divide
+from cekd_fastai.graph import divide,last_layer
 from cekd_fastai.learner import branch_learner
 from cekd_fastai.mix.snapmix import SnapMix
 from common import here
@@ -41,9 +41,8 @@ def smallest(family):
 def with_head_of(model, net):
     "`model` with the classifier of the only branch of `net`"
     names = getattr(net.heads[0], 'classifiers', None)
-    layers = (nn.Linear,nn.Conv2d)
-    new = [net.heads[0].get_submodule(o) for o in names] if names else [[m for m in net.heads[0].modules() if isinstance(m, layers)][-1]]
-    old = L(model.get_classifier()) if names else [[m for m in model.modules() if isinstance(m, layers)][-1]]
+    new = [net.heads[0].get_submodule(o) for o in names] if names else [last_layer(net.heads[0])]
+    old = [last_layer(o) for o in L(model.get_classifier())] if names else [last_layer(model)]
     for a,b in zip(old, new): a.load_state_dict(b.state_dict())
     return model.eval()
 
@@ -127,7 +126,7 @@ def table(rows):
         private = f"{r['share']:.0%}" if 'share' in r else ''
         params = f"{r['params']/1e6:.1f}" if 'params' in r else ''
         yes = ['no','yes']
-        cells.append([r['family'],r['model'],params,yes[r.get('chain', False)],yes[works(r)],private,places,'' if works(r) else reason(r)])
+        cells.append([r['family'],r['model'],params,yes[r.get('chain', False)],'yes' if works(r) else 'refused' if 'builds' in r else 'not tried',private,places,'' if works(r) else reason(r)])
     return '\n'.join(f"| {' | '.join(o)} |" for o in cells)
 
 def reason(r):
@@ -150,7 +149,8 @@ def main(
     "Try the smallest model of each family"
     warnings.simplefilter('ignore')
     defaults.use_cuda = False
-    rows = {r['family']:r for r in json.loads(out.read_text())['runs']} if out.exists() else {}
+    def known(): return {r['family']:r for r in json.loads(out.read_text())['runs']} if out.exists() else {}
+    rows = known()
     again = families.split(',') if families else [o for o in sorted(list_modules()) if 'builds' not in rows.get(o, {})]
     for family in again:
         start,old = time.time(),rows.get(family, {})
@@ -160,6 +160,7 @@ def main(
             try: row |= check(row['model'], img_size=96) # faster, where a network can be made for it
             except Exception: row |= check(row['model'])
         except Exception as e: row |= dict(builds=False, error=f"{type(e).__name__}: {str(e).splitlines()[0][:300]}")
-        rows[family] = row | dict(seconds=round(time.time()-start))
-        print(family, row['model'], 'works' if works(row) else reason(row), rows[family]['seconds'], flush=True)
+        row['seconds'] = round(time.time()-start)
+        rows = known() | {family:row} # two runs may share the work
+        print(family, row['model'], 'works' if works(row) else reason(row), row['seconds'], flush=True)
         save(list(rows.values()))

@@ -7,6 +7,7 @@ then weighs the labels of mixed training images by maps that are made in several
 weight is from what the image shows of the parts that tell the two species apart."""
 import json
 from fastai.vision.all import *
+from torch.utils.data import TensorDataset
 from fastcore.script import call_parse
 from cekd_fastai.all import *
 from cekd_fastai.core import eval_mode,write_whole
@@ -14,7 +15,7 @@ from cekd_fastai.drawing.dataset import make_birds
 from cekd_fastai.train import about
 from common import here
 
-SMALL = dict(img_size=64, patch_size=8, embed_dim=96, depth=6, num_heads=3)
+SMALL = dict(img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=4)
 
 def class_attention(block, x, front=1):
     "Attention of the class token to each place in a block, the mean over its heads, from the tokens that enter the block"
@@ -48,9 +49,24 @@ def table(rows):
     lines += [f"| {r['pool']} | {100*r['accuracy']:.0f} | {r['method']} | {r['error']:.3f} | {r['half']:.3f} |" for r in rows]
     return '\n'.join(lines)
 
+def in_memory(dls):
+    "Loaders of the same pictures as tensors, as validation sees them, and half of the training pictures mirrored"
+    def all_of(dl): return [torch.cat([o.as_subclass(Tensor).cpu() for o in b]) for b in zip(*dls.test_dl(list(dl.dataset.items), with_labels=True, num_workers=0))]
+    train,valid = [TensorDataset(*all_of(dl)) for dl in dls.loaders]
+    res = DataLoaders(DataLoader(train, bs=32, shuffle=True, drop_last=True), DataLoader(valid, bs=64))
+    res.c,res.vocab = len(dls.vocab),dls.vocab
+    return res
+
+class Mirror(Callback):
+    "Mirror half of the training pictures"
+    def before_batch(self):
+        if not self.training: return
+        flip = torch.rand(len(self.x), 1, 1, 1)<.5
+        self.learn.xb = (torch.where(flip, self.x.flip(-1), self.x),)
+
 @call_parse
 def main(
-    epochs:int=25,  # Of training, without a mix
+    epochs:int=30,  # Of training, without a mix
     images:int=150, # Training images of each species
     rounds:int=4,   # Times that each image is mixed
     species:int=8,  # How many
@@ -62,9 +78,10 @@ def main(
     rows = []
     for pool in ('token','avg'):
         set_seed(seed)
-        dls = fine_grained_dls(path, size=64, bs=32, num_workers=0, in_memory=True)
-        learn = branch_learner(dls, 'vit_tiny_patch16_224', 1, pretrained=False, arch_args=SMALL | dict(global_pool=pool), metrics=accuracy)
-        with learn.no_bar(): learn.fit_one_cycle(epochs, 1e-3)
+        dls = fine_grained_dls(path, size=64, bs=64, num_workers=0, in_memory=True)
+        args = dict(arch_args=SMALL | dict(global_pool=pool), cbs=Mirror(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+        learn = branch_learner(in_memory(dls), 'vit_tiny_patch16_224', 1, pretrained=False, **args)
+        with learn.no_bar(): learn.fit_one_cycle(epochs, 2e-3)
         acc = learn.validate()[1]
         mixes = {'CutMix: area':CutMix(5.), 'head on each place':SnapMix(5.)}
         if pool=='token': mixes |= {'attention of the class token':ByAttention(5.), 'attention x head':ByAttention(5., times_head=True)}

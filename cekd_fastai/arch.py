@@ -51,8 +51,9 @@ def _joints():
 def _try(head, feat):
     "Output of `head`, None if it does not fit the map"
     try: return head(feat)
-    except (RuntimeError,TypeError,ValueError,NotImplementedError): return None
+    except (RuntimeError,TypeError,ValueError,NotImplementedError,IndexError): return None
 
+# %% ../nbs/19_arch.ipynb #chain-same
 def same_logits(
     out,        # What a head computes, None if it could not
     want:Tensor # Logits of the model
@@ -92,6 +93,7 @@ def trial_images(
     x = torch.linspace(-1, 1, 2*math.prod(size)).sin_()
     return x.view(2, *size).to(next(model.parameters()).device)
 
+# %% ../nbs/19_arch.ipynb #chain-parts
 @torch.no_grad()
 def chain(
     model:nn.Module, # A classifier
@@ -160,8 +162,8 @@ def new_head(
     head = deepcopy(head)
     keys = _classifiers(head)
     layers = [head.get_submodule(k) for k in keys]
-    if not layers or not all(isinstance(o, (nn.Linear,nn.Conv2d)) for o in layers):
-        raise not_a_chain(name, 'its head has no linear layer')
+    linear = all(isinstance(o, (nn.Linear,nn.Conv2d)) for o in layers)
+    if not (layers and linear): raise not_a_chain(name, 'its head has no linear layer')
     for k,old in zip(keys, layers):
         parent,_,attr = k.rpartition('.')
         setattr(head.get_submodule(parent), attr, _fresh(old, n_out))
@@ -277,6 +279,7 @@ def _with_own_classifier(sd, own, model):
     sd = {k:v for k,v in sd.items() if fits(k, v)}
     return {k:v for k,v in own.items() if k.startswith(mine)} | sd
 
+# %% ../nbs/19_arch.ipynb #build-fill
 def load_weights(
     model:nn.Module, # The network to fill
     file,            # Checkpoint with a state dict: torch file or safetensors
@@ -308,6 +311,7 @@ def _call(f, pretrained, **kwargs):
     told = takes and 'pretrained' not in getattr(f, 'keywords', {})
     return f(**(dict(pretrained=pretrained) if told else {}), **kwargs)
 
+# %% ../nbs/19_arch.ipynb #build-name
 def _by_name(name, pretrained, **kwargs):
     "The classifier that `name` names, None if there is none"
     if name in CIFAR_ARCHS: return cifar_net(name, pretrained, **kwargs)

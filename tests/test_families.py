@@ -1,6 +1,6 @@
 "One network of each kind that is no chain: same logits, private stages, maps, a training step. `benchmarks/families.py` tries all families."
 import pickle
-import pytest,timm,torch
+import pytest,torch
 from fastai.vision.all import CrossEntropyLossFlat,DataLoader,DataLoaders,Callback
 from torch import nn
 from timm.models.swin_transformer import SwinTransformer
