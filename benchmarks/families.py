@@ -137,7 +137,8 @@ def reason(r):
 
 def save(rows):
     n = sum(map(works, rows))
-    title = f'{n} of {len(rows)} families of timm {timm.__version__} become a network with branches'
+    tried = sum('builds' in r for r in rows)
+    title = f'{n} of {tried} families tried (of {len(rows)}) of timm {timm.__version__} become a network with branches'
     about_it = dict(title=title, command='python benchmarks/families.py', **about({}))
     text = json.dumps(about_it | dict(runs=rows, table=table(rows)), indent=1)
     write_whole(out, lambda f: Path(f).write_text(text))

@@ -66,7 +66,7 @@ def map_kind(
     if not isinstance(feat, Tensor) or feat.ndim not in (3,4): return None
     if feat.ndim==3:
         n = feat.shape[1]
-        return first(p for p in range(min(n, 10)) if _fits(n-p, h, w))
+        return first(p for p in range(min(n-1, 10)) if _fits(n-p, h, w)) # one place is no map
     a,b,c = feat.shape[1:]
     if a*w==b*h and b*w!=c*h: return 'NHWC'
     return 'NCHW'
@@ -100,6 +100,11 @@ def from_map(
     return torch.cat([front,places], 1)
 
 # %% ../nbs/15_cam.ipynb #tok-mapped
+def _tensors(o):
+    "All tensors in nested tuples"
+    if isinstance(o, (tuple,list)): return [t for v in o for t in _tensors(v)]
+    return [o] if isinstance(o, Tensor) else []
+
 class Mapped(nn.Module):
     "A part of a network that takes maps and gives maps, whatever it computes with"
     def __init__(self,
@@ -111,8 +116,8 @@ class Mapped(nn.Module):
         self.body,self.takes,self.gives = body,list(takes),list(gives)
 
     def forward(self, x):
-        xs = x if isinstance(x, tuple) else (x,)
-        size = first(o.shape[-2:] for o in xs if isinstance(o, Tensor) and o.ndim==4)
+        xs = x if len(self.takes)>1 else (x,)
+        size = first(o.shape[-2:] for o in _tensors(xs) if o.ndim==4)
         out = self.body(*map(from_map, xs, self.takes))
         outs = out if isinstance(out, tuple) else (out,)
         res = tuple(to_map(o, k, *size) for o,k in zip(outs, self.gives))

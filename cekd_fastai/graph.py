@@ -88,8 +88,7 @@ def _piece(steps, nodes, takes, gives):
         return new[n]
     for n in nodes:
         if n not in new and n.op not in ('get_attr','output'): new[n] = graph.node_copy(n, copied)
-    res = tuple(map(copied, gives))
-    graph.output(res if len(res)>1 else res[0])
+    graph.output(tuple(map(copied, gives)))
     return fx.GraphModule(steps, graph)
 
 # %% ../nbs/19b_graph.ipynb #cut-pieces
