@@ -269,8 +269,9 @@ def _with_counters(sd, own):
     counters = {k:v for k,v in own.items() if k.endswith('num_batches_tracked')}
     if not counters or any(k.endswith('num_batches_tracked') for k in sd): return sd
     rest = {k:v.shape for k,v in own.items() if k not in counters}
-    by_position = sd.keys()!=rest.keys() and [v.shape for v in sd.values()]==list(rest.values())
-    return counters | (dict(zip(rest, sd.values())) if by_position else sd)
+    if sd.keys() & rest.keys(): return counters | sd
+    by_position = [v.shape for v in sd.values()]==list(rest.values())
+    return counters | dict(zip(rest, sd.values())) if by_position else sd
 
 def _with_own_classifier(sd, own, model):
     "`sd` with the classifier of `model`, where its own is missing or has another size"

@@ -9,7 +9,6 @@ __all__ = ['cam_logits', 'cam', 'semantic_map', 'map_kind', 'to_map', 'from_map'
 
 # %% ../nbs/15_cam.ipynb #imports
 import functools
-import functools
 from fastai.vision.all import *
 from .core import eval_mode,unwrap_model
 
@@ -71,6 +70,7 @@ def map_kind(
     if a*w==b*h and b*w!=c*h: return 'NHWC'
     return 'NCHW'
 
+# %% ../nbs/15_cam.ipynb #tok-lay
 def to_map(
     feat:Tensor, # Features laid out as `kind`
     kind,        # From `map_kind`
