@@ -1,7 +1,8 @@
 "Taking networks apart: what must stay as it was, and what each part computes."
 import pytest,timm,torch,torchvision
 from torch import nn
-from cekd_fastai.arch import CIFAR_ARCHS,chain,cifar_net,load_weights,new_head,split_at
+from functools import partial
+from cekd_fastai.arch import CIFAR_ARCHS,chain,cifar_net,load_weights,make_arch,new_head,split_at
 from cekd_fastai.branches import branch_net,frozen_norm_stats
 from cekd_fastai.ema import ModelEMA
 
@@ -84,3 +85,51 @@ def test_frozen_norm_stats_after_an_error():
     assert norm.momentum==.3 and all(torch.equal(v, before[k]) for k,v in norm.state_dict().items())
     norm(torch.randn(4,2,3,3))
     assert not torch.equal(norm.running_mean, before['running_mean'])
+
+# What builds a backbone, and what fills it
+
+def test_functions_are_called():
+    "A function is the one that was given, is told `pretrained`, and a partial keeps its arguments"
+    assert type(make_arch(timm.models.resnet18, pretrained=False)[0]).__module__.startswith('timm.')
+    assert type(make_arch(torchvision.models.resnet18, pretrained=False)[0]).__module__.startswith('torchvision.')
+    told = []
+    def own(pretrained=False):
+        told.append(pretrained)
+        return body()
+    make_arch(own)
+    make_arch(own, pretrained=False)
+    make_arch(partial(own, pretrained='mine'))
+    assert told==[True,False,'mine']
+    small = make_arch(partial(timm.create_model, 'test_resnet', num_classes=3), pretrained=False)[0]
+    assert small.num_classes==3
+
+@pytest.mark.parametrize('name', ['test_resnet','test_vit'])
+@pytest.mark.parametrize('key,n', [('in_chans',1), ('n_in',4), ('n_in',6)])
+def test_channels(name, key, n):
+    "Pictures of other than three channels, by timm's name and by fastai's"
+    net = branch_net(name, 3, pretrained=False, **{key:n}).eval()
+    assert net(torch.randn(1,n,160,160)).shape==(1,3)
+
+def test_no_classifier():
+    "A backbone that comes without a classifier gets one"
+    net = branch_net('test_vit', 3, pretrained=False, num_classes=0).eval()
+    assert net(torch.randn(1,3,160,160)).shape==(1,3)
+
+def test_size_of_a_transformer():
+    "A transformer is made for another size by timm's own argument"
+    net = branch_net('test_vit', 3, pretrained=False, img_size=64).eval()
+    assert net.branch_forward(torch.randn(1,3,64,64))[1][0].shape[2:]==(4,4)
+
+def test_classifier_of_a_file(tmp_path):
+    "A file with another classifier, with none, or without counters of batch normalisation fills all the rest"
+    saved = timm.create_model('test_resnet', num_classes=7)
+    sd = saved.state_dict()
+    files = dict(other=sd, none={k:v for k,v in sd.items() if not k.startswith('fc.')}, uncounted={k:v for k,v in sd.items() if 'num_batches' not in k})
+    files['unnamed'] = {f'layer_{i}':v for i,v in enumerate(v for k,v in timm.create_model('test_resnet').state_dict().items() if 'num_batches' not in k)}
+    for k,v in files.items():
+        torch.save(v, tmp_path/'w.pth')
+        model = make_arch('test_resnet', weights=tmp_path/'w.pth')[0]
+        want = v['layer_0'] if k=='unnamed' else sd['conv1.0.weight'] if 'conv1.0.weight' in sd else sd['conv1.weight']
+        assert model.fc.out_features==1000 and torch.equal(next(model.parameters()), want)
+    torch.save(sd, tmp_path/'w.pth')
+    with pytest.raises(ValueError, match='the first is `fc.weight`'): load_weights(timm.create_model('test_resnet'), tmp_path/'w.pth')

@@ -228,9 +228,7 @@ def test_one_pass(learn):
 def swin(): return SwinTransformer(img_size=64, patch_size=4, embed_dim=16, depths=(1,1), num_heads=(1,1), window_size=4, num_classes=3)
 
 @pytest.mark.parametrize('make', [
-    lambda dls: vision_learner(dls, 'test_vit', pretrained=False, img_size=64),
-    lambda dls: Learner(dls, timm.create_model('test_vit', img_size=64, num_classes=3)),
-    lambda dls: Learner(dls, swin()), lambda dls: Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3*64*64, 3))),
+    lambda dls: vision_learner(dls, 'test_vit', pretrained=False, img_size=64), lambda dls: Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3*64*64, 3))),
     lambda dls: Learner(dls, nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(3*64*64, 3)))])
 def test_no_maps(dls, make):
     learn = make(dls)
@@ -238,6 +236,12 @@ def test_no_maps(dls, make):
         with pytest.raises(ValueError, match="no spatial feature map.*such as 'resnet50'.*`confused_pairs`, `reliability`"): f(learn, [0])
     whole,_,y = branch_preds(learn)
     assert ece(whole, y)>=0
+
+@pytest.mark.parametrize('make', [lambda: timm.create_model('test_vit', img_size=64, num_classes=3), swin])
+def test_maps_of_tokens(dls, make):
+    "A plain transformer, and a network with channels last"
+    df = show_cam(Learner(dls, make()), [0])
+    assert len(df)==1 and item_cams(Learner(dls, make()), [0])[1].shape[0]==1
 
 def test_several_labels(birds):
     block = DataBlock((ImageBlock,MultiCategoryBlock), get_items=lambda p: sorted((p/'images').rglob('*.jpg')), get_y=lambda o: [o.parent.name,'bird'], item_tfms=Resize(64))

@@ -453,15 +453,24 @@ def test_one_of_asks_each(batch, per):
     assert (MixOneOf([Half()], per=per).mix(x, y)[1].lam_a==.9).all()
 
 def test_images_are_no_maps(dls):
-    "A network behind a layer that normalises, and one with channels last, are refused instead of looked at pixel by pixel"
-    from timm.models.swin_transformer import SwinTransformer
+    "A network behind a layer that normalises is refused instead of looked at pixel by pixel"
     from cekd_fastai.interpret.maps import show_cam
     plain = nn.Sequential(nn.Identity(), nn.Sequential(nn.Conv2d(3,4,3,2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, dls.c)))
-    last = SwinTransformer(img_size=56, embed_dim=8, depths=(1,1), num_heads=(1,1), window_size=7, num_classes=dls.c)
-    for net in (plain,last):
-        learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), cbs=SnapMix())
-        with pytest.raises(ValueError, match='no spatial feature map'): quiet(learn, 'fit', 1)
-        with pytest.raises(ValueError, match='no spatial feature map'): show_cam(learn, [0])
+    learn = Learner(dls, plain, loss_func=CrossEntropyLossFlat(), cbs=SnapMix())
+    with pytest.raises(ValueError, match='no spatial feature map'): quiet(learn, 'fit', 1)
+    with pytest.raises(ValueError, match='no spatial feature map'): show_cam(learn, [0])
+
+def test_channels_last(dls):
+    "The maps of a plain network that keeps its channels last are read as what they are"
+    from timm.models.swin_transformer import SwinTransformer
+    from cekd_fastai.interpret.maps import show_cam
+    net = SwinTransformer(img_size=56, embed_dim=8, depths=(1,1), num_heads=(1,1), window_size=7, num_classes=dls.c)
+    x = torch.randn(2,3,56,56)
+    maps = model_cam(net, x, tensor([0,1]))
+    assert maps.shape==(2,7,7) and torch.allclose(maps.mean((1,2)), net.eval()(x)[[0,1],[0,1]], atol=1e-5) # the head is linear on a mean
+    learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), cbs=SnapMix())
+    quiet(learn, 'fit', 1)
+    assert len(show_cam(learn, [0]))==1
 
 def test_multi_label_images(dls):
     "SnapMix with several labels for each image: the map is that of all its labels"
