@@ -15,7 +15,8 @@ from contextlib import nullcontext
 from torch.utils.checkpoint import checkpoint
 from .core import eval_mode,unwrap_model,write_whole
 from .cam import cam
-from .arch import chain,make_arch,new_head,split_at
+from .arch import make_arch,new_head
+from .graph import divide
 
 # %% ../nbs/20_branches.ipynb #bn-code
 class BranchNet(nn.Module):
@@ -142,11 +143,11 @@ def branch_splitter(
 BUILDERS = {}
 
 def _plain(o):
-    "`o` as plain data, names in place of torchvision's functions; `ValueError` if it is something else"
+    "`o` as plain data, names in place of the functions of timm and torchvision; `ValueError` if it is something else"
     if o is None or isinstance(o, (str,int,float,bool)): return o
     if isinstance(o, (list,tuple)): return type(o)(_plain(v) for v in o)
     if isinstance(o, dict): return {k:_plain(v) for k,v in o.items()}
-    if inspect.isfunction(o) and o.__module__.startswith('torchvision.models.'): return o.__name__
+    if inspect.isfunction(o) and o.__module__.startswith(('torchvision.models.','timm.models.')): return o.__name__
     raise ValueError(f"`{o}` is not plain data.")
 
 def _arguments(f, *args, **kwargs):
@@ -201,21 +202,16 @@ def branch_net(
     n_branches:int=2,     # Number of branches, 1 or more
     split:str=None,       # Name of the last part of the trunk, 'head' for private classifiers only; None: before the last stage
     freeze_bn:bool=False, # Keep the statistics of batch normalisation in training
-    own_start:bool=False, # Random weights of its own for each branch, as in the papers; False: copies of one stage
-    keep_head:bool=False, # Keep the classifier of the backbone, for one branch and data with its classes; False: a fresh one
     **kwargs
 )->BranchNet:
-    "A `BranchNet` around any convolutional backbone"
+    "A `BranchNet` around any backbone"
     if n_branches<1: raise ValueError(f"`n_branches` is {n_branches}, but a network needs at least one branch.")
-    if keep_head and n_branches>1: raise ValueError("`keep_head` is for one branch: several with one head would stay equal.")
-    if own_start: _check_start(arch, **kwargs)
-    name,trunk,stage,head = _pieces(arch, split, **kwargs)
-    starts = [(stage,head)]
-    for _ in range(n_branches-1):
-        if own_start: starts.append(_pieces(arch, split, **kwargs)[2:])
-        else: starts.append((deepcopy(stage),head))
-    heads = [new_head(h, n_out, name, keep_head) for _,h in starts]
-    return BranchNet(trunk, [s for s,_ in starts], heads, freeze_bn)
+    model,name = make_arch(arch, **kwargs)
+    if getattr(model, 'num_classes', None)==0: model.reset_classifier(n_out) # it came without a classifier
+    trunk,stage,head = divide(model, name, split)
+    copies = [deepcopy(stage) for _ in range(n_branches-1)]
+    heads = [new_head(head, n_out, name) for _ in range(n_branches)]
+    return BranchNet(trunk, [stage,*copies], heads, freeze_bn)
 
 # %% ../nbs/20_branches.ipynb #bn-each
 def _ensemble_and_each(model, x):
