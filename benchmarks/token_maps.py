@@ -51,7 +51,9 @@ def table(rows):
 
 def in_memory(dls):
     "Loaders of the same pictures as tensors, as validation sees them, and half of the training pictures mirrored"
-    def all_of(dl): return [torch.cat([o.as_subclass(Tensor).cpu() for o in b]) for b in zip(*dls.test_dl(list(dl.dataset.items), with_labels=True, num_workers=0))]
+    def all_of(dl):
+        plain = dls.test_dl(list(dl.dataset.items), with_labels=True, num_workers=0)
+        return [torch.cat([o.as_subclass(Tensor).cpu() for o in b]) for b in zip(*plain)]
     train,valid = [TensorDataset(*all_of(dl)) for dl in dls.loaders]
     res = DataLoaders(DataLoader(train, bs=32, shuffle=True, drop_last=True), DataLoader(valid, bs=64))
     res.c,res.vocab = len(dls.vocab),dls.vocab

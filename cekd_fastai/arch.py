@@ -51,6 +51,7 @@ def _joints():
 def _try(head, feat):
     "Output of `head`, None if it does not fit the map"
     try: return head(feat)
+    except torch.OutOfMemoryError: raise # which says nothing about the network
     except (RuntimeError,TypeError,ValueError,NotImplementedError,IndexError): return None
 
 # %% ../nbs/19_arch.ipynb #chain-same
@@ -106,6 +107,7 @@ def chain(
         try:
             want = model(x)
             parts,heights,rest = _chain_parts(model, x)
+        except torch.OutOfMemoryError: raise
         except (RuntimeError,TypeError,ValueError,NotImplementedError,AttributeError,IndexError) as e:
             why = 'its children do not run one after the other, with a spatial map between them'
             raise not_a_chain(name, why) from e
@@ -150,13 +152,23 @@ def _classifiers(head):
 
 def _fresh(old, n_out):
     "A layer like `old` with `n_out` outputs and random weights"
-    if isinstance(old, nn.Linear): return nn.Linear(old.in_features, n_out)
-    return nn.Conv2d(old.in_channels, n_out, old.kernel_size)
+    if isinstance(old, nn.Linear): new = nn.Linear(old.in_features, n_out)
+    else: new = nn.Conv2d(old.in_channels, n_out, old.kernel_size)
+    if std := getattr(old, 'init_std', None): nn.init.normal_(new.weight, 0, std)
+    return new
+
+def _check_kept(layers, n_out, name):
+    "Refuse to keep classifiers of another number of classes"
+    for o in layers:
+        if len(o.weight)!=n_out:
+            raise ValueError(f"The classifier of `{name}` has {len(o.weight)} classes and the data has {n_out}, so it "
+                "cannot be kept: leave `keep_head` out.")
 
 def new_head(
     head:nn.Module,  # From the last map to logits
     n_out:int,       # Number of classes
-    name:str='model' # What error messages call the network
+    name:str='model',# What error messages call the network
+    keep=False,      # Keep the classifier, which must have `n_out` outputs
 )->nn.Module:
     "A copy of `head` with a fresh classifier of `n_out` outputs"
     head = deepcopy(head)
@@ -164,6 +176,9 @@ def new_head(
     layers = [head.get_submodule(k) for k in keys]
     linear = all(isinstance(o, (nn.Linear,nn.Conv2d)) for o in layers)
     if not (layers and linear): raise not_a_chain(name, 'its head has no linear layer')
+    if keep:
+        _check_kept(layers, n_out, name)
+        return head
     for k,old in zip(keys, layers):
         parent,_,attr = k.rpartition('.')
         setattr(head.get_submodule(parent), attr, _fresh(old, n_out))

@@ -175,16 +175,11 @@ def register_builder(
     return _f
 
 # %% ../nbs/20_branches.ipynb #build-pieces
-def _named(parts):
-    "A sequence of `(name, module)` pairs that keeps the names"
-    return nn.Sequential(OrderedDict((n.replace('.', '_'),m) for n,m in parts))
-
-def _pieces(arch, split, **kwargs):
+def _pieces(arch, n_out, split, **kwargs):
     "Name, trunk, stage after it and head of a backbone"
     model,name = make_arch(arch, **kwargs)
-    parts,heights,head = chain(model, name)
-    i = split_at(parts, heights, split, name)
-    return name,_named(parts[:i]),_named(parts[i:]),head
+    if getattr(model, 'num_classes', None)==0: model.reset_classifier(n_out) # it came without a classifier
+    return name,*divide(model, name, split)
 
 def _check_start(arch, pretrained=True, weights=None, **kwargs):
     "Refuse to draw weights for branches of a network that has its own"
@@ -202,16 +197,21 @@ def branch_net(
     n_branches:int=2,     # Number of branches, 1 or more
     split:str=None,       # Name of the last part of the trunk, 'head' for private classifiers only; None: before the last stage
     freeze_bn:bool=False, # Keep the statistics of batch normalisation in training
+    own_start:bool=False, # Random weights of its own for each branch, as in the papers; False: copies of one stage
+    keep_head:bool=False, # Keep the classifier of the backbone, for one branch and data with its classes; False: a fresh one
     **kwargs
 )->BranchNet:
     "A `BranchNet` around any backbone"
     if n_branches<1: raise ValueError(f"`n_branches` is {n_branches}, but a network needs at least one branch.")
-    model,name = make_arch(arch, **kwargs)
-    if getattr(model, 'num_classes', None)==0: model.reset_classifier(n_out) # it came without a classifier
-    trunk,stage,head = divide(model, name, split)
-    copies = [deepcopy(stage) for _ in range(n_branches-1)]
-    heads = [new_head(head, n_out, name) for _ in range(n_branches)]
-    return BranchNet(trunk, [stage,*copies], heads, freeze_bn)
+    if keep_head and n_branches>1: raise ValueError("`keep_head` is for one branch: several with one head would stay equal.")
+    if own_start: _check_start(arch, **kwargs)
+    name,trunk,stage,head = _pieces(arch, n_out, split, **kwargs)
+    starts = [(stage,head)]
+    for _ in range(n_branches-1):
+        if own_start: starts.append(_pieces(arch, n_out, split, **kwargs)[2:])
+        else: starts.append((deepcopy(stage),head))
+    heads = [new_head(h, n_out, name, keep_head) for _,h in starts]
+    return BranchNet(trunk, [s for s,_ in starts], heads, freeze_bn)
 
 # %% ../nbs/20_branches.ipynb #bn-each
 def _ensemble_and_each(model, x):

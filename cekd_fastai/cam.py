@@ -10,6 +10,7 @@ __all__ = ['cam_logits', 'cam', 'semantic_map', 'map_kind', 'to_map', 'from_map'
 # %% ../nbs/15_cam.ipynb #imports
 import functools
 from fastai.vision.all import *
+from contextlib import nullcontext
 from .core import eval_mode,unwrap_model
 
 # %% ../nbs/15_cam.ipynb #maps-place

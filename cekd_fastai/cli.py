@@ -188,6 +188,7 @@ def cekd_train(
     verify:bool=False,    # Read every image first, list and skip those that cannot be read
     method:str='cekd',          # What the network learns from (--list methods)
     method_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the method: --method-args w_cross=2 T=4
+    learner_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the learner: --learner-args mid=True own_start=True
     n_branches:int=None,        # Number of branches, by default that of the method's paper
     teachers:Annotated[str,dict(nargs='+')]=(), # Of meal: files of `deploy` or `export`, or names in timm
     adversarial:str='joint',    # Of meal: joint, grl, alternate or none
@@ -195,7 +196,7 @@ def cekd_train(
     mix:str=None,               # How images are mixed (--list mixes); by default snapmix for cekd, none for the others
     mix_prob:float=1.,          # Share of batches that are mixed
     mix_args:Annotated[str,dict(nargs='+')]=(), # Further arguments of the mix: --mix-args alpha=3 stop_at=.8
-    arch:str='resnet18',        # Backbone (--list backbones); two with a comma for css, or for peers of cekd
+    arch:str='resnet18',        # Backbone (--list backbones); two with a comma for css, or several for peers of cekd, dml and kdcl
     arch_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the backbone: --arch-args pad_type=same
     split:str=None,             # Part after which branches are private, or head; by default before the last stage
     weights:str=None,           # Local checkpoint with pretrained weights
@@ -205,12 +206,14 @@ def cekd_train(
     recipe:str=None,            # A published experiment (--list recipes), e.g. cekd-cub-resnet101; options given beside it win
     epochs:int=20,              # Number of epochs
     bs:int=32,                  # Images in a batch
-    lr:float=1e-3,              # Largest learning rate; ten times that for the heads of a pretrained network
+    lr:float=1e-3,              # Largest learning rate; more for the heads of a pretrained network, see head_lr
+    head_lr:float=10.,          # How many times faster the heads of a pretrained network learn
     wd:float=1e-2,              # Weight decay
     opt:str='adam',             # adam, sgd (with momentum 0.9) or nesterov
     schedule:str='one-cycle',   # one-cycle, or steps: a tenth of the rate after each milestone
     milestones:Annotated[int,dict(nargs='+')]=(), # Epochs of steps: --milestones 80 150 180
     warmup:float=0.,            # Epochs of linear warm-up with steps
+    stairs:bool=False, # Let the warm-up rise once an epoch
     precision:str='full',       # full, fp16 or bf16 (on a GPU)
     grad_checkpoint:bool=False, # Less memory, more time: compute the trunk's activations again in the backward pass
     seed:int=42,                # Seed of everything random

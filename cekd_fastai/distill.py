@@ -246,10 +246,11 @@ class Components(Callback):
 class BranchLoss(Distill):
     "Train every branch with the learner's own loss, until a distillation callback takes over"
     loss_rank = 1
+    takes_soft = True
     trains = ('mid',) # Every row of logits learns, also that of a classifier beside the branches
     def _loss(self, z):
         "Task loss of the logits (B, K) of one branch"
-        lf,y = self.learn.loss_func,tuple(self.learn.yb)
+        lf,y = self.task_loss,tuple(self.learn.yb)
         return lf(z, *y) if self.record is None else mixed_loss(lf, z, y, self.record)
     def losses(self): return {'ce': sum(self._loss(z) for z in self.logits.float())}
     def loss_divisor(self): return self.net.n_branches

@@ -132,6 +132,7 @@ _faults = (RuntimeError,TypeError,ValueError,NotImplementedError,AttributeError,
 def _written(model, name, method):
     "The steps of a method of a model, or one sentence why there are none"
     try: return trace(model, method)
+    except torch.OutOfMemoryError: raise # which says nothing about the network
     except _faults as e: raise not_a_chain(name, f'its steps cannot be written down ({str(e).splitlines()[0]})') from e
 
 def last_layer(
@@ -194,4 +195,5 @@ def divide(
     except ValueError as fault: # no such part, or none left for the trunk: its steps may be finer
         if not has_steps: raise
         try: return _by_steps(model, name, split)
+        except torch.OutOfMemoryError: raise
         except _faults: raise fault

@@ -56,7 +56,7 @@ def named_faults():
         raise OSError(f"A process that loads images was killed, often for want of memory; {go_on}, with fewer --num-workers.") from e
 
 # %% ../nbs/41a_safely.ipynb #run-cbs
-_FREE = ('out','force','resume','dry_run','num_workers','published','verify') # do not change what is trained
+_FREE = ('out','force','resume','dry_run','num_workers','published','differs','verify') # do not change what is trained
 
 def safety_cbs(
     args:dict, # Arguments of `cekd_train`
