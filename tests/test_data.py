@@ -2,7 +2,7 @@
 import dataclasses,gc,hashlib,http.server,inspect,io,multiprocessing,pickle,random,re,shutil,tarfile,threading,warnings,zipfile
 from functools import partial
 from pathlib import Path
-import matplotlib,numpy as np,pytest,torch
+import matplotlib,numpy as np,pandas as pd,pytest,torch
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from PIL import Image
@@ -16,10 +16,12 @@ from cekd_fastai.data import check,image,readers
 from cekd_fastai.data.benchmarks import *
 from cekd_fastai.data.check import *
 from cekd_fastai.data.download import *
+from cekd_fastai.data.folders import *
 from cekd_fastai.data.image import *
 from cekd_fastai.data.loaders import *
 from cekd_fastai.data.readers import *
 from cekd_fastai.data.table import *
+from cekd_fastai.data.words import *
 from cekd_fastai import synthetic
 from cekd_fastai.drawing.dataset import make_birds
 
@@ -94,7 +96,9 @@ def test_split_of_a_class_does_not_depend_on_the_others(tmp_path):
     assert all(before[f]==v for f,v in zip(t.files, t.is_valid) if f in before)
 
 def test_folders_passed_over(tmp_path):
-    folders(tmp_path, a=3, b=3, models=2, **{'.cache':2})
+    folders(tmp_path, a=3, b=3, **{'.cache':2})
+    (tmp_path/'models').mkdir()
+    (tmp_path/'models'/'best.pth').write_text('x')
     picture(tmp_path/'a'/'._0.jpg')
     (tmp_path/'notes').mkdir()
     (tmp_path/'a'/'readme.txt').write_text('x')
@@ -106,7 +110,7 @@ def test_classes(tmp_path):
     assert read_table(root, classes=2).classes == ['001.Zebra Finch', '002.Ant_Bird']
     t = read_table(root, classes=['003.Mallard', '001.Zebra Finch'])
     assert t.classes == ['001.Zebra Finch', '003.Mallard'] and set(t.labels) == set(t.classes) and len(t) == 12
-    assert read_table(t, classes=1).classes == ['001.Zebra Finch']
+    assert read_table(t, classes=2).classes == ['001.Zebra Finch', '003.Mallard']
 
 def test_batches_follow_the_table(tmp_path):
     root = cub_mini(tmp_path/'cub')
@@ -136,6 +140,180 @@ def test_draft_only_when_resize_is_first(tmp_path):
         order = -1
         def encodes(self, x:Image.Image): return x
     assert draft(fine_grained_block(t, size=28, item_tfms=Cut())) is None
+
+# Folders as people have them
+
+def in_folders(path, *names, n=3):
+    "Each of the folders with `n` pictures, all of them different."
+    for i,o in enumerate(names):
+        for j in range(n): picture(path/o/f'{j}.jpg', 10*i+j)
+    return path
+
+def heard(f, *args, **kwargs):
+    "What a function gives, and its warnings in words."
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        res = f(*args, **kwargs)
+    return res,[str(o.message) for o in w]
+
+@pytest.mark.parametrize('train,other', [('Train','Test'), ('TRAIN','VALID'), ('training','testing'), ('training_set','test_set'), ('Train','Validation'), ('train_images','val_images'),
+    ('TrainingSet','TestSet'), ('trainset','testset'), ('train2017','val2017'), ('cars_train','cars_test'), ('seg_train/seg_train','seg_test/seg_test'), ('data/Train','data/dev')])
+def test_parts_in_any_words(tmp_path, train, other):
+    t,said = heard(read_table, in_folders(tmp_path, *[f'{p}/{c}' for p in (train,other) for c in 'abc']))
+    assert (t.classes, t.n_train, t.n_valid, t.n_test) == (['a','b','c'], 9, 9, 0) and not said
+    assert all(str(f.relative_to(tmp_path)).startswith(other)==v for f,v in zip(t.files, t.is_valid))
+
+def test_three_parts_and_what_is_none(tmp_path):
+    root = in_folders(tmp_path, *[f'{p}/{c}' for p in ('Train','Val','TEST','extra') for c in 'ab'])
+    t,said = heard(read_table, root)
+    assert (t.n_train, t.n_valid, t.n_test) == (6,6,6) and len(said)==1 and 'left out extra of' in said[0]
+
+@pytest.mark.parametrize('names,says', [(['train','test'], 'hold images and no class folders: pass a CSV file or a DataFrame'), (['train/a','train/b','test'], 'pass {}/train to split it here'),
+    (['valid/a','valid/b','test/a','test/b'], 'but no train/'), (['train/a','train/b','val/a','val/b','valid/a','valid/b'], 'val and valid of {} could each be the valid part'),
+    (['train/a','train/b','holdout/a','holdout/b'], 'has train/ but no valid/'), (['TRAINING/a','TRAINING/b'], 'has TRAINING/ but no valid/'),
+    (['entrenamiento/a','entrenamiento/b','prueba/a','prueba/b'], 'pass one of them, such as {}/entrenamiento'), (['2023/a','2023/b','2024/a','2024/b'], 'not clear which are the classes'),
+    (['x_train/a','x_train/b','x_test/a','y_train/a','y_train/b','y_test/b'], 'several data sets, with training parts x_train, y_train')])
+def test_parts_that_are_not_clear(tmp_path, names, says):
+    with raises((ValueError,FileNotFoundError), says.format(tmp_path)): read_table(in_folders(tmp_path, *names))
+
+def test_flat_parts_name_the_table(tmp_path):
+    in_folders(tmp_path, 'train', 'test')
+    (tmp_path/'labels.csv').write_text('file,label\n0.jpg,a\n1.jpg,b\n2.jpg,a\n')
+    with raises(ValueError, f"pass '{tmp_path/'labels.csv'}' with file names and labels, and folder='{tmp_path/'train'}'"): read_table(tmp_path)
+    in_folders(tmp_path/'x', 'train/a', 'train/b', 'valid/a', 'test')
+    t,said = heard(read_table, tmp_path/'x')
+    assert (t.n_train, t.n_valid, t.n_test) == (6,3,0) and len(said)==1 and 'test of' in said[0] and said[0].endswith('not used')
+
+@pytest.mark.parametrize('down', ['images', 'archive/data', '2023', 'a/b/c', 'models'])
+def test_classes_further_down(tmp_path, down):
+    t,said = heard(read_table, in_folders(tmp_path, f'{down}/daisy', f'{down}/rose'))
+    assert (t.classes, len(t)) == (['daisy','rose'], 6) and not said
+
+@pytest.mark.parametrize('names', [['a'], ['images/a'], ['train/a','test/a']])
+def test_one_class_alone(tmp_path, names):
+    root = in_folders(tmp_path, *names)
+    for f in (read_table, mini_dls):
+        with raises(ValueError, "has one class alone, 'a'"): f(root)
+
+def test_one_class_alone_by_every_other_way(tmp_path):
+    root = in_folders(tmp_path, 'a', 'b')
+    t = read_table(root)
+    for f in (lambda: ImageTable(t.files[:3], 'aaa', [0,0,1]), lambda: t.subset(['a']), lambda: read_table(root, classes=['b']), lambda: read_table(t.to_df().query("label=='a'"), folder=root)):
+        with raises(ValueError, 'has one class alone'): f()
+    with raises(ValueError, 'pass 2 to 2'): read_table(root, classes=1)
+
+@pytest.mark.parametrize('names', [['train','plane','car'], ['train/1','train/2','plane','car'], ['test','plane','car'], ['models','a'], ['train/models','train/train','valid/models','valid/train']])
+def test_classes_with_odd_names(tmp_path, names):
+    t,said = heard(read_table, in_folders(tmp_path, *names))
+    parts = names[0].startswith('train/m')
+    want = {'models','train'} if parts else {o.split('/')[0] for o in names}
+    assert set(t.classes)==want and len(t)==3*len(names) and not said
+
+def test_skipped_files_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr('cekd_fastai.data.folders.IMAGE_SUFFIXES', IMAGE_SUFFIXES-HEIF_SUFFIXES)
+    root = in_folders(tmp_path, 'a', 'b')
+    for i in range(5): (root/'a'/f'{i}.HEIC').write_text('x')
+    for o in ('a/x.dng','b/y.DNG','b/nosuffix','b/notes.txt','a/.hidden'): (root/o).write_text('x')
+    for f in (read_table, verify):
+        said = heard(f, root)[1]
+        assert len(said)==1 and 'skipped 8 files of' in said[0] and '5 .heic, 2 .dng, 1 without a suffix' in said[0]
+        assert 'pip install pillow-heif' in said[0] and 'convert them to JPEG' in said[0]
+
+def test_heic_with_the_extra(tmp_path):
+    heif = pytest.importorskip('pillow_heif')
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for c in 'ab':
+        for i in range(3): heif.from_pillow(Image.open(picture(tmp_path/'x.png', i, size=(80,60)))).save((tmp_path/'set'/c).mkdir(parents=True, exist_ok=True) or tmp_path/'set'/c/f'{i}.HEIC', quality=95)
+    heif.from_pillow(Image.open(tmp_path/'x.png')).save(tmp_path/'turned.heic', exif=exif.tobytes(), quality=95)
+    t,said = heard(read_table, tmp_path/'set')
+    assert len(t)==6 and not said and len(verify(t))==0 and mini_dls(t, bs=2).one_batch()[0].shape==(2,3,28,28)
+    plain = open_image(tmp_path/'set'/'b'/'2.HEIC')
+    assert np.abs(np.array(plain).astype(int)-np.array(open_image(tmp_path/'x.png'))).mean() < 6
+    raw = (tmp_path/'turned.heic').read_bytes()
+    for o in (tmp_path/'turned.heic', raw, io.BytesIO(raw), Image.open(io.BytesIO(raw))): assert open_image(o).size == (60,80)
+
+@pytest.mark.parametrize('link,to', [('a/up','..'), ('a/up','../..'), ('latest','a'), ('A_latest','b'), ('a/deep/er','../../b'), ('self','.')])
+def test_links_that_lead_back(tmp_path, link, to):
+    root = in_folders(tmp_path/'set', 'a', 'b')
+    (root/link).parent.mkdir(exist_ok=True)
+    (root/link).symlink_to(to)
+    t,said = heard(read_table, root)
+    assert (t.classes, len(t), len({o.resolve() for o in t.files})) == (['a','b'], 6, 6)
+    assert any(f'to folders that are read already: {link}' in o for o in said)
+    assert len(verify(root))==0 and len(images_of(root))==6
+
+def test_links_to_elsewhere(tmp_path):
+    in_folders(tmp_path/'disk', 'tits', 'wrens')
+    (tmp_path/'set'/'.store').mkdir(parents=True)
+    in_folders(tmp_path/'set'/'.store', 'owls')
+    for o,to in (('tit','../disk/tits'), ('wren','../disk/wrens'), ('owl','.store/owls'), ('wren2','../disk/wrens')): (tmp_path/'set'/o).symlink_to(to)
+    t,said = heard(read_table, tmp_path/'set')
+    assert (t.classes, len(t)) == (['owl','tit','wren'], 9) and len(said)==1 and said[0].endswith('wren2')
+
+@pytest.mark.parametrize('name', ['stanford_cars', 'flowers-102', 'oxford-iiit-pet', 'fgvc-aircraft-2013b', 'CUB_200_2011'])
+def test_class_folders_in_a_folder_with_the_name_of_a_benchmark(tmp_path, name):
+    in_folders(tmp_path/name, 'images/a', 'images/b')
+    for o in (tmp_path/name, tmp_path): assert (read_table(o).classes, len(read_table(o))) == (['a','b'], 6)
+
+@pytest.mark.parametrize('note', ['images.txt', 'classes.txt', 'labels.mat'])
+def test_notes_in_a_class_folder(tmp_path, note):
+    root = in_folders(tmp_path, 'a', 'b')
+    (root/'a'/note).write_text('some words')
+    (root/note).write_text('some words')
+    t,said = heard(read_table, root)
+    assert (t.classes, len(t)) == (['a','b'], 6) and not said
+
+# Tables
+
+@pytest.mark.parametrize('enc,warns', [('utf-8',False), ('utf-8-sig',False), ('utf-16',False), ('utf-16-le',False), ('utf-16-be',False), ('latin-1',True), ('cp1252',True)])
+def test_lists_in_any_encoding(tmp_path, enc, warns):
+    root = cub_mini(tmp_path/'cub')
+    text = (root/'classes.txt').read_text().replace('Mallard', 'Möwe')
+    (root/'classes.txt').write_bytes(text.encode(enc))
+    t,said = heard(read_table, root)
+    assert t.classes == ['001.Zebra Finch','002.Ant_Bird','003.Möwe'] and bool(said)==warns
+    if warns: assert f"{root/'classes.txt'}, line 3: this is no UTF-8" in said[0]
+    df = pd.DataFrame(dict(file=[o.relative_to(root).as_posix() for o in t.files], label=['Möwe','Krähe']*9))
+    (tmp_path/'a.csv').write_bytes(df.to_csv(index=False, sep=';').encode(enc))
+    u,said = heard(read_table, tmp_path/'a.csv', folder=root)
+    assert u.classes == ['Krähe','Möwe'] and bool(said)==warns
+
+def test_lists_cut_short(tmp_path):
+    root = cub_mini(tmp_path/'cub')
+    (root/'classes.txt').write_bytes('1 a\n'.encode('utf-16')[:-1])
+    with raises(ValueError, 'classes.txt is not whole UTF-16', 'save it as UTF-8'): read_table(root)
+    (tmp_path/'a.csv').write_text('')
+    with raises(ValueError, 'a.csv cannot be read as a table'): read_table(tmp_path/'a.csv')
+
+@pytest.mark.parametrize('labels,valid,says', [(['a',np.nan,'b','b'], [0,1,0,1], 'no label for .*1.jpg (row 1)'), (['a',None,'b','b'], [0,1,0,1], '(row 1): fill in the column labels'),
+    (['a','b',3,'b'], [0,0,1,1], 'row 2 of column labels is 3'), ([['a'],'a','b','b'], [0,1,0,1], "row 0 of column labels is ['a']"),
+    ('abab', [0,0,1,np.nan], "row 3 of column 'is_valid' is nan"), ('abab', ['train','train','later','valid'], "row 2 of column 'is_valid' is 'later'"), ('abab', [0,0,1,2], "row 3 of column 'is_valid' is 2")])
+def test_cells_that_are_wrong(tmp_path, labels, valid, says):
+    files = [picture(tmp_path/f'{i}.jpg', i) for i in range(4)]
+    with raises(ValueError, *says.split('.*')): ImageTable(files, labels, valid)
+
+@pytest.mark.parametrize('flags', [[False,False,True,True], ['False','False','True','True'], ['train','train','valid','valid'], ['Training','TRAIN','val','Validation'], [0,0,1,1], [0.,0.,1.,1.], ['no','no','yes','yes'], np.array([0,0,1,1])])
+def test_every_way_to_write_a_part(tmp_path, flags):
+    assert ImageTable([picture(tmp_path/f'{i}.jpg', i) for i in range(4)], 'abab', flags).is_valid.tolist() == [False,False,True,True]
+
+def test_files_that_are_wrong(tmp_path):
+    files = [picture(tmp_path/f'{i}.jpg', i) for i in range(4)]
+    with raises(FileNotFoundError, '1 of 4 files of the table are missing', 'gone.jpg (row 3)'): ImageTable(files[:3]+[tmp_path/'gone.jpg'], 'abab', [0,0,1,1])
+    with raises(ValueError, 'row 2 of column files is nan'): ImageTable(files[:2]+[np.nan, files[3]], 'abab', [0,0,1,1])
+    (tmp_path/'a').mkdir()
+    (tmp_path/'b').mkdir()
+    for i in range(4): (tmp_path/'ab'[i%2]/f'{i}.jpg').symlink_to(files[i] if i else tmp_path/'none.jpg')
+    with raises(FileNotFoundError, '1 of 4 files', 'a/0.jpg'): read_table(tmp_path)
+
+@pytest.mark.parametrize('names', [['001','002'], ['NA','None'], ['nan','true'], ['a,b','c;"d"'], ['Möwe','Krähe'], ['1e3','1.0']])
+@pytest.mark.parametrize('test', [False,True])
+def test_round_trip(tmp_path, names, test):
+    files = [picture(tmp_path/f'{i}.jpg', i) for i in range(8)]
+    t = ImageTable(files, names*4, [0,0,0,0,1,1,0,0], root=tmp_path, is_test=[0]*6+[1,1] if test else None)
+    t.to_df().to_csv(tmp_path/'t.csv', index=False)
+    for u in (ImageTable.from_df(tmp_path/'t.csv'), read_table(tmp_path/'t.csv'), ImageTable.from_df(t.to_df(), folder=tmp_path)):
+        assert (u.files, u.labels, u.classes, u.is_valid.tolist(), u.is_test.tolist()) == (t.files, t.labels, t.classes, t.is_valid.tolist(), t.is_test.tolist())
 
 # Mistakes in the data: one sentence that names what is at fault
 
@@ -171,9 +349,9 @@ def test_class_only_in_validation(tmp_path):
     with raises(ValueError, 'no training image for class b (2 in the validation part)'): read_table(tmp_path)
 
 def test_empty_validation(tmp_path):
-    folders(tmp_path, train__a=3)
+    folders(tmp_path, train__a=3, train__b=2)
     (tmp_path/'test').mkdir()
-    with raises(ValueError, 'no validation images in', str(tmp_path)): read_table(tmp_path)
+    with raises(FileNotFoundError, 'has train/ but no valid/'): read_table(tmp_path)
 
 def test_cub_class_without_training_image(tmp_path):
     root = cub_mini(tmp_path/'cub')
@@ -207,7 +385,7 @@ def test_files_missing_on_disk(tmp_path):
 
 def test_classes_errors(tmp_path):
     t = read_table(cub_mini(tmp_path/'cub'))
-    with raises(ValueError, 'classes=4', 'has 3 classes, pass 1 to 3'): read_table(t, classes=4)
+    with raises(ValueError, 'classes=4', 'has 3 classes, pass 2 to 3'): read_table(t, classes=4)
     with raises(ValueError, 'classes=0'): read_table(t, classes=0)
     with raises(ValueError, "no class '003.Malard'", "did you mean '003.Mallard'"): read_table(t, classes=['003.Malard'])
     with raises(ValueError, 'classes is empty'): read_table(t, classes=[])
@@ -272,9 +450,9 @@ def test_verify_says_nothing_of_good_images(tmp_path):
 
 @pytest.mark.parametrize('mode,ext', [('L','jpg'), ('L','png'), ('P','gif'), ('P','png'), ('RGBA','png'), ('LA','png'), ('CMYK','jpg'), ('1','png'), ('I;16','png'), ('RGB','webp'), ('RGB','bmp')])
 def test_every_mode_gives_three_channels(tmp_path, mode, ext):
-    for i in range(4): picture(tmp_path/'a'/f'{i}.{ext}', i, mode='L' if mode=='I;16' else mode)
+    for i in range(4): picture(tmp_path/'aabb'[i]/f'{i}.{ext}', i, mode='L' if mode=='I;16' else mode)
     if mode == 'I;16':
-        for i in range(4): Image.fromarray(np.full((30,40), 20000+i, np.uint16)).save(tmp_path/'a'/f'{i}.{ext}')
+        for i in range(4): Image.fromarray(np.full((30,40), 20000+i, np.uint16)).save(tmp_path/'aabb'[i]/f'{i}.{ext}')
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         a = open_image(tmp_path/'a'/f'0.{ext}')
@@ -523,9 +701,9 @@ def cars_mini(path, size=(80,60)):
     return path
 
 def aircraft_mini(path, size=(80,60)):
-    "4 variants of 2 families of 1 manufacturer; train, val and test have one picture of each variant."
+    "4 variants of 2 families of 2 manufacturers; train, val and test have one picture of each variant."
     base = path/'fgvc-aircraft-2013b'/'data'
-    names = dict(variant=['707-320','737-200','A300B4','A310'], family=['Boeing 707','A300'], manufacturer=['Boeing'])
+    names = dict(variant=['707-320','737-200','A300B4','A310'], family=['Boeing 707','A300'], manufacturer=['Boeing','Airbus'])
     for level,file in (('variant','variants'), ('family','families'), ('manufacturer','manufacturers')):
         base.mkdir(parents=True, exist_ok=True)
         (base/f'{file}.txt').write_text('\n'.join(names[level])+'\n')
@@ -612,7 +790,7 @@ def test_cars(tmp_path, monkeypatch):
 def test_cars_by_name_says_what_to_do(fastai_home):
     with raises(FileNotFoundError, "'cars' cannot be downloaded automatically", 'stanford_cars', str(fastai_home/'data'/'cars')): fine_grained_dls('cars')
 
-@pytest.mark.parametrize('name,classes', [('aircraft',4), ('aircraft-family',2), ('aircraft-manufacturer',1)])
+@pytest.mark.parametrize('name,classes', [('aircraft',4), ('aircraft-family',2), ('aircraft-manufacturer',2)])
 def test_aircraft(tmp_path, monkeypatch, name, classes):
     expect(monkeypatch, name, classes, 8, 4)
     t = read_table(name, root=aircraft_mini(tmp_path))
@@ -762,7 +940,7 @@ def test_per_class(tmp_path):
     assert read_table(root, per_class=2).files == t.files
     assert len({tuple(read_table(root, per_class=2, seed=i).files) for i in range(8)}) > 1
     assert set(t.files) < set(read_table(root, per_class=3).files)
-    assert set(read_table(root, per_class=2, classes=1).files) < set(t.files)
+    assert set(read_table(root, per_class=2, classes=2).files) < set(t.files)
     assert read_table(root, per_class=2, valid_pct=.25).counts().values.tolist() == [[2,1,2]]*3
     with raises(ValueError, 'class 001.Zebra Finch (4)', 'fewer than 5', 'smaller per_class'): read_table(root, per_class=5)
     for o in (0, 1.5, True):
@@ -929,24 +1107,25 @@ def test_presize_others(tmp_path, monkeypatch):
         assert (b.labels, list(b.is_valid)) == (a.labels, list(a.is_valid)) and {min(Image.open(o).size) for o in b.files} == {20}
 
 def test_presize_keeps_parts_and_formats(tmp_path):
-    root = folders(tmp_path/'set', train__a=2, valid__a=1, test__a=1)
+    root = folders(tmp_path/'set', train__a=2, valid__a=1, test__a=1, train__b=1)
     for i,(ext,kw) in enumerate(dict(png=dict(mode='L'), gif=dict(mode='P'), webp={}, bmp={}, tif={}).items()): picture(root/'train'/'a'/f'x{i}.{ext}', size=(60,60), **kw)
     picture(root/'train'/'a'/'small.jpg', size=(10,10))
     b = read_table(presize(root, 20))
-    assert b.counts().values.tolist() == [[8,1,1]]
-    sizes = {o.name:Image.open(o).size for o in b.files if o.parent.parent.name=='train'}
+    assert b.counts().values.tolist() == [[8,1,1],[1,0,0]]
+    sizes = {o.name:Image.open(o).size for o in b.files if o.parent.parent.name=='train' and o.parent.name=='a'}
     assert sizes == {'0.jpg':(27,20), '1.jpg':(27,20), 'x0.png':(20,20), 'x1.gif':(60,60), 'x2.webp':(20,20), 'x3.bmp':(20,20), 'x4.tif':(20,20), 'small.jpg':(10,10)}
 
 def test_presize_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     for i in range(2): Image.open(picture(tmp_path/'x.png', size=(80,60))).save((tmp_path/'set'/'a').mkdir(parents=True, exist_ok=True) or tmp_path/'set'/'a'/f'{i}.jpg', exif=exif, quality=95)
+    folders(tmp_path/'set', b=2)
     a,b = tmp_path/'set'/'a'/'0.jpg',presize(tmp_path/'set', 30, quality=95)/'a'/'0.jpg'
     assert open_image(b).size == (30,40)
     assert np.abs(np.array(open_image(b)).astype(int)-np.array(open_image(a).resize((30,40)))).mean() < 8
 
 def test_presize_quality(tmp_path):
-    root = folders(tmp_path/'set', a=3)
+    root = folders(tmp_path/'set', a=3, b=3)
     n = [sum(o.stat().st_size for o in presize(root, 25, dest=tmp_path/f'q{q}', quality=q).rglob('*.jpg')) for q in (20, 95)]
     assert n[0] < n[1]
 
@@ -966,7 +1145,7 @@ def test_presize_interrupted(tmp_path, monkeypatch):
 # Files that are no good, and names that are unusual
 
 def test_verify_lists_every_fault(tmp_path):
-    root = folders(tmp_path/'set', a=9, b=2)
+    root = folders(tmp_path/'set', a=9, b=2, c=2)
     f = lambda i: root/'a'/f'{i}.jpg'
     for i,how in enumerate(['truncated','empty','text']): spoil(f(i), how)
     Image.new('1', (2000,1500)).save(root/'a'/'big.png')
@@ -978,9 +1157,9 @@ def test_verify_lists_every_fault(tmp_path):
     got = {o.name:w for o,w in df.values}
     assert got.pop('crc.png').startswith('corrupt')
     assert got == {'0.jpg':'truncated', '1.jpg':'empty', '2.jpg':'not an image', 'big.png':'oversized (2,000 x 1,500)'}
-    t = ImageTable([f(i) for i in range(3, 9)]+[root/'a'/'gone.jpg'], 'a'*7, [False]*6+[True])
+    t = ImageTable([f(i) for i in range(3, 9)]+[root/'a'/'gone.jpg'], 'ababaab', [False]*6+[True], must_exist=False)
     assert verify(t).fault.tolist() == ['missing'] and len(verify(root/'b')) == 0 and verify(f(1)).fault.tolist() == ['empty']
-    dls = mini_dls(root, bs=1, classes=['b'])
+    dls = mini_dls(root, bs=1, classes=['b','c'])
     assert len(verify(dls)) == 0
     spoil(root/'b'/'1.jpg', 'empty')
     assert verify(dls).fault.tolist() == ['empty']

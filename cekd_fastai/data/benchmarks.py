@@ -14,8 +14,9 @@ from torchvision import datasets as tvd
 from ..core import few,near_hint
 from .table import ImageTable
 from .download import fetch_by_hand,fetch_files,fetch_url
+from .folders import read_folders
 from .readers import _folder,_read_path,read_aircraft,read_cars,read_cub,read_dogs
-from .readers import read_flowers,read_folders,read_pets,read_small
+from .readers import read_flowers,read_pets,read_small
 
 # %% ../../nbs/09_data.benchmarks.ipynb #bench
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ def benchmarks(): # `DataFrame`, indexed by name
 # %% ../../nbs/09_data.benchmarks.ipynb #source
 def _is_sheet(source):
     "Whether `source` is a `DataFrame` or the path of a CSV file"
-    if isinstance(source, (str,Path)): return Path(source).suffix.lower()=='.csv'
+    if isinstance(source, (str,Path)): return Path(source).suffix.lower() in ('.csv','.tsv')
     return isinstance(source, pd.DataFrame)
 
 def _source_folder(source):

@@ -14,7 +14,8 @@ from scipy.io import savemat
 from ..core import check_count,whole_folder
 from .table import ImageTable
 from .image import ResizeShort,_in_threads,open_image,unreadable
-from .readers import _CARS_CORNERS,_cars_corners,_folder,_id_lines,_images,_mat_rows
+from .folders import images_of
+from .readers import _CARS_CORNERS,_cars_corners,_folder,_id_lines,_mat_rows
 from .benchmarks import BENCHMARKS,read_table
 
 # %% ../../nbs/11_data.check.ipynb #verify
@@ -29,7 +30,7 @@ def _files_of(source):
     if isinstance(source, (list,tuple,L)): return [Path(o) for o in source]
     named = isinstance(source, str) and source in BENCHMARKS
     if named or isinstance(source, ImageTable): return read_table(source).files
-    return [Path(source)] if Path(source).is_file() else _images(_folder(source))
+    return [Path(source)] if Path(source).is_file() else images_of(_folder(source))
 
 def verify(
     source,         # `DataLoaders`, `ImageTable`, list of files, path of a folder or picture, or name of a benchmark
