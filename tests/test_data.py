@@ -1,5 +1,6 @@
 "Benchmarks and folders as `DataLoaders`: every layout, every mistake in the data, the real download, real photographs."
-import dataclasses,gc,hashlib,http.server,inspect,io,multiprocessing,pickle,random,re,shutil,tarfile,threading,warnings,zipfile
+import dataclasses,gc,hashlib,http.server,inspect,io,multiprocessing,pickle,random,re,shutil,sys,tarfile,threading,warnings,zipfile
+from collections import Counter
 from functools import partial
 from pathlib import Path
 import matplotlib,numpy as np,pandas as pd,pytest,torch
@@ -13,6 +14,7 @@ from fastai.vision.all import (CrossEntropyLossFlat, FlipItem, Interpretation, L
     Resize, Transform, URLs, accuracy, load_learner)
 from cekd_fastai.core import *
 from cekd_fastai.data import check,image,readers
+from cekd_fastai.data.audit import *
 from cekd_fastai.data.benchmarks import *
 from cekd_fastai.data.check import *
 from cekd_fastai.data.download import *
@@ -1237,6 +1239,84 @@ def test_unusual_names(tmp_path):
     (root/'images'/'003.Mallard'/'pic 0.jpg').rename(root/'images'/'003.Mallard'/long)
     (root/'images.txt').write_text((root/'images.txt').read_text().replace('003.Mallard/pic 0.jpg', f'003.Mallard/{long}'))
     assert long in {o.name for o in read_table(root).files}
+
+# What is doubtful
+
+def photo(path, seed, size=(120,90), **kwargs):
+    "A smooth picture with as much detail as a small photo has."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    a = np.random.default_rng(seed).integers(0, 256, (9,12,3), dtype=np.uint8)
+    Image.fromarray(a).resize(size, Image.BICUBIC).save(path, **kwargs)
+    return path
+
+@pytest.fixture
+def photos(tmp_path):
+    pytest.importorskip('imagehash')
+    for i,o in enumerate(('train/a','train/b','valid/a','valid/b')):
+        for j in range(10): photo(tmp_path/'set'/o/f'{j}.png', 100*i+j)
+    return tmp_path/'set'
+
+def problems(df): return [(o.problem, '/'.join(o.file.parts[-3:])) for o in df.itertuples()]
+
+def test_check_data_of_good_pictures(photos): assert len(check_data(photos)) == 0
+
+@pytest.mark.parametrize('how', ['smaller', 'larger', 'recompressed', 'brighter', 'grey'])
+@pytest.mark.parametrize('to,where', [('train/a',''), ('valid/a',' across parts'), ('train/b',' across classes'), ('valid/b',' across classes')])
+def test_near_duplicates(photos, how, to, where):
+    im = Image.open(photos/'train'/'a'/'3.png')
+    new = dict(smaller=lambda: im.resize((60,45)), larger=lambda: im.resize((300,225)), recompressed=lambda: im, brighter=lambda: im.point(lambda v: min(255, v+5)), grey=lambda: im.convert('L'))[how]()
+    new.save(photos/to/'z.jpg', quality=40)
+    got = [o for o in problems(check_data(photos)) if o[0]!='odd mode']
+    if how == 'grey': assert got == [] # Another picture: its colours are gone
+    else: assert len(got)==1 and got[0][0]==f'near duplicate{where}'
+
+@pytest.mark.parametrize('to,where', [('train/a',''), ('valid/a',' across parts'), ('valid/b',' across classes')])
+def test_exact_duplicates(photos, to, where):
+    shutil.copy(photos/'train'/'a'/'3.png', photos/to/'z.png')
+    df = check_data(photos)
+    assert problems(df) == [(f'exact duplicate{where}', f'{to}/z.png')] and '3.png (train, a)' in df.detail[0] and df.remedy[0]
+
+def test_copies_of_several_kinds_are_each_a_row(photos):
+    for i in range(3): shutil.copy(photos/'train'/'a'/'3.png', photos/'valid'/'a'/f'z{i}.png')
+    (photos/'test'/'b').mkdir(parents=True)
+    Image.open(photos/'train'/'b'/'1.png').save(photos/'test'/'b'/'y.jpg')
+    assert Counter(o for o,_ in problems(check_data(photos))) == {'exact duplicate across parts':3, 'near duplicate across parts':1}
+
+def test_check_data_finds_the_rest(photos):
+    (photos/'train'/'a'/'0.png').write_bytes(b'')
+    photo(photos/'train'/'a'/'small.png', 900, (40,20))
+    photo(photos/'train'/'b'/'long.png', 901, (400,50))
+    Image.open(photos/'train'/'b'/'2.png').convert('RGBA').rotate(90).save(photos/'train'/'b'/'2.png')
+    photo(photos/'train'/'c'/'0.png', 902)
+    df = check_data(photos)
+    assert problems(df) == [('unreadable','train/a/0.png'), ('tiny class','train/c/0.png'), ('small','train/a/small.png'), ('long','train/b/long.png'), ('odd mode','train/b/2.png')]
+    assert df.detail.tolist() == ['empty', '1 training images', '40 x 20', '400 x 50', 'RGBA'] and df.remedy.map(len).min()>10
+
+def test_groups_on_both_sides(photos):
+    t = read_table(photos)
+    walks = [f'walk {f.stem}' if o=='a' else f'{f.parent.parent.name} {f.stem}' for f,o in zip(t.files, t.labels)]
+    df = check_data(t, groups=walks)
+    assert set(df.problem)=={'group across parts'} and len(df)==10 and df.detail[0]=="group 'walk 0' has 1 in train and 1 in valid" and set(df.part)=={'valid'}
+    assert len(check_data(t, groups=lambda o: o))==0 and len(check_data(mini_dls(t), groups=lambda o: o.parent))==0
+    with raises(ValueError, '3 groups and 40 images'): check_data(t, groups='abc')
+
+def test_check_data_without_its_library(photos, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'imagehash', None)
+    with raises(ImportError, 'check_data needs imagehash: pip install imagehash'): check_data(photos)
+
+def test_bad_files_are_looked_up_once(monkeypatch):
+    "Twenty thousand files of which a tenth is bad: the list of them is made once, not for each file."
+    files = [Path(f'/x/{i%50}/{i}.jpg') for i in range(20_000)]
+    t = ImageTable(files, [str(i%50) for i in range(20_000)], [i%100>90 for i in range(20_000)], must_exist=False)
+    class Bad(pd.DataFrame):
+        asked = 0
+        @property
+        def file(self):
+            Bad.asked += 1
+            return self['file']
+    monkeypatch.setattr(image, 'unreadable', lambda *args: Bad(dict(file=files[::11], fault='empty')))
+    with pytest.warns(UserWarning, match='left out 1,819 of 20,000'): assert len(t.drop_unreadable()) == 18_181
+    assert Bad.asked <= 2
 
 # Downloads and archives that go wrong
 
