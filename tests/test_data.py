@@ -11,7 +11,7 @@ from scipy.io import savemat
 from torch import nn
 from torchvision import datasets as tvd
 from fastai.vision.all import (CrossEntropyLossFlat, FlipItem, Interpretation, Learner, Normalize, Pipeline, PILImage, RandomCrop, RandomErasing,
-    Resize, Transform, URLs, accuracy, load_learner)
+    Resize, get_image_files, Transform, URLs, accuracy, load_learner)
 from cekd_fastai.core import *
 from cekd_fastai.data import check,image,readers
 from cekd_fastai.data.audit import *
@@ -316,6 +316,37 @@ def test_round_trip(tmp_path, names, test):
     t.to_df().to_csv(tmp_path/'t.csv', index=False)
     for u in (ImageTable.from_df(tmp_path/'t.csv'), read_table(tmp_path/'t.csv'), ImageTable.from_df(t.to_df(), folder=tmp_path)):
         assert (u.files, u.labels, u.classes, u.is_valid.tolist(), u.is_test.tolist()) == (t.files, t.labels, t.classes, t.is_valid.tolist(), t.is_test.tolist())
+
+@pytest.mark.parametrize('k', [2,3,5])
+@pytest.mark.parametrize('grouped', [False,True])
+def test_folds(tmp_path, k, grouped):
+    t = read_table(in_folders(tmp_path, *[f'{p}/{c}' for p in ('train','valid','test') for c in 'abc'], n=10))
+    groups = [f'{o.parent} {i//2}' for i,o in enumerate(t.files)] if grouped else None
+    fs = t.folds(k, groups)
+    assert (np.sum([o.is_valid for o in fs], 0) == ~t.is_test).all() and all((o.is_test==t.is_test).all() and o.files==t.files for o in fs)
+    assert [o.is_valid.tolist() for o in fs] == [o.is_valid.tolist() for o in t.folds(k, groups)]
+    if grouped: assert all((o.is_valid[::2]==o.is_valid[1::2]).all() for o in fs)
+    else: assert all((o.counts().valid-20/k).abs().max()<1 for o in fs)
+    with raises(ValueError, 'k=1: pass 2 or more'): t.folds(1)
+
+def test_near_miss_of_a_path(tmp_path, monkeypatch):
+    in_folders(tmp_path/'birds', 'a', 'b')
+    monkeypatch.chdir(tmp_path)
+    for o in (tmp_path/'brids', './brids', 'brids/a', tmp_path/'brids'/'a'):
+        with raises(FileNotFoundError, 'brids', f'does not exist: in {tmp_path}', "did you mean 'birds'?"): read_table(o)
+    with raises(FileNotFoundError, "'brids' is neither a benchmark nor a folder", "'birds'"): read_table('brids')
+    (tmp_path/'labels.csv').write_text('file,label\n')
+    with raises(FileNotFoundError, 'lables.csv does not exist', "did you mean 'labels.csv'"): read_table('lables.csv')
+
+def test_verify_takes_files_in_any_form(tmp_path):
+    root = in_folders(tmp_path, 'a', 'b')
+    bad = spoil(root/'a'/'0.jpg', 'empty')
+    files = sorted(root.glob('*/*.jpg'))
+    t = read_table(root)
+    for o in (get_image_files(root), files, tuple(files), set(files), iter(files), map(str, files), np.array(files), pd.Series(files), t.to_df().file.map(lambda f: root/f), root, str(root), t, bad, str(bad)):
+        assert verify(o).file.tolist() == [bad]
+    with raises(TypeError, 'verify takes pictures', 'and not 3'): verify(3)
+    with raises(TypeError, 'ImageTable.from_df(df)'): verify(t.to_df())
 
 # Mistakes in the data: one sentence that names what is at fault
 

@@ -254,9 +254,10 @@ def _source_folder(source):
         remedy = 'pass the name of a benchmark, a path, a DataFrame or CSV file, or an ImageTable'
         raise TypeError(f'source is {source!r}: {remedy}')
     path = Path(source).expanduser()
-    is_word = isinstance(source, str) and len(path.parts)==1
+    is_word = isinstance(source, str) and source==path.name
     if is_word and not path.exists():
-        raise FileNotFoundError(f'{source!r} is neither a benchmark nor a folder: {near_hint(source, BENCHMARKS)}')
+        names = [*BENCHMARKS, *sorted(o.name for o in Path().glob('*/'))]
+        raise FileNotFoundError(f'{source!r} is neither a benchmark nor a folder: {near_hint(source, names)}')
     return _folder(path)
 
 def _source_table(source, root, valid_pct, seed, **columns):

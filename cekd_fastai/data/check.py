@@ -24,10 +24,19 @@ def _dls_files(dls):
     if hasattr(dls, 'table'): return dls.table.files
     return [o for dl in dls.loaders for o in dl.items]
 
+def _as_paths(files):
+    "Each of `files` as a path; `TypeError` if they are none"
+    try: return [Path(o) for o in files]
+    except TypeError as e:
+        takes = 'pictures, a folder, the name of a benchmark, DataLoaders or an ImageTable'
+        raise TypeError(f'verify takes {takes}, and not {files!r}') from e
+
 def _files_of(source):
     "The pictures that `source` stands for"
     if isinstance(source, DataLoaders): return _dls_files(source)
-    if isinstance(source, (list,tuple,L)): return [Path(o) for o in source]
+    if isinstance(source, pd.DataFrame): raise TypeError('verify takes files: pass a column of paths, or ImageTable.from_df(df)')
+    is_path = isinstance(source, (str,os.PathLike))
+    if not is_path and not isinstance(source, ImageTable): return _as_paths(source)
     named = isinstance(source, str) and source in BENCHMARKS
     if named or isinstance(source, ImageTable): return read_table(source).files
     return [Path(source)] if Path(source).is_file() else images_of(_folder(source))

@@ -13,8 +13,8 @@ from fastai.vision.all import *
 from scipy.io import loadmat
 from torchvision import datasets as tvd
 from ..core import few,whole_folder
-from .words import read_text
-from .table import ImageTable,_all_there
+from .words import _all_there,not_there,read_text
+from .table import ImageTable
 from .folders import images_of,read_folders
 
 # %% ../../nbs/08_data.readers.ipynb #lines
@@ -63,7 +63,7 @@ def _numbers(file, ids, n=4):
 def _folder(path):
     "`path` as a folder that exists"
     path = Path(path).expanduser()
-    if not path.exists(): raise FileNotFoundError(f'{path} does not exist: check the path')
+    if not path.exists(): raise FileNotFoundError(not_there(path))
     if not path.is_dir(): raise NotADirectoryError(f'{path} is a file: pass the folder of the data set')
     return path
 

@@ -11,7 +11,7 @@ __all__ = ['RECIPES', 'ImageTable']
 import random
 from fastai.vision.all import *
 from ..core import check_count,few,near_hint
-from .words import PART_WORDS,read_sheet
+from .words import PART_WORDS,_all_there,_is_blank,_paths,read_sheet
 
 # %% ../../nbs/05_data.table.ipynb #recipes
 RECIPES = dict(crop=224, squeeze=224, pad=32, digits=32)
@@ -41,25 +41,6 @@ def _flags(values, column):
     return _part_names(values, column)!='train'
 
 # %% ../../nbs/05_data.table.ipynb #table
-def _is_blank(o):
-    "Whether a cell of a table holds nothing"
-    return o is None or isinstance(o, float) and np.isnan(o) or o is pd.NA or o==''
-
-def _paths(files):
-    "A column of file names as paths; `ValueError` names the row of what is none"
-    files = list(files)
-    bad = [i for i,o in enumerate(files) if _is_blank(o) or not isinstance(o, (str,os.PathLike))]
-    if not bad: return [Path(o) for o in files]
-    raise ValueError(f'row {bad[0]} of column files is {files[bad[0]]!r}, which names no file: fill in the column')
-
-def _all_there(files, listed, remedy='check folder= and suff=, or leave their rows out'):
-    "Refuse a list that names files which are not there"
-    gone = [(i,o) for i,o in enumerate(files) if not os.path.isfile(o)]
-    if not gone: return
-    named = few(f'{o} (row {i})' for i,o in gone)
-    what = f'{len(gone):,} of {len(files):,} files of {listed} are missing'
-    raise FileNotFoundError(f'{what}: {named}; {remedy}')
-
 class ImageTable:
     "Files, class names and parts of a data set; `ValueError` names what nobody could train on"
     def __init__(self,
@@ -372,3 +353,32 @@ def few_shot(self:ImageTable,
         order = draw.sample(rows, len(rows)) # Of them all, so that a larger `n` keeps these and adds to them
         keep[order[:n]] = True
     return self._rows(keep)
+
+# %% ../../nbs/05_data.table.ipynb #folds
+def _deal(groups, k, seed):
+    "A number from 0 to `k`-1 for each row: large groups first, each to the fold that has the fewest"
+    rows = _rows_by(groups)
+    order = random.Random(seed).sample(sorted(rows, key=str), len(rows))
+    res = np.zeros(len(groups), dtype=int)
+    n = [0]*k
+    for g in sorted(order, key=lambda o: -len(rows[o])):
+        least = n.index(min(n))
+        res[rows[g]] = least
+        n[least] += len(rows[g])
+    return res
+
+@patch
+def folds(self:ImageTable,
+    k=5,         # How many
+    groups=None, # What each picture belongs to, one for each row
+    seed=42      # Of the draw
+)->list:         # `k` tables
+    "Tables in which one k-th after the other is for validation, of each class alike; a test part stays"
+    if k<2: raise ValueError(f'k={k}: pass 2 or more')
+    at = np.flatnonzero(~self.is_test)
+    fold = np.full(len(self), -1)
+    if groups is not None: fold[at] = _deal([groups[i] for i in at], k, seed)
+    else:
+        mixed = random.Random(seed).sample(at.tolist(), len(at))
+        fold[sorted(mixed, key=lambda i: str(self.labels[i]))] = np.arange(len(at))%k
+    return [self._rows(is_valid=fold==i) for i in range(k)]
