@@ -12,7 +12,6 @@ import hashlib,importlib,math
 from fastai.vision.all import *
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from ..core import few
 from .image import _fault,_in_threads,open_image
 from .benchmarks import read_table
 

@@ -41,6 +41,7 @@ def _files_of(source):
     if named or isinstance(source, ImageTable): return read_table(source).files
     return [Path(source)] if Path(source).is_file() else images_of(_folder(source))
 
+# %% ../../nbs/11_data.check.ipynb #verify2
 def verify(
     source,         # `DataLoaders`, `ImageTable`, list of files, path of a folder or picture, or name of a benchmark
     max_pixels=None # A picture with more is oversized; Pillow's limit if None

@@ -24,6 +24,7 @@ def _shown(names):
 
 def _stop(e): raise e # `os.walk` passes over a folder that it may not open
 
+# %% ../../nbs/07b_data.folders.ipynb #tree-class
 class FolderTree:
     "The folders from `root` downwards, each real one once, with the names of their files"
     def __init__(self,
@@ -72,6 +73,7 @@ def groups(self:FolderTree, path): # A folder of the tree
         res.setdefault(name, []).extend(self.direct(folder))
     return {o: sorted(res[o]) for o in sorted(res)}
 
+# %% ../../nbs/07b_data.folders.ipynb #tree3
 @patch
 def filled(self:FolderTree, path): # A folder of the tree
     "`groups` without the folders that hold no picture"
@@ -99,6 +101,7 @@ def skipped(self:FolderTree): # `Counter`
     suffixes = [os.path.splitext(o)[1].lower() for o in names]
     return Counter(o for o in suffixes if o not in _NOTES and o not in IMAGE_SUFFIXES)
 
+# %% ../../nbs/07b_data.folders.ipynb #lost2
 @patch
 def warn(self:FolderTree):
     "Say what was left out"

@@ -8,7 +8,6 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/data.readers.html.md"""
 __all__ = ['cub_folder', 'read_cub', 'read_cars', 'read_aircraft', 'read_pets', 'read_flowers', 'read_dogs', 'read_small']
 
 # %% ../../nbs/08_data.readers.ipynb #imports
-import warnings
 from fastai.vision.all import *
 from scipy.io import loadmat
 from torchvision import datasets as tvd
