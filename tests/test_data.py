@@ -10,8 +10,8 @@ from PIL import Image
 from scipy.io import savemat
 from torch import nn
 from torchvision import datasets as tvd
-from fastai.vision.all import (CrossEntropyLossFlat, FlipItem, Interpretation, Learner, Normalize, Pipeline, PILImage, RandomCrop, RandomErasing,
-    Resize, get_image_files, Transform, URLs, accuracy, load_learner)
+from fastai.vision.all import (ConvLayer, CrossEntropyLossFlat, FlipItem, Interpretation, Learner, Normalize, Pipeline, PILImage, RandomCrop, RandomErasing,
+    Resize, get_image_files, Transform, URLs, accuracy, load_learner, set_seed)
 from cekd_fastai.core import *
 from cekd_fastai.data import check,image,readers
 from cekd_fastai.data.audit import *
@@ -1334,6 +1334,28 @@ def test_groups_on_both_sides(photos):
 def test_check_data_without_its_library(photos, monkeypatch):
     monkeypatch.setitem(sys.modules, 'imagehash', None)
     with raises(ImportError, 'check_data needs imagehash: pip install imagehash'): check_data(photos)
+
+def test_suspects_among_drawn_birds(tmp_path):
+    "Finches and thrushes with 8 of 80 held-out labels swapped: most of the first 8 suspects are among them."
+    pytest.importorskip('cleanlab')
+    t = read_table(make_birds(tmp_path/'birds', n_species=8, n_images=30, n_train=20, size=64, n_workers=0, progress=False))
+    labels = [o.split('_')[-1] for o in t.labels]
+    wrong = random.Random(0).sample(np.flatnonzero(t.is_valid).tolist(), 8)
+    for i in wrong: labels[i] = dict(Finch='Thrush', Thrush='Finch')[labels[i]]
+    set_seed(1)
+    dls = fine_grained_dls(ImageTable(t.files, labels, t.is_valid, root=t.root), size=56, bs=16, in_memory=True)
+    net = nn.Sequential(*[ConvLayer(i, o, stride=2) for i,o in ((3,16),(16,32),(32,64),(64,64))], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
+    learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(24, 1e-2)
+        df = suspects(learn)
+    planted = {t.files[i] for i in wrong}
+    recall = len(set(df.file[:8]) & planted)/8
+    print(f'recall at the planted number: {recall:.2f}')
+    assert recall>=.5 and (df.p_belief>=df.p_label).all() and (df.label!=df.belief).any()
+    show_suspects(df, 4)
+    assert len([o for o in plt.gcf().axes if o.get_title()])==4
+    plt.close('all')
 
 def test_bad_files_are_looked_up_once(monkeypatch):
     "Twenty thousand files of which a tenth is bad: the list of them is made once, not for each file."

@@ -70,7 +70,7 @@ def _joined(pairs, n):
 # %% ../../nbs/11b_data.audit.ipynb #copies
 def _copy_remedy(t, i, j):
     "Where two copies lie, and what to do about them"
-    if t.labels[i]!=t.labels[j]: return ' across classes','one of the two labels is wrong: look at both, correct one and delete the other'
+    if t.labels[i]!=t.labels[j]: return ' across classes','one label is wrong: correct it, and delete the other picture'
     if _part(t, i)!=_part(t, j): return ' across parts','delete one of them, or the result is too good'
     return '','delete one of them'
 
@@ -115,7 +115,8 @@ def _class_rows(t, least):
     return [_row(t, of[o], 'tiny class', f'{k} training images', remedy) for o,k in tiny.items()]
 
 # %% ../../nbs/11b_data.audit.ipynb #odd
-_MODES = dict(L='grey: fine if others are grey too', P='a palette: save it as RGB', CMYK='made for print: save it as RGB, and look at its colours',
+_MODES = dict(L='grey: fine if others are grey too', P='a palette: save it as RGB',
+    CMYK='made for print: save it as RGB, and look at its colours',
     RGBA='perhaps transparent: paste it on a background', LA='perhaps transparent: paste it on a background')
 _MODES['1'] = 'black and white only: find the original'
 _DEEP = 'more than 8 bits, which are cut to 8: save it as RGB if it looks dark'
@@ -140,7 +141,8 @@ def _mode_rows(t, looks):
     return [_row(t, i, 'odd mode', o, _MODES.get(o, _DEEP)) for i,o in odd.items()]
 
 # %% ../../nbs/11b_data.audit.ipynb #check
-_WORST = ['unreadable','duplicate across classes','duplicate across parts','group across parts','duplicate','tiny class','small','long','odd mode']
+_COPIES = ['duplicate across classes','duplicate across parts','group across parts','duplicate']
+_WORST = ['unreadable', *_COPIES, 'tiny class', 'small', 'long', 'odd mode']
 
 def _rank(problem): return first(i for i,o in enumerate(_WORST) if problem.endswith(o))
 

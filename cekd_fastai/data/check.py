@@ -34,7 +34,8 @@ def _as_paths(files):
 def _files_of(source):
     "The pictures that `source` stands for"
     if isinstance(source, DataLoaders): return _dls_files(source)
-    if isinstance(source, pd.DataFrame): raise TypeError('verify takes files: pass a column of paths, or ImageTable.from_df(df)')
+    remedy = 'pass a column of paths, or ImageTable.from_df(df)'
+    if isinstance(source, pd.DataFrame): raise TypeError(f'verify takes files: {remedy}')
     is_path = isinstance(source, (str,os.PathLike))
     if not is_path and not isinstance(source, ImageTable): return _as_paths(source)
     named = isinstance(source, str) and source in BENCHMARKS

@@ -174,7 +174,8 @@ def _find_parts(tree, path):
     if not sets: return {}
     if len(sets)>1 and () not in sets:
         names = few((o['train'][0] for o in sets.values()), 6)
-        raise ValueError(f'{path} holds several data sets, with training parts {names}: move the parts of one into a folder, and pass it')
+        remedy = 'move the parts of one into a folder, and pass it'
+        raise ValueError(f'{path} holds several data sets, with training parts {names}: {remedy}')
     parts = sets.get(()) or first(sets.values())
     twice = first(o for o in parts.items() if len(o[1])>1)
     if twice:
@@ -195,13 +196,15 @@ def _check_flat(tree, path, parts):
     flat = {part:o for part,o in parts.items() if _is_flat(tree, o)}
     if not flat: return parts
     names = few(o.name for o in flat.values())
-    what = f'{names} of {path} hold images and no class folders' if len(flat)>1 else f'{names} of {path} holds images and no class folders'
+    what = f'{names} of {path} hold{"s"[len(flat)>1:]} images and no class folders'
     left = {part:o for part,o in parts.items() if part not in flat}
     if 'train' in flat:
         sheets = [o for o in tree.names[path] if o.lower().endswith(('.csv','.tsv'))]
         table = repr(str(path/sheets[0])) if sheets else 'a CSV file or a DataFrame'
         raise ValueError(f'{what}: pass {table} with file names and labels, and folder={str(flat["train"])!r}')
-    if len(left)<2: raise ValueError(f'{what}, which leaves nothing to validate on: pass {left["train"]} to split it here')
+    if len(left)<2:
+        remedy = f'pass {left["train"]} to split it here'
+        raise ValueError(f'{what}, which leaves nothing to validate on: {remedy}')
     warnings.warn(f'{what}: not used')
     return left
 

@@ -68,8 +68,8 @@ def read_sheet(
     how = dict(sep=_separator(text), dtype=str, keep_default_na=False)
     try: return pd.read_csv(io.StringIO(text), **how)
     except (pd.errors.EmptyDataError,pd.errors.ParserError) as e:
-        why = str(e).strip()
-        raise ValueError(f'{file} cannot be read as a table ({why}): it needs one line of names of columns, and one for each picture') from e
+        needs = 'it needs one line of names of columns, and one for each picture'
+        raise ValueError(f'{file} cannot be read as a table ({str(e).strip()}): {needs}') from e
 
 # %% ../../nbs/04b_data.words.ipynb #cells
 def _is_blank(o):
