@@ -14,8 +14,9 @@ from torchvision import datasets as tvd
 from ..core import few,near_hint
 from .table import ImageTable
 from .download import fetch_by_hand,fetch_files,fetch_url
+from .folders import read_folders
 from .readers import _folder,_read_path,read_aircraft,read_cars,read_cub,read_dogs
-from .readers import read_flowers,read_folders,read_pets,read_small
+from .readers import read_flowers,read_pets,read_small
 
 # %% ../../nbs/09_data.benchmarks.ipynb #bench
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ def benchmarks(): # `DataFrame`, indexed by name
 # %% ../../nbs/09_data.benchmarks.ipynb #source
 def _is_sheet(source):
     "Whether `source` is a `DataFrame` or the path of a CSV file"
-    if isinstance(source, (str,Path)): return Path(source).suffix.lower()=='.csv'
+    if isinstance(source, (str,Path)): return Path(source).suffix.lower() in ('.csv','.tsv')
     return isinstance(source, pd.DataFrame)
 
 def _source_folder(source):
@@ -253,9 +254,10 @@ def _source_folder(source):
         remedy = 'pass the name of a benchmark, a path, a DataFrame or CSV file, or an ImageTable'
         raise TypeError(f'source is {source!r}: {remedy}')
     path = Path(source).expanduser()
-    is_word = isinstance(source, str) and len(path.parts)==1
+    is_word = isinstance(source, str) and source==path.name
     if is_word and not path.exists():
-        raise FileNotFoundError(f'{source!r} is neither a benchmark nor a folder: {near_hint(source, BENCHMARKS)}')
+        names = [*BENCHMARKS, *sorted(o.name for o in Path().glob('*/'))]
+        raise FileNotFoundError(f'{source!r} is neither a benchmark nor a folder: {near_hint(source, names)}')
     return _folder(path)
 
 def _source_table(source, root, valid_pct, seed, **columns):

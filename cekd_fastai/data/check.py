@@ -14,7 +14,8 @@ from scipy.io import savemat
 from ..core import check_count,whole_folder
 from .table import ImageTable
 from .image import ResizeShort,_in_threads,open_image,unreadable
-from .readers import _CARS_CORNERS,_cars_corners,_folder,_id_lines,_images,_mat_rows
+from .folders import images_of
+from .readers import _CARS_CORNERS,_cars_corners,_folder,_id_lines,_mat_rows
 from .benchmarks import BENCHMARKS,read_table
 
 # %% ../../nbs/11_data.check.ipynb #verify
@@ -23,14 +24,25 @@ def _dls_files(dls):
     if hasattr(dls, 'table'): return dls.table.files
     return [o for dl in dls.loaders for o in dl.items]
 
+def _as_paths(files):
+    "Each of `files` as a path; `TypeError` if they are none"
+    try: return [Path(o) for o in files]
+    except TypeError as e:
+        takes = 'pictures, a folder, the name of a benchmark, DataLoaders or an ImageTable'
+        raise TypeError(f'verify takes {takes}, and not {files!r}') from e
+
 def _files_of(source):
     "The pictures that `source` stands for"
     if isinstance(source, DataLoaders): return _dls_files(source)
-    if isinstance(source, (list,tuple,L)): return [Path(o) for o in source]
+    remedy = 'pass a column of paths, or ImageTable.from_df(df)'
+    if isinstance(source, pd.DataFrame): raise TypeError(f'verify takes files: {remedy}')
+    is_path = isinstance(source, (str,os.PathLike))
+    if not is_path and not isinstance(source, ImageTable): return _as_paths(source)
     named = isinstance(source, str) and source in BENCHMARKS
     if named or isinstance(source, ImageTable): return read_table(source).files
-    return [Path(source)] if Path(source).is_file() else _images(_folder(source))
+    return [Path(source)] if Path(source).is_file() else images_of(_folder(source))
 
+# %% ../../nbs/11_data.check.ipynb #verify2
 def verify(
     source,         # `DataLoaders`, `ImageTable`, list of files, path of a folder or picture, or name of a benchmark
     max_pixels=None # A picture with more is oversized; Pillow's limit if None

@@ -11,6 +11,7 @@ __all__ = ['RECIPES', 'ImageTable']
 import random
 from fastai.vision.all import *
 from ..core import check_count,few,near_hint
+from .words import PART_WORDS,_all_there,_is_blank,_paths,read_sheet
 
 # %% ../../nbs/05_data.table.ipynb #recipes
 RECIPES = dict(crop=224, squeeze=224, pad=32, digits=32)
@@ -20,9 +21,7 @@ def _check_recipe(recipe):
     if recipe not in RECIPES: raise ValueError(f'recipe={recipe!r}: {near_hint(recipe, RECIPES)}')
 
 # %% ../../nbs/05_data.table.ipynb #flags
-_WORDS = dict.fromkeys('train training true_train false 0 0.0 no'.split(), 'train')
-_WORDS |= dict.fromkeys('valid validation val dev true 1 1.0 yes'.split(), 'valid')
-_WORDS |= dict.fromkeys('test testing'.split(), 'test')
+_WORDS = PART_WORDS | dict.fromkeys('false 0 0.0 no'.split(), 'train') | dict.fromkeys('true 1 1.0 yes'.split(), 'valid')
 
 def _part_of(value, row, column):
     "'train', 'valid' or 'test', whichever a cell of a table stands for"
@@ -54,16 +53,18 @@ class ImageTable:
         boxes=None,    # Place of the object in each image: x, y, width and height in pixels
         recipe='crop', # One of `RECIPES`
         stats=None,    # Mean and standard deviation to normalise with; ImageNet's if None
-        sources=()     # Files with labels, parts and boxes, which a copy of the data set needs
+        sources=(),    # Files with labels, parts and boxes, which a copy of the data set needs
+        must_exist=True # Refuse files that are not there
     ):
         self.root = Path(root)
         self.recipe = recipe
-        self.files = [Path(o) for o in files]
+        self.files = _paths(files)
         self.labels = list(labels)
         self.is_valid = _flags(is_valid, 'is_valid')
         no_test = [False]*len(self.files)
         self.is_test = _flags(ifnone(is_test, no_test), 'is_test')
         self._check_labels()
+        if must_exist: _all_there(self.files, 'the table')
         self.classes = sorted(set(self.labels)) if classes is None else list(classes)
         self.boxes = None if boxes is None else np.array(boxes, dtype=float).reshape(-1, 4)
         self.stats = ifnone(stats, imagenet_stats)
@@ -122,10 +123,22 @@ def _check_labels(self:ImageTable):
     if len(set(lengths))>1:
         have = '{} files, {} labels, {} and {} parts'.format(*lengths)
         raise ValueError(f'{have}: give one of each for every image')
-    empty = [i for i,o in enumerate(self.labels) if pd.isna(o) or o=='']
-    if not empty: return
-    where = few(f'{self.files[i]} (row {i})' for i in empty)
-    raise ValueError(f'no label for {where}: fill in the column, or leave these files out')
+    empty = [i for i,o in enumerate(self.labels) if _is_blank(o)]
+    if empty:
+        where = few(f'{self.files[i]} (row {i})' for i in empty)
+        raise ValueError(f'no label for {where}: fill in the column labels, or leave these files out')
+    self._check_names()
+
+@patch
+def _check_names(self:ImageTable):
+    "Refuse labels of which some are words and others are not, or that are lists"
+    is_word = [isinstance(o, str) for o in self.labels]
+    odd = [i for i,o in enumerate(self.labels) if isinstance(o, (list,tuple,dict,set,ndarray,Tensor))]
+    if len(set(is_word))>1: odd = odd or [is_word.index(False)]
+    if not odd: return
+    i = odd[0]
+    remedy = 'write the name of one class for each image, all of them as words'
+    raise ValueError(f'row {i} of column labels is {self.labels[i]!r}, which is no name of a class: {remedy}')
 
 @patch
 def _check(self:ImageTable):
@@ -137,8 +150,18 @@ def _check(self:ImageTable):
     if unknown: raise ValueError(f'labels that are no class: {few(sorted(unknown))}; add them to classes')
     if len(set(self.classes))<len(self.classes):
         raise ValueError(f'classes of {self.root} lists a name twice: give every class a name of its own')
+    self._check_classes()
     _check_recipe(self.recipe)
     self._check_parts()
+
+# %% ../../nbs/05_data.table.ipynb #check-classes
+@patch
+def _check_classes(self:ImageTable):
+    "Refuse a class alone"
+    if len(self.classes)>1: return
+    remedy = 'pass the folder whose folders are the classes, or a table with two classes or more'
+    what = f'{self.root} has one class alone, {self.classes[0]!r}'
+    raise ValueError(f'{what}, which leaves nothing to tell apart: {remedy}')
 
 # %% ../../nbs/05_data.table.ipynb #check-parts
 @patch
@@ -219,19 +242,15 @@ def _draw(labels, groups, valid_pct, seed):
     if groups is not None: return _split_groups(labels, groups, valid_pct, seed)
     res = np.zeros(len(labels), dtype=bool)
     for name,rows in _rows_by(labels).items():
-        if not pd.isna(name): res[rows] = _split(name, len(rows), valid_pct, seed)
+        if not _is_blank(name): res[rows] = _split(name, len(rows), valid_pct, seed)
     return res
 
 # %% ../../nbs/05_data.table.ipynb #df-from
 def _listed_files(names, root, suff):
-    "Paths of the files that a column names, all of which must be there"
-    blank = [i for i,o in enumerate(names) if pd.isna(o)]
+    "Paths of the files that a column names"
+    blank = [i for i,o in enumerate(names) if _is_blank(o)]
     if blank: raise ValueError(f'no file name in row {few(blank)}: fill in the column')
-    files = [root/f'{o}{suff}' for o in names]
-    gone = [o for o in files if not o.is_file()]
-    if not gone: return files
-    what = f'{len(gone):,} of {len(files):,} files of the table are missing'
-    raise FileNotFoundError(f'{what}: {few(gone)}; check folder= and suff=')
+    return [root/f'{o}{suff}' for o in names]
 
 @patch(cls_method=True)
 def from_df(cls:ImageTable,
@@ -249,12 +268,12 @@ def from_df(cls:ImageTable,
     "Read a table of files and labels; `ValueError` and `FileNotFoundError` name the column, row or file at fault"
     if not isinstance(df, pd.DataFrame):
         folder = ifnone(folder, Path(df).parent)
-        df = pd.read_csv(df)
+        df = read_sheet(df)
     root = Path(ifnone(folder, '.'))
     names = _column(df, fn_col, 'file', 0)
     labels = _column(df, label_col, 'label', 1)
     files = _listed_files(names, root, suff)
-    labels = [o if pd.isna(o) else str(o) for o in labels]
+    labels = [o if _is_blank(o) else str(o) for o in labels]
     is_valid,is_test = _parts(df, valid_col)
     if is_valid is None: is_valid = _draw(labels, _column(df, group_col, None), valid_pct, seed)
     return cls(files, labels, is_valid, root=root, is_test=is_test, **kwargs)
@@ -276,11 +295,12 @@ def _named(self:ImageTable, classes):
     n = len(self.classes)
     if isinstance(classes, str): classes = [classes]
     if isinstance(classes, int):
-        if not 0<classes<=n: raise ValueError(f'classes={classes}: {self.root} has {n} classes, pass 1 to {n}')
+        if not 1<classes<=n: raise ValueError(f'classes={classes}: {self.root} has {n} classes, pass 2 to {n}')
         return self.classes[:classes]
     names = list(classes)
+    known = set(self.classes)
     for o in names:
-        if o not in self.classes: raise ValueError(f'no class {o!r} in {self.root}: {near_hint(o, self.classes)}')
+        if o not in known: raise ValueError(f'no class {o!r} in {self.root}: {near_hint(o, self.classes)}')
     return names
 
 # %% ../../nbs/05_data.table.ipynb #rows
@@ -294,7 +314,7 @@ def _rows(self:ImageTable, keep=None, **changes):
     rows = range(len(self)) if keep is None else np.flatnonzero(keep)
     same = {k: getattr(self, k) for k in ('classes','root','recipe','stats','sources')}
     cols = {k: _pick(getattr(self, k), rows) for k in ('files','labels','is_valid','is_test','boxes')}
-    return ImageTable(**same | cols | changes)
+    return ImageTable(**same | cols | changes, must_exist=False) # They were there, and a million look-ups take seconds
 
 # %% ../../nbs/05_data.table.ipynb #holdout
 @patch
@@ -333,3 +353,32 @@ def few_shot(self:ImageTable,
         order = draw.sample(rows, len(rows)) # Of them all, so that a larger `n` keeps these and adds to them
         keep[order[:n]] = True
     return self._rows(keep)
+
+# %% ../../nbs/05_data.table.ipynb #folds
+def _deal(groups, k, seed):
+    "A number from 0 to `k`-1 for each row: large groups first, each to the fold that has the fewest"
+    rows = _rows_by(groups)
+    order = random.Random(seed).sample(sorted(rows, key=str), len(rows))
+    res = np.zeros(len(groups), dtype=int)
+    n = [0]*k
+    for g in sorted(order, key=lambda o: -len(rows[o])):
+        least = n.index(min(n))
+        res[rows[g]] = least
+        n[least] += len(rows[g])
+    return res
+
+@patch
+def folds(self:ImageTable,
+    k=5,         # How many
+    groups=None, # What each picture belongs to, one for each row
+    seed=42      # Of the draw
+)->list:         # `k` tables
+    "Tables in which one k-th after the other is for validation, of each class alike; a test part stays"
+    if k<2: raise ValueError(f'k={k}: pass 2 or more')
+    at = np.flatnonzero(~self.is_test)
+    fold = np.full(len(self), -1)
+    if groups is not None: fold[at] = _deal([groups[i] for i in at], k, seed)
+    else:
+        mixed = random.Random(seed).sample(at.tolist(), len(at))
+        fold[sorted(mixed, key=lambda i: str(self.labels[i]))] = np.arange(len(at))%k
+    return [self._rows(is_valid=fold==i) for i in range(k)]
