@@ -1,5 +1,6 @@
-"The deployed file answers as the learner does, whatever its loaders do to a picture, or `deploy` refuses."
-import io,random,tempfile
+"The deployed file answers as the learner does or `deploy` refuses; ONNX and the table of a folder answer as the file does."
+import io,os,random,subprocess,sys,tempfile,time
+from pathlib import Path
 import numpy as np,pandas as pd,pytest,torch
 from PIL import Image
 from torch import nn
@@ -8,8 +9,12 @@ from fastai.vision.all import (BCEWithLogitsLossFlat,Brightness,CategoryBlock,Cr
     LabelSmoothingCrossEntropyFlat,Normalize,PILImage,PILImageBW,RandomCrop,RandomResizedCrop,
     RandomResizedCropGPU,Resize,TensorImage,Transform,aug_transforms,first,get_image_files,
     load_learner,parent_label,set_seed)
-from cekd_fastai.all import Deployed,branch_learner,deploy,fine_grained_dls,make_birds
+from cekd_fastai.all import Deployed,branch_learner,css_learner,deploy,fine_grained_dls,make_birds,online_learner
 from cekd_fastai.branches import branch_preds,load_net,save_net
+from cekd_fastai.onnx_file import OnnxNet,export_onnx
+from cekd_fastai.predict import open_net,predict_folder
+
+root = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
@@ -44,7 +49,8 @@ def answers(learn):
 
 def gap(learn, file, items=None):
     "Largest difference of a probability between learner and file."
-    return (Deployed(file)(learn.dls.valid.items if items is None else items)-answers(learn)).abs().max().item()
+    net = file if isinstance(file, Deployed) else Deployed(file)
+    return (net(learn.dls.valid.items if items is None else items)-answers(learn)).abs().max().item()
 
 STOCK = dict(squish=(Resize(48, 'squish'),None), zeros=(Resize(48, 'pad', pad_mode='zeros'),None), border=(Resize(48, 'pad', pad_mode='border'),None),
     reflection=(Resize(48, 'pad'),None), crop=(Resize(48),None), oblong=(Resize((40,64)),None), presizing=(Resize(96),aug_transforms(size=48)),
@@ -137,14 +143,18 @@ def several(photos, **kwargs):
     df = pd.DataFrame(dict(name=[o.relative_to(photos).as_posix() for o in files], labels=[o.replace(' ', ';') for o in names]))
     return ImageDataLoaders.from_df(df, photos, label_delim=';', valid_pct=.4, seed=1, item_tfms=Resize(48, 'squish'), bs=8, num_workers=0, **kwargs)
 
+def rows(learn):
+    "Paths of the validation pictures of `several`."
+    tl = learn.dls.valid.dataset.tls[0]
+    return [tl.tfms.fs[0](o) for _,o in tl.items.iterrows()]
+
 @pytest.mark.parametrize('thresh', [.5,.8])
 def test_several_classes(photos, tmp_path, thresh):
     "The sigmoid and the threshold go along."
     learn = learner(several(photos), loss_func=BCEWithLogitsLossFlat(thresh=thresh))
     file = deploy(learn, tmp_path/'x.pt')
     d = Deployed(file)
-    tl = learn.dls.valid.dataset.tls[0]
-    items = [tl.tfms.fs[0](o) for _,o in tl.items.iterrows()]
+    items = rows(learn)
     assert gap(learn, file, items)<2e-3
     with learn.no_bar(): names,*_ = learn.predict(items[0])
     assert d.several and d.thresh==thresh and d.classes(d(items[0])[0])==list(names)
@@ -257,3 +267,174 @@ def test_file_explains_itself(photos, tmp_path):
     for d in (Deployed(file),):
         with pytest.raises(OSError, match='broken.jpg cannot be read'): d(tmp_path/'broken.jpg')
         with pytest.raises(FileNotFoundError): d(tmp_path/'none.jpg')
+
+# ONNX
+
+def small(photos): return fine_grained_dls(photos, size=64, bs=8, num_workers=0)
+
+NETS = dict(resnet=lambda d: branch_learner(d, 'test_resnet', pretrained=False), single=lambda d: branch_learner(d, 'resnet10t', 1, pretrained=False),
+    mobilenet=lambda d: branch_learner(d, 'mobilenetv3_small_050', split='head', pretrained=False),
+    efficientnet=lambda d: branch_learner(d, 'test_efficientnet', pretrained=False),
+    convnext=lambda d: branch_learner(d, 'test_convnext', pretrained=False),
+    peers=lambda d: branch_learner(d, ('test_resnet','resnet10t'), pretrained=False), css=lambda d: css_learner(d, ('test_resnet','resnet10t'), pretrained=False),
+    **{k: lambda d, k=k: online_learner(d, 'test_resnet', k, pretrained=False) for k in ('ffl','okddip','one','diversity')})
+
+@pytest.mark.parametrize('kind', NETS)
+def test_onnx_of_many_networks(photos, tmp_path, kind):
+    "onnxruntime says what PyTorch says, for any number of pictures."
+    pytest.importorskip('onnxruntime')
+    dls = fine_grained_dls(photos, size=160, bs=8, num_workers=0) if kind=='convnext' else small(photos)
+    learn = NETS[kind](dls)
+    net = OnnxNet(export_onnx(learn, tmp_path/'x.onnx'))
+    want = answers(learn)
+    for n in (1,3,len(want)): assert (net(dls.valid.items[:n])-want[:n]).abs().max()<2e-4
+
+def test_onnx_of_stock_loaders(photos, tmp_path):
+    "Steps for pictures and for batches, and the sigmoid, go along."
+    pytest.importorskip('onnxruntime')
+    learn = learner(several(photos, batch_tfms=aug_transforms(size=(40,64))), loss_func=BCEWithLogitsLossFlat(thresh=.7))
+    net = OnnxNet(export_onnx(learn, tmp_path/'x.onnx'))
+    assert net.several and net.thresh==.7 and net.size==[40,64]
+    assert gap(learn, net, rows(learn))<2e-3
+
+def test_onnx_that_differs_is_refused(photos, tmp_path, monkeypatch):
+    pytest.importorskip('onnxruntime')
+    learn = learner(small(photos))
+    monkeypatch.setattr(nn.ReLU, 'forward', lambda self, x: x.tanh() if torch.onnx.is_in_onnx_export() else x.relu())
+    with pytest.raises(ValueError, match='answers otherwise than in PyTorch'): export_onnx(learn, tmp_path/'x.onnx')
+    assert list(tmp_path.iterdir())==[]
+
+def test_onnx_without_packages(photos, tmp_path, monkeypatch):
+    "One sentence names what to install."
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    monkeypatch.setitem(sys.modules, 'onnx', None)
+    (tmp_path/'x.onnx').write_bytes(b'x')
+    with pytest.raises(ImportError, match='run `pip install onnx onnxruntime`'): export_onnx(learner(small(photos)), tmp_path/'y.onnx')
+    with pytest.raises(ImportError, match='run `pip install onnxruntime`'): OnnxNet(tmp_path/'x.onnx')
+
+def test_foreign_onnx(photos, tmp_path):
+    onnx = pytest.importorskip('onnx')
+    file = export_onnx(learner(small(photos)), tmp_path/'x.onnx')
+    graph = onnx.load(file)
+    del graph.metadata_props[:]
+    onnx.save(graph, tmp_path/'y.onnx')
+    with pytest.raises(ValueError, match='does not say how it sees a picture'): OnnxNet(tmp_path/'y.onnx')
+    (tmp_path/'z.onnx').write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match='damaged'): OnnxNet(tmp_path/'z.onnx')
+
+# The table of a folder
+
+@pytest.fixture(scope='module')
+def deployed(photos, tmp_path_factory): return deploy(learner(fine_grained_dls(photos, size=48, bs=8, num_workers=0)), tmp_path_factory.mktemp('net')/'birds.pt')
+
+@pytest.fixture
+def mixed(photos, tmp_path):
+    "A folder with good and broken files."
+    dest = tmp_path/'mixed'
+    dest.mkdir()
+    for i,o in enumerate(sorted(get_image_files(photos))): (dest/f'{i:02}.jpg').write_bytes(o.read_bytes())
+    (dest/'05a.jpg').write_bytes(b'')
+    (dest/'11a.jpg').write_bytes((dest/'11.jpg').read_bytes()[:700])
+    (dest/'notes.txt').write_text('no picture')
+    return dest
+
+@pytest.mark.parametrize('workers', [0,2])
+def test_folder(deployed, mixed, workers):
+    "Rows in the order of the files, with what the network says to each alone; broken files are listed."
+    d = Deployed(deployed)
+    with pytest.warns(UserWarning, match='2 of 42 files cannot be read') as said: df = d.predict_folder(mixed, bs=7, num_workers=workers)
+    assert [Path(o).name for o in df.file]==[f'{i:02}.jpg' for i in range(40)]
+    assert sorted(Path(o).name for o in df.attrs['broken'])==['05a.jpg','11a.jpg'] and '05a.jpg cannot be read' in str(said[0].message)
+    for f,c,p in zip(df.file[:5], df.class_1, df.prob_1):
+        best = d.predict(f, 1)
+        assert list(best)==[c] and abs(best[c]-p)<1e-3
+
+def test_folder_with_mirror_images(deployed, mixed):
+    d = Deployed(deployed)
+    files = sorted(mixed.glob('0?.jpg'))
+    df = d.predict_folder(files, tta=True, top=99)
+    assert df.shape==(len(files),2+2*4) and df.model[0].endswith(' tta')
+    flipped = [Image.open(o).transpose(Image.FLIP_LEFT_RIGHT) for o in files]
+    both = (d([Image.open(o) for o in files])+d(flipped))/2
+    assert abs(both.max(1)[0].numpy()-df.prob_1.values).max()<.02 # scaling is not quite symmetric
+    assert abs(d(files).max(1)[0].numpy()-df.prob_1.values).max()>.02
+
+def test_files_keep_their_order(deployed, mixed):
+    files = sorted(mixed.glob('1?.jpg'), reverse=True)
+    assert Deployed(deployed).predict_folder(files).file.tolist()==[str(o) for o in files]
+
+def test_new_files_take_their_place(deployed, mixed, tmp_path):
+    "A table that goes on with more files is as one that was made at once."
+    files,d = sorted(mixed.glob('1?.jpg')),Deployed(deployed)
+    d.predict_folder(files[::2], csv=tmp_path/'a.csv')
+    d.predict_folder(files, csv=tmp_path/'a.csv')
+    d.predict_folder(files, csv=tmp_path/'b.csv')
+    assert (tmp_path/'a.csv').read_text()==(tmp_path/'b.csv').read_text()
+
+def test_no_picture_is_read_twice(deployed, mixed, tmp_path, monkeypatch):
+    d = Deployed(deployed)
+    files = sorted(mixed.glob('1?.jpg'))
+    first_run = d.predict_folder(files, csv=tmp_path/'a.csv')
+    monkeypatch.setattr(type(d.input), 'item', lambda *args: 1/0)
+    assert d.predict_folder(files, csv=tmp_path/'a.csv').equals(first_run)
+
+def test_several_labels_in_a_table(photos, tmp_path):
+    d = Deployed(deploy(learner(several(photos), loss_func=BCEWithLogitsLossFlat(thresh=.6)), tmp_path/'x.pt'))
+    files = sorted(get_image_files(photos))[:6]
+    df = predict_folder(d, files, csv=tmp_path/'a.csv')
+    assert df.labels.tolist()==[';'.join(d.classes(d(o)[0])) for o in files]
+    assert any(';' in o for o in df.labels)
+
+SCRIPT = "from cekd_fastai.predict import cekd_predict\nif __name__=='__main__': cekd_predict()\n"
+
+def command(*args):
+    "Start the command as its console script does."
+    script = Path(tempfile.mkdtemp())/'cekd_predict_script.py'
+    script.write_text(SCRIPT)
+    env = os.environ | dict(PYTHONPATH=str(root), OMP_NUM_THREADS='1')
+    return subprocess.Popen([sys.executable, '-W', 'ignore', script, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+def run_command(*args):
+    p = command(*args)
+    return p.communicate(timeout=300)+(p.returncode,)
+
+def test_command(deployed, mixed, tmp_path):
+    out,err,code = run_command(deployed, mixed, '--csv', tmp_path/'out.csv', '--top', 2, '--batch', 8, '--workers', 0, '--tta')
+    assert code==0 and f'40 pictures in {tmp_path/"out.csv"}' in out
+    assert err.count('cekd-predict: skipped')==2
+    df = pd.read_csv(tmp_path/'out.csv')
+    assert df.columns.tolist()==['file','model','class_1','prob_1','class_2','prob_2'] and len(df)==40
+
+def test_command_faults(deployed, tmp_path):
+    "One sentence, and an exit status."
+    (tmp_path/'empty').mkdir()
+    out,err,code = run_command(deployed, tmp_path/'empty')
+    assert code==1 and err.strip().splitlines()[-1]==f'cekd-predict: There are no pictures in `{tmp_path/"empty"}`.'
+
+def test_killed_command_goes_on(deployed, photos, tmp_path):
+    "A run that is killed leaves whole batches, and the next one makes the rest."
+    files = [tmp_path/f'{i:03}.jpg' for i in range(300)]
+    data = [o.read_bytes() for o in get_image_files(photos)]
+    for i,o in enumerate(files): o.write_bytes(data[i%len(data)])
+    csv,args = tmp_path/'out.csv',(deployed,tmp_path,'--csv',tmp_path/'out.csv','--batch',2,'--workers',0)
+    p = command(*args)
+    end = time.monotonic()+120
+    while time.monotonic()<end and (not csv.exists() or csv.read_bytes().count(b'\n')<20): time.sleep(.01)
+    p.kill()
+    p.communicate()
+    n = csv.read_bytes().count(b'\n')
+    assert 20<=n<300
+    assert run_command(*args)[2]==0
+    df = pd.read_csv(csv)
+    assert df.file.tolist()==[str(o) for o in files]
+    assert (df.prob_1-Deployed(deployed)(files).max(1)[0].numpy()).abs().max()<1e-3
+
+def test_command_runs_onnx(deployed, photos, tmp_path):
+    "The same rows, by onnxruntime."
+    pytest.importorskip('onnxruntime')
+    file = export_onnx(deployed, tmp_path/'birds.onnx')
+    files = sorted(get_image_files(photos))[:6]
+    out,err,code = run_command(file, *files)
+    got = pd.read_csv(io.StringIO(out))
+    want = open_net(deployed).predict_folder(files)
+    assert code==0 and got.class_1.tolist()==want.class_1.tolist() and (got.prob_1-want.prob_1).abs().max()<2e-4
