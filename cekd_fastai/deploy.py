@@ -15,10 +15,9 @@ from .data.loaders import OpenImage
 from .branches import BranchNet,load_net,save_net
 
 # %% ../nbs/40_deploy.ipynb #dp-keeps
-_KEEPS = {
-    ResizeShort: 'size', ResizeSquare: 'size', CropPad: 'size pad_mode', RandomCrop: 'size',
-    Resize: 'size method pad_mode resamples', RandomResizedCrop: 'size resamples val_xtra', RatioResize: 'max_sz resamples',
-    AffineCoordTfm: 'size mode pad_mode align_corners', RandomResizedCropGPU: 'size ratio mode valid_scale'}
+_KEEPS = {ResizeShort: 'size', ResizeSquare: 'size', CropPad: 'size pad_mode', RandomCrop: 'size',
+    Resize: 'size method pad_mode resamples', RandomResizedCrop: 'size resamples val_xtra',
+    RatioResize: 'max_sz resamples', AffineCoordTfm: 'size mode pad_mode align_corners', RandomResizedCropGPU: 'size ratio mode valid_scale'}
 _BY_NAME = {o.__name__:o for o in _KEEPS}
 
 def _plain(v):
@@ -36,7 +35,8 @@ def _describe(tfm):
 def _rebuild(step):
     "The transform of a name and its arguments"
     name,kw = step
-    if name not in _BY_NAME: raise ValueError(f"The file names the transform `{name}`, which this version does not know: install a newer one.")
+    if name not in _BY_NAME:
+        raise ValueError(f"The file names the transform `{name}`, which this version does not know: install a newer one.")
     return _BY_NAME[name](**{k:tuple(v) if isinstance(v, list) else v for k,v in kw.items()})
 
 # %% ../nbs/40_deploy.ipynb #dp-input
@@ -91,19 +91,22 @@ def _steps(dl):
     lost += [o.name for o in dl.before_batch.fs]
     return [[_describe(o) for o in fs if _describe(o)] for fs in (item,batch)] + [lost]
 
+# %% ../nbs/40_deploy.ipynb #dp-open
 def _pictures(dls):
     "The part of the validation set that opens pictures"
     ds = dls.valid.dataset
     tl = getattr(ds, 'tls', [ds])[0]
     if hasattr(tl, 'infer_idx'): return tl
-    raise ValueError(f"`deploy` reads loaders of a `DataBlock`, but this validation set is a `{type(ds).__name__}`: use `learn.export`.")
+    kind = type(ds).__name__
+    raise ValueError(f"`deploy` reads loaders of a `DataBlock`, but this validation set is a `{kind}`: use `learn.export`.")
 
 def _as_item(tl, file):
     "`file` as the loaders take one: a `Path` or a `str`"
     if not isinstance(file, (Path,str)): return file
     for k in (Path,str):
         if any(isinstance(k(file), t) for t in tl.types): return k(file)
-    raise ValueError(f"`deploy` writes networks that predict from files of pictures, but the loaders take {tl.types}: use `learn.export`.")
+    takes = few([getattr(o, '__name__', str(o)) for o in tl.types], 4)
+    raise ValueError(f"`deploy` is for networks that see files, but the loaders take {takes}: use `learn.export`.")
 
 def _opening(tl, item):
     "How the loaders open a picture, and names of what they do to it on the way that a file cannot describe"
@@ -122,7 +125,8 @@ def _activation(learn):
     for k,f in _ACTIVATIONS.items():
         if torch.allclose(p, f(z)): return k
     if not torch.equal(p, z):
-        raise ValueError(f"The loss `{type(learn.loss_func).__name__}` has an activation that is neither softmax nor sigmoid: use `learn.export`.")
+        kind = type(learn.loss_func).__name__
+        raise ValueError(f"The loss `{kind}` has an activation that is neither softmax nor sigmoid: use `learn.export`.")
     labels = [o for tl in getattr(learn.dls.valid.dataset, 'tls', [])[1:] for o in tl.tfms.fs]
     several = any(isinstance(o, (MultiCategorize,EncodedMultiCategorize)) for o in labels)
     return 'sigmoid' if several else 'softmax'
@@ -165,6 +169,7 @@ def _probes(dls, folder, n=8):
     there = [o for o in items if not isinstance(o, (Path,str)) or Path(o).exists()]
     return [_as_item(tl, o) for o in there or _drawn(folder)]
 
+# %% ../nbs/40_deploy.ipynb #dp-seen
 def _as_seen(dls, items):
     "What the loaders make of each picture, and the same picture as a file gets it: cut to its box, if the loaders cut"
     tl = _pictures(dls)
@@ -185,7 +190,7 @@ def _check_pixels(pixels, given, seen, lost, tfms):
         why = f'by {gap:.2f}' if same else f'in shape, {list(mine.shape[1:])} for {list(x.shape[1:])}'
         who = f"cannot describe {few(lost, 5)}" if lost else f"does not do what {few(tfms, 8)} do"
         raise ValueError(f"The file {who}: its pixels of `{im}` differ {why} from those of your loaders. "
-            "Use transforms of fastai or of `fine_grained_dls`, which `deploy` knows, or write the learner with `learn.export`.")
+            "Use transforms of fastai or of `fine_grained_dls`, or write the learner with `learn.export`.")
     if lost: warn(f"The file leaves out {few(lost, 5)}, which did nothing to {len(given)} pictures that were compared.")
 
 @torch.no_grad()
@@ -194,7 +199,8 @@ def _check_answers(deployed, net, given, seen):
     with eval_mode(net): z = [net(x).float().cpu() for x in seen]
     mine = deployed(given)
     if mine.shape[1]!=len(deployed.vocab):
-        raise ValueError(f"The network has {mine.shape[1]} outputs for {len(deployed.vocab)} names of classes: set `learn.dls.vocab`.")
+        n,k = mine.shape[1],len(deployed.vocab)
+        raise ValueError(f"The network has {n} outputs for {k} names of classes: set `learn.dls.vocab`.")
     gap = (mine-deployed.activation(torch.cat(z))).abs().max()
     if gap<1e-2: return # on a GPU products of matrices are rounded
     raise ValueError(f"The network that the file builds answers otherwise than yours, by up to {gap:.2f}: "
@@ -202,7 +208,7 @@ def _check_answers(deployed, net, given, seen):
 
 # %% ../nbs/40_deploy.ipynb #dp-deploy
 def _write_checked(tmp, net, learn, items):
-    "Write a file, read it again and compare it with the learner, without a trace in the random numbers of a next training"
+    "Write a file, read it again and compare it with the learner; random numbers stay as they are"
     with no_random(): given,seen = _as_seen(learn.dls, items)
     info,lost = _info(learn, items[0])
     info['size'] = list(seen[0].shape[-2:])
@@ -217,7 +223,7 @@ def deploy(
     file,          # Where to write, e.g. 'birds.pt'; whole or not at all
     which=None,    # Part of the network: None for the ensemble, or what `subnet` of the network takes, e.g. the index of a branch
 )->Path:
-    "Write the network that predicts, its class names and how it sees a picture into one file that is safe to load; refuse if its answers differ"
+    "Write the network that predicts, with its classes and how it sees a picture, into one safe file; refuse if it answers otherwise"
     net,file = unwrap_model(learn.model),Path(file)
     if not isinstance(net, BranchNet):
         raise ValueError(f"`deploy` writes networks of this library, but the model is a `{type(net).__name__}`: "

@@ -19,13 +19,14 @@ def _need(*names):
     try: return [importlib.import_module(o) for o in names]
     except ImportError as e:
         lack = f"`{e.name}` is not installed" if isinstance(e, ModuleNotFoundError) else f"a package cannot be loaded ({e})"
-        raise ImportError(f"ONNX files need {' and '.join(names)}, but {lack}: run `pip install {' '.join(names)}`.") from e
+        what,install = ' and '.join(names),' '.join(names)
+        raise ImportError(f"ONNX files need {what}, but {lack}: run `pip install {install}`.") from e
 
 # %% ../nbs/40b_onnx_file.ipynb #ox-read
 class OnnxNet(Deployed):
     "A network from a file of `export_onnx`, run by onnxruntime on the CPU"
     def __init__(self,
-        file,        # Written by `export_onnx`
+        file,             # Written by `export_onnx`
         threads:int=None, # Of onnxruntime, as many as it likes if None
     ):
         if not Path(file).is_file(): raise FileNotFoundError(f"There is no file `{file}`.")
@@ -35,8 +36,9 @@ class OnnxNet(Deployed):
         try: self.session = ort.InferenceSession(str(file), opts, providers=['CPUExecutionProvider'])
         except Exception as e: raise ValueError(f"`{file}` is not an ONNX file, or is damaged: write it with `export_onnx`.") from e
         said = self.session.get_modelmeta().custom_metadata_map
-        if 'cekd_fastai' not in said: raise ValueError(f"`{file}` does not say how it sees a picture: write it with `export_onnx`.")
-        self.set_info(json.loads(said['cekd_fastai']), file, 'cpu')
+        said = said.get('cekd_fastai')
+        if not said: raise ValueError(f"`{file}` does not say how it sees a picture: write it with `export_onnx`.")
+        self.set_info(json.loads(said), file, 'cpu')
 
     def logits(self, x):
         "What the network says to a batch"
@@ -57,7 +59,7 @@ def _write_graph(d, file):
     x = torch.zeros(2, 3, *d.size, device=d.device)
     names = dict(pixels={0:'batch'}, logits={0:'batch'})
     with warnings.catch_warnings(), eval_mode(d.net):
-        warnings.simplefilter('ignore') # torch prefers its newer exporter, which needs one more package and a minute where this takes a second
+        warnings.simplefilter('ignore') # torch prefers its newer exporter, which needs one more package and is far slower
         torch.onnx.export(d.net, (x,), str(file), input_names=['pixels'], output_names=['logits'], dynamic_axes=names, dynamo=False)
     graph = onnx.load(str(file))
     said = dict(cekd_fastai=json.dumps(d.info), classes=json.dumps(d.vocab), input=_sentence(d.info))
@@ -71,7 +73,8 @@ def _same_answers(d, file, pictures):
     net = OnnxNet(file)
     for n in {1,len(x)}:
         gap = (net.logits(x[:n].cpu())-want[:n]).abs().max()/want.abs().max().clamp(min=1)
-        if not gap<2e-4: raise ValueError(f"In onnxruntime this network answers otherwise than in PyTorch, by {gap:.1g} of its largest logit.")
+        if gap<2e-4: continue
+        raise ValueError(f"In onnxruntime this network answers otherwise than in PyTorch, by {gap:.1g} of its largest logit.")
 
 # %% ../nbs/40b_onnx_file.ipynb #ox-export
 def _write_onnx(tmp, d, pictures):
@@ -88,7 +91,8 @@ def export_onnx(
     "Write a network as ONNX, with its classes and how it sees a picture, once onnxruntime gives the same answers as PyTorch"
     _need('onnx', 'onnxruntime')
     file,learn = Path(file),source if isinstance(source, Learner) else None
-    if learn is None and which is not None: raise ValueError("`which` picks from a learner's network: write that part with `deploy(learn, file, which=...)`.")
+    if learn is None and which is not None:
+        raise ValueError("`which` picks from a learner's network: write that part with `deploy(learn, file, which=...)`.")
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as tmp:
         d = Deployed(deploy(learn, Path(tmp)/'net.pt', which) if learn else source)

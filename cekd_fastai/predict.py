@@ -15,8 +15,8 @@ from typing import Annotated
 from .core import check_count,few,one_sentence,write_whole
 from .deploy import Deployed
 from .onnx_file import OnnxNet
-from .css import net # a file may hold any network of the library, and each module says how to build its own
-from .online import gates
+from .css import net # chkstyle: ignore. A file may hold any network of the library, and each module says how to build its own
+from .online import gates # chkstyle: ignore
 
 # %% ../nbs/40c_predict.ipynb #pf-read
 class _Pictures(torch.utils.data.Dataset):
@@ -67,6 +67,7 @@ def _read_rows(path, columns, model):
     if other: raise ValueError(f"`{path}` has answers of `{other[1]}`, but these would be of `{model}`: {remedy}.")
     return {o[0]:o for o in rows}
 
+# %% ../nbs/40c_predict.ipynb #pf-csv-write
 def _write_rows(path, rows, columns=None):
     "Append rows to a table, or write it anew if there are `columns`"
     with open(path, 'w' if columns else 'a', newline='', encoding='utf-8') as f:
@@ -92,6 +93,7 @@ def _table(columns, rows):
     df = pd.DataFrame(rows, columns=columns)
     return df.astype({o:float for o in columns if o.startswith('prob_')})
 
+# %% ../nbs/40c_predict.ipynb #pf-answer
 def _answer(d, todo, row, save, bs, num_workers, tta):
     "Rows of the pictures `todo`, each batch given to `save`, and the files that cannot be read with what is wrong"
     rows,broken = {},{}
@@ -106,6 +108,7 @@ def _answer(d, todo, row, save, bs, num_workers, tta):
         rows |= new
     return rows,broken
 
+# %% ../nbs/40c_predict.ipynb #pf-method
 @patch
 def predict_folder(self:Deployed,
     source,               # A folder, searched in depth, or a list of files

@@ -4,11 +4,9 @@ from pathlib import Path
 import numpy as np,pandas as pd,pytest,torch
 from PIL import Image
 from torch import nn
-from fastai.vision.all import (BCEWithLogitsLossFlat,Brightness,CategoryBlock,CropPad,CrossEntropyLossFlat,DataBlock,DihedralItem,
-    FlipItem,FocalLossFlat,ImageBlock,ImageDataLoaders,IntToFloatTensor,L,
-    LabelSmoothingCrossEntropyFlat,Normalize,PILImage,PILImageBW,RandomCrop,RandomResizedCrop,
-    RandomResizedCropGPU,Resize,TensorImage,Transform,aug_transforms,first,get_image_files,
-    load_learner,parent_label,set_seed)
+from fastai.vision.all import (BCEWithLogitsLossFlat,Brightness,CategoryBlock,CropPad,CrossEntropyLossFlat,DataBlock,DihedralItem,FlipItem,
+    FocalLossFlat,ImageBlock,ImageDataLoaders,IntToFloatTensor,L,LabelSmoothingCrossEntropyFlat,Normalize,PILImage,PILImageBW,RandomCrop,
+    RandomResizedCrop,RandomResizedCropGPU,Resize,TensorImage,Transform,aug_transforms,first,get_image_files,load_learner,parent_label,set_seed)
 from cekd_fastai.all import Deployed,branch_learner,css_learner,deploy,fine_grained_dls,make_birds,online_learner
 from cekd_fastai.branches import branch_preds,load_net,save_net
 from cekd_fastai.onnx_file import OnnxNet,export_onnx
