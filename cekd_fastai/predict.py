@@ -10,6 +10,7 @@ __all__ = ['open_net', 'predict_folder', 'cekd_predict']
 # %% ../nbs/40c_predict.ipynb #imports
 import csv as csv_format,hashlib,sys,warnings
 from fastai.vision.all import *
+from contextlib import redirect_stdout
 from fastcore.script import call_parse
 from typing import Annotated
 from .core import check_count,few,one_sentence,write_whole
@@ -175,7 +176,7 @@ def cekd_predict(
     "Say what is on every picture of a folder"
     try:
         d = open_net(model, device)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr): # the progress bar is no part of the table
             warnings.simplefilter('ignore')
             df = d.predict_folder(_one_folder(source), csv, top, tta, batch, workers)
     except (ValueError,OSError,ImportError) as e: sys.exit(f'cekd-predict: {one_sentence(e)}')
