@@ -16,6 +16,7 @@ from .data.image import open_image
 from .data.benchmarks import BENCHMARKS,benchmarks,read_table
 from .data.loaders import fine_grained_block,fine_grained_dls,official_test_dl
 from .data.check import presize,verify
+from .data.audit import check_data,show_suspects,suspects
 from .synthetic import diagnostic_parts
 
 # %% ../nbs/44_all.ipynb #mix-names
@@ -38,6 +39,7 @@ from .ema import ModelEMA
 from .distill import BranchLoss,Components,Distill
 from .cekd import CEKD,cekd_losses
 from .diagnose import Diagnose
+from .soft_labels import OnlineLabelSmoothing,PSKD,StoredTargets
 from .meal.teachers import Teacher,as_teacher
 from .meal.callback import MEAL
 from .online.gates import gate_net
@@ -49,11 +51,15 @@ from .css.callback import CSS
 # %% ../nbs/44_all.ipynb #use-names
 # chkstyle: off
 from .learner import GradCheckpoint,branch_learner,css_learner,meal_learner,online_learner
+from .checkpoint import Checkpoint
+from .guard import Guard
 from .interpret.history import history,plot_components,plot_history,show_mixed
 from .interpret.maps import item_cams,show_cam
 from .interpret.calibration import ece,plot_reliability,reliability
 from .interpret.confusion import branch_agreement,confused_pairs,plot_branch_agreement,plot_confused_pairs,report
 from .deploy import Deployed,deploy
+from .onnx_file import OnnxNet,export_onnx
+from .predict import open_net,predict_folder
 
 # %% ../nbs/44_all.ipynb #names
 __all__ = [o for o in globals() if not o.startswith('_')]
