@@ -157,6 +157,7 @@ def _fresh(old, n_out):
     if std := getattr(old, 'init_std', None): nn.init.normal_(new.weight, 0, std)
     return new
 
+# %% ../nbs/23_arch.ipynb #head-new
 def _check_kept(layers, n_out, name):
     "Refuse to keep classifiers of another number of classes"
     for o in layers:

@@ -34,6 +34,7 @@ def _schedule(learn):
     scheds = [o for cb in learn.cbs if isinstance(cb, ParamScheduler) for o in cb.scheds.items()]
     return {k:[np.ravel(f(p)).tolist() for p in (0.,.1,.3,.6,.9)] for k,f in scheds}
 
+# %% ../nbs/44_checkpoint.ipynb #about2
 def run_about(
     learn:Learner,  # In a fit
     args:dict=None, # Whatever else tells runs apart, e.g. the arguments of a command
@@ -204,6 +205,7 @@ def before_fit(self:Checkpoint):
     self.resumer = Resume(self)
     self.learn.add_cb(self.resumer)
 
+# %% ../nbs/44_checkpoint.ipynb #cb-epoch
 @patch
 def before_train(self:Checkpoint):
     "Keep, or give back, what the loaders of this epoch draw from"
@@ -282,11 +284,12 @@ def _exit(n):
     "Leave as after the signal `n`"
     raise KeyboardInterrupt if n==signal.SIGINT else SystemExit(128+n)
 
+# %% ../nbs/44_checkpoint.ipynb #sig-listen
 @patch
 def listen(self:Checkpoint):
     "Take signals, in the main thread of a program"
-    if not self.signals or threading.current_thread() is not threading.main_thread(): return
     self.pid = os.getpid()
+    if not self.signals or threading.current_thread() is not threading.main_thread(): return
     self.handlers = {n:signal.signal(n, self.take) for n in _SIGNALS}
 
 @patch

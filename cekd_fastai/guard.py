@@ -93,6 +93,7 @@ def keep_batch(self:Guard, what, names):
     except OSError as e: warn(f"The batch was not kept ({e.strerror or e}).")
     return file
 
+# %% ../nbs/45_guard.ipynb #cb-rate
 @property
 def _rate(self): return self.learn.opt.hypers[-1]['lr'] if self.learn.opt else None
 Guard.rate = _rate
@@ -137,6 +138,7 @@ def before_train(self:Guard):
     self.fitting = not hasattr(self.learn, 'lr_finder')
     self.good = 0
 
+# %% ../nbs/45_guard.ipynb #cb-batch
 @patch
 def before_batch(self:Guard):
     "Leave out a batch whose pixels are not finite"
@@ -185,6 +187,7 @@ def after_train(self:Guard):
     "Stop if there was not one good batch"
     if self.fitting and self.in_row and not self.good: self.stop('All batches of the epoch were', [f'{self.in_row} batches'])
 
+# %% ../nbs/45_guard.ipynb #cb-valid
 @patch
 def after_validate(self:Guard):
     "Stop if the validation has no finite loss"

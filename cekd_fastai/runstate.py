@@ -114,6 +114,7 @@ def _note(body):
     n = int.from_bytes(body[:8], 'little')
     return json.loads(json.loads(body[8:8+n])['__metadata__']['state'])
 
+# %% ../nbs/43_runstate.ipynb #file-read2
 def read_checkpoint(
     file,         # Written by `write_checkpoint`
     device='cpu', # As for `unpack`
@@ -191,6 +192,7 @@ def _attrs(o, live):
 
 def _parts(o): return {k:v for k,v in vars(o).items() if _is_part(v)}
 
+# %% ../nbs/43_runstate.ipynb #state-load
 def _load_attrs(o, state, replay=False):
     "Give `o` its plain attributes back, and let it find its place again"
     vars(o).update(state)

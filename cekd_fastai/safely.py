@@ -86,6 +86,7 @@ def write_diverged(
     res = dict(diverged=True, error=one_sentence(e)) | about(args)
     with all_or_none(out) as d: (d/'result.json').write_text(json.dumps(res, indent=1, default=str)+'\n')
 
+# %% ../nbs/54_safely.ipynb #run-kept
 def _trained(args, out):
     "Train, and write the results"
     learn = build(args)

@@ -200,7 +200,8 @@ def test_one_class_alone(tmp_path, names):
 def test_one_class_alone_by_every_other_way(tmp_path):
     root = in_folders(tmp_path, 'a', 'b')
     t = read_table(root)
-    for f in (lambda: ImageTable(t.files[:3], 'aaa', [0,0,1]), lambda: t.subset(['a']), lambda: read_table(root, classes=['b']), lambda: read_table(t.to_df().query("label=='a'"), folder=root)):
+    one = t.to_df().query("label=='a'")
+    for f in (lambda: ImageTable(t.files[:3], 'aaa', [0,0,1]), lambda: t.subset(['a']), lambda: read_table(root, classes=['b']), lambda: read_table(one, folder=root)):
         with raises(ValueError, 'has one class alone'): f()
     with raises(ValueError, 'pass 2 to 2'): read_table(root, classes=1)
 
@@ -226,7 +227,9 @@ def test_heic_with_the_extra(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     for c in 'ab':
-        for i in range(3): heif.from_pillow(Image.open(picture(tmp_path/'x.png', i, size=(80,60)))).save((tmp_path/'set'/c).mkdir(parents=True, exist_ok=True) or tmp_path/'set'/c/f'{i}.HEIC', quality=95)
+        folder = tmp_path/'set'/c
+        folder.mkdir(parents=True)
+        for i in range(3): heif.from_pillow(Image.open(picture(tmp_path/'x.png', i, size=(80,60)))).save(folder/f'{i}.HEIC', quality=95)
     heif.from_pillow(Image.open(tmp_path/'x.png')).save(tmp_path/'turned.heic', exif=exif.tobytes(), quality=95)
     t,said = heard(read_table, tmp_path/'set')
     assert len(t)==6 and not said and len(verify(t))==0 and mini_dls(t, bs=2).one_batch()[0].shape==(2,3,28,28)
@@ -315,7 +318,8 @@ def test_round_trip(tmp_path, names, test):
     t = ImageTable(files, names*4, [0,0,0,0,1,1,0,0], root=tmp_path, is_test=[0]*6+[1,1] if test else None)
     t.to_df().to_csv(tmp_path/'t.csv', index=False)
     for u in (ImageTable.from_df(tmp_path/'t.csv'), read_table(tmp_path/'t.csv'), ImageTable.from_df(t.to_df(), folder=tmp_path)):
-        assert (u.files, u.labels, u.classes, u.is_valid.tolist(), u.is_test.tolist()) == (t.files, t.labels, t.classes, t.is_valid.tolist(), t.is_test.tolist())
+        both = [(o.files, o.labels, o.classes, o.is_valid.tolist(), o.is_test.tolist()) for o in (u,t)]
+        assert both[0]==both[1]
 
 @pytest.mark.parametrize('k', [2,3,5])
 @pytest.mark.parametrize('grouped', [False,True])
@@ -343,7 +347,8 @@ def test_verify_takes_files_in_any_form(tmp_path):
     bad = spoil(root/'a'/'0.jpg', 'empty')
     files = sorted(root.glob('*/*.jpg'))
     t = read_table(root)
-    for o in (get_image_files(root), files, tuple(files), set(files), iter(files), map(str, files), np.array(files), pd.Series(files), t.to_df().file.map(lambda f: root/f), root, str(root), t, bad, str(bad)):
+    lists = get_image_files(root),files,tuple(files),set(files),iter(files),map(str, files),np.array(files),pd.Series(files)
+    for o in (*lists, t.to_df().file.map(lambda f: root/f), root, str(root), t, bad, str(bad)):
         assert verify(o).file.tolist() == [bad]
     with raises(TypeError, 'verify takes pictures', 'and not 3'): verify(3)
     with raises(TypeError, 'ImageTable.from_df(df)'): verify(t.to_df())
@@ -1295,7 +1300,9 @@ def test_check_data_of_good_pictures(photos): assert len(check_data(photos)) == 
 @pytest.mark.parametrize('to,where', [('train/a',''), ('valid/a',' across parts'), ('train/b',' across classes'), ('valid/b',' across classes')])
 def test_near_duplicates(photos, how, to, where):
     im = Image.open(photos/'train'/'a'/'3.png')
-    new = dict(smaller=lambda: im.resize((60,45)), larger=lambda: im.resize((300,225)), recompressed=lambda: im, brighter=lambda: im.point(lambda v: min(255, v+5)), grey=lambda: im.convert('L'))[how]()
+    ways = dict(smaller=lambda: im.resize((60,45)), larger=lambda: im.resize((300,225)), recompressed=lambda: im,
+        brighter=lambda: im.point(lambda v: min(255, v+5)), grey=lambda: im.convert('L'))
+    new = ways[how]()
     new.save(photos/to/'z.jpg', quality=40)
     got = [o for o in problems(check_data(photos)) if o[0]!='odd mode']
     if how == 'grey': assert got == [] # Another picture: its colours are gone

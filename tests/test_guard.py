@@ -31,10 +31,15 @@ def teachers(): return [branch_net(arch, n_out, 1, pretrained=False).eval()]
 
 def mixed(cbs): return cbs if any(isinstance(o, Mix) for o in cbs) else [CutMix(),*cbs] # CEKD needs a mix
 
-METHODS = dict(plain=lambda d,*cbs: branch_learner(d, arch, 1, cbs=cbs, **kw),
-    cekd=lambda d,*cbs: branch_learner(d, arch, cbs=[CEKD(teacher='ema', validate_ema=True),*mixed(cbs)], **kw),
-    meal=lambda d,*cbs: meal_learner(d, arch, teachers(), cbs=cbs, **kw),
-    css=lambda d,*cbs: css_learner(d, (arch,arch), 2, cbs=cbs, **kw))
+def plain(d, *cbs): return branch_learner(d, arch, 1, cbs=cbs, **kw)
+
+def cekd(d, *cbs): return branch_learner(d, arch, cbs=[CEKD(teacher='ema', validate_ema=True),*mixed(cbs)], **kw)
+
+def meal(d, *cbs): return meal_learner(d, arch, teachers(), cbs=cbs, **kw)
+
+def css(d, *cbs): return css_learner(d, (arch,arch), 2, cbs=cbs, **kw)
+
+METHODS = dict(plain=plain, cekd=cekd, meal=meal, css=css)
 METHODS |= {o: (lambda d,*cbs,o=o: online_learner(d, arch, o, cbs=cbs, **kw)) for o in ONLINE}
 MIXES = dict(none=list, mixup=lambda: [MixUp()], cutmix=lambda: [CutMix()], snapmix=lambda: [SnapMix()],
     oneof=lambda: [MixOneOf([MixUp(),CutMix(),SnapMix()])])
