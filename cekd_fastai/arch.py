@@ -6,7 +6,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/arch.html.md"""
 
 # %% auto #0
 __all__ = ['CIFAR_ARCHS', 'same_logits', 'not_a_chain', 'trial_images', 'chain', 'split_at', 'new_head', 'cifar_net',
-           'load_weights', 'arch_name', 'make_arch']
+           'load_weights', 'make_arch']
 
 # %% ../nbs/23_arch.ipynb #imports
 import inspect,timm,torchvision
@@ -353,22 +353,11 @@ def _call(f, pretrained, **kwargs):
     return f(**(dict(pretrained=pretrained) if told else {}), **kwargs)
 
 # %% ../nbs/23_arch.ipynb #build-name
-_TV = 'torchvision/' # before the name of a model of torchvision, for those that timm has too
-
-def arch_name(
-    f, # A function that builds a model
-):
-    "The name by which `make_arch` builds the same, None if there is none"
-    module,name = getattr(f, '__module__', None) or '',getattr(f, '__name__', None)
-    if module.startswith('torchvision.models.') and name in _tv_names(): return _TV+name
-    if module.startswith('timm.models.') and timm.is_model(name): return name
-
-# %% ../nbs/23_arch.ipynb #build-by-name
 def _by_name(name, pretrained, **kwargs):
     "The classifier that `name` names, None if there is none"
     if name in CIFAR_ARCHS: return cifar_net(name, pretrained, **kwargs)
     if timm.is_model(name.split('.')[0]): return timm.create_model(name, pretrained=pretrained, **kwargs)
-    name = name.removeprefix(_TV)
+    name = name.removeprefix('torchvision/')
     if name in _tv_names(): return _torchvision(name, pretrained, **kwargs)
 
 def _torchvision(name, pretrained, **kwargs):

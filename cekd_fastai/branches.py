@@ -147,7 +147,9 @@ def _plain(o):
     if o is None or isinstance(o, (str,int,float,bool)): return o
     if isinstance(o, (list,tuple)): return type(o)(_plain(v) for v in o)
     if isinstance(o, dict): return {k:_plain(v) for k,v in o.items()}
-    if inspect.isfunction(o) and o.__module__.startswith(('torchvision.models.','timm.models.')): return o.__name__
+    if inspect.isfunction(o):
+        if o.__module__.startswith('torchvision.models.'): return f'torchvision/{o.__name__}'
+        if o.__module__.startswith('timm.models.'): return o.__name__
     raise ValueError(f"`{o}` is not plain data.")
 
 def _arguments(f, *args, **kwargs):

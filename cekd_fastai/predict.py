@@ -16,8 +16,9 @@ from typing import Annotated
 from .core import check_count,few,one_sentence,write_whole
 from .deploy import Deployed
 from .onnx_file import OnnxNet
-from .css import net # chkstyle: ignore. A file may hold any network of the library, and each module says how to build its own
-from .online import gates # chkstyle: ignore
+# a file may hold any network of the library, and each module registers how to build its own
+from .css.net import css_net # chkstyle: ignore
+from .online.gates import gate_net # chkstyle: ignore
 
 # %% ../nbs/52_predict.ipynb #pf-read
 class _Pictures(torch.utils.data.Dataset):

@@ -348,8 +348,8 @@ def test_verify_takes_files_in_any_form(tmp_path):
     files = sorted(root.glob('*/*.jpg'))
     t = read_table(root)
     lists = get_image_files(root),files,tuple(files),set(files),iter(files),map(str, files),np.array(files),pd.Series(files)
-    for o in (*lists, t.to_df().file.map(lambda f: root/f), root, str(root), t, bad, str(bad)):
-        assert verify(o).file.tolist() == [bad]
+    more = t.to_df().file.map(lambda f: root/f),root,str(root),t,bad,str(bad)
+    for o in (*lists,*more): assert verify(o).file.tolist() == [bad]
     with raises(TypeError, 'verify takes pictures', 'and not 3'): verify(3)
     with raises(TypeError, 'ImageTable.from_df(df)'): verify(t.to_df())
 
