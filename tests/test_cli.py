@@ -7,7 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest,torch
 from cekd_fastai.drawing.dataset import make_birds
-from cekd_fastai.recipes import PAPER_RUNS,with_recipe
+from cekd_fastai.job import with_recipe
+from cekd_fastai.recipes import PAPER_RUNS
 
 small = '--arch test_resnet --no-pretrained --size 56 --bs 16 --num-workers 0'.split()
 env = os.environ | dict(PYTHONUNBUFFERED='1', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='2')

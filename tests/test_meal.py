@@ -420,7 +420,7 @@ def test_disc_step_is_torchs(dls, modules):
 def test_batch_statistics(dls, modules):
     "Teachers answer by the statistics of the batch, as in training mode, and stay what they were"
     learn = learner(dls, MEAL(modules[:1], batch_stats=True))
-    teacher,x = learn.meal.teachers[0].model,dls.one_batch()[0].as_subclass(Tensor)
+    teacher,x = learn.meal.teachers[0].model,dls.one_batch()[0].as_subclass(torch.Tensor)
     before = {k:v.clone() for k,v in teacher.state_dict().items()}
     twin = deepcopy(teacher).train()
     learn.meal.add_taps()
