@@ -150,10 +150,11 @@ class Steps:
 def _processes(): return int(os.environ.get('WORLD_SIZE', 1))
 
 def _rates(learn, a):
-    "One learning rate from random weights, otherwise one for each parameter group, the heads last"
+    "One learning rate from random weights, otherwise one for each parameter group: trunk, branches, heads and what follows"
     if a.no_pretrained and not a.weights: return a.lr
     n_groups = len(learn.splitter(learn.model))
-    return [a.lr]*(n_groups-1) + [a.lr*10]
+    n_old = min(2, n_groups-1)
+    return [a.lr]*n_old + [a.lr*a.head_lr]*(n_groups-n_old)
 
 def train(
     learn:Learner, # From `build`
@@ -167,7 +168,7 @@ def train(
     lrs = _rates(learn, a)
     with learn.distrib_ctx() if _processes()>1 else nullcontext():
         if a.schedule=='steps':
-            steps = Steps(lrs, a.epochs, a.milestones, a.warmup)
+            steps = Steps(lrs, a.epochs, a.milestones, a.warmup, a.stairs)
             learn.fit(a.epochs, cbs=[ParamScheduler(dict(lr=steps)),*cbs])
         else: learn.fit_one_cycle(a.epochs, lrs, cbs=list(cbs))
     return time.perf_counter()-start

@@ -116,7 +116,7 @@ def test_as_a_module():
     assert rc==0 and text.startswith('cekd_fastai 0.')
     assert light('--mix', 'x', start=('-m','cekd_fastai.cli'))[0]==1
 
-@pytest.mark.parametrize('kind,line', [('methods','okddip     peers'),('mixes','snapmix    '),('recipes','cekd-cub-resnet101             cub, resnet101, 200 epochs, published: 89.59 %')])
+@pytest.mark.parametrize('kind,line', [('methods','okddip     peers'),('mixes','snapmix    '),('recipes','cekd-cub-resnet101             cub, resnet101.tv_in1k, 200 epochs, published: 89.59 %')])
 def test_lists_without_torch(kind, line):
     rc,text,err = light('--list', kind)
     assert rc==0 and err=='' and any(o.startswith(line) for o in text.splitlines())
@@ -141,7 +141,7 @@ def test_unknown_list():
 def test_interrupt_while_loading(tmp_path):
     "Ctrl-C in the seconds in which torch and fastai are loaded is no traceback; a fastai that interrupts stands in for the user."
     (tmp_path/'fastai').mkdir()
-    (tmp_path/'fastai'/'__init__.py').write_text('import os,signal,time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n')
+    (tmp_path/'fastai'/'__init__.py').write_text('import os,signal,time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n')
     path = os.pathsep.join([str(tmp_path), env.get('PYTHONPATH', '')])
     p = subprocess.run([exe, '--dry-run'], capture_output=True, text=True, env=env|dict(PYTHONPATH=path), timeout=100)
     assert p.returncode==130 and 'cekd-train: interrupted' in p.stderr and 'Traceback' not in p.stderr

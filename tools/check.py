@@ -126,7 +126,7 @@ def docs():
 def pytest():
     "pytest tests"
     # One process per core, as the notebooks have; each takes about 1 GB, so there are at most eight.
-    run(sys.executable, '-m', 'pytest', 'tests', '-n', 'logical', '--maxprocesses=8', '--dist=worksteal', OMP_NUM_THREADS='1')
+    run(sys.executable, '-m', 'pytest', 'tests', '-n', 'logical', '--maxprocesses=8', '--dist=worksteal', '--durations=15', OMP_NUM_THREADS='1')
 
 # Cheap stages first; pytest last and without a word of ours after it, so that its closing line ends the output.
 stages = dict(style=style, sync=sync, wheel=wheel, notebooks=notebooks, docs=docs, pytest=pytest)
