@@ -5,7 +5,7 @@ import pytest,torch
 from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'benchmarks'/'gpu'))
 from cases import CASES
-from cells import all_cuda_cells,cuda_tests,missing_names
+from cells import all_cuda_cells,cuda_tests,missing_names,slice_cells
 from fake import FakeGPU,Waits,fake_step
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -61,6 +61,11 @@ def test_cells_for_a_gpu_find_what_they_need():
     parts = all_cuda_cells(repo/'nbs')
     assert parts, 'no notebook has a cell for a GPU'
     assert {o['notebook']:lost for o in parts if (lost := missing_names(o))}=={}
+
+def test_cells_take_along_what_writes_their_files():
+    "A call for its effect on something that is needed goes along, one that only checks or shows does not."
+    cells = ["path = 'birds'\nmake_birds(path, n=4)\ntest_eq(path, 'birds')\nprint(path)\nother = 3\nmake_birds(other)", 'dls = load(path)', 'use(dls)']
+    assert slice_cells(cells, {2}, set())[0]==[(0,"path = 'birds'\nmake_birds(path, n=4)"),(1,'dls = load(path)'),(2,'use(dls)')]
 
 def test_tests_for_a_gpu_are_found(tmp_path):
     assert cuda_tests(repo/'tests')

@@ -30,6 +30,13 @@ def _stored(stmt):
         if isinstance(o, (ast.Attribute,ast.Subscript)) and isinstance(o.ctx, ast.Store): part.add(_base(o))
     return whole,part-{None}
 
+def _given(stmt):
+    "Names that a function gets which is called for its effect, as in `make_birds(path)`"
+    call = stmt.value if isinstance(stmt, ast.Expr) else None
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)): return set()
+    if call.func.id.startswith(('test_','print')): return set()
+    return {o.id for o in call.args if isinstance(o, ast.Name)}
+
 def _globals(table, top=True):
     "Global names that a scope or one within it refers to"
     own = {o.get_name() for o in table.get_symbols() if o.is_referenced() and (top or o.is_global())}
@@ -60,7 +67,7 @@ def slice_cells(
     need,kept = set(),[]
     for i,s in reversed(flat):
         whole,part = _stored(s)
-        if i not in want and '*' not in whole and not (whole|part)&need: continue
+        if i not in want and '*' not in whole and not (whole|part|_given(s))&need: continue
         kept.append((i,s))
         whole -= {None}
         if isinstance(s, (ast.Assign,ast.FunctionDef,ast.ClassDef,ast.Import,ast.ImportFrom)): need -= whole
