@@ -19,9 +19,12 @@ def _enter(env, folder):
 
 def _script(env, folder, script, args):
     _enter(env, folder)
-    sys.path[:] = [str(Path(script).parent), *(o for o in sys.path if Path(o).resolve() not in (_here, _here.parent/'tools'))]
-    sys.argv = [script,*args]
-    runpy.run_path(script, run_name='__main__')
+    if isinstance(script, str):
+        (file := Path(folder)/'script.py').write_text(script)
+        script = file
+    sys.path[:] = [str(script.parent), *(o for o in sys.path if Path(o).resolve() not in (_here, _here.parent/'tools'))]
+    sys.argv = [str(script),*args]
+    runpy.run_path(str(script), run_name='__main__')
 
 def _function(env, folder, f, args):
     _enter(env, folder)
@@ -58,8 +61,8 @@ class Process:
         return res
 
 def start(script, *args, env=()):
-    "Run the file `script` as `python script args` does, with `env` besides the variables of this process."
-    return Process(_script, str(script), [str(o) for o in args], env=env)
+    "Run `script`, a file or the text of one, as `python script args` does, with `env` besides the variables of this process."
+    return Process(_script, script, [str(o) for o in args], env=env)
 
 def run(script, *args, env=(), timeout=120):
     "`start`, and wait for the end; what comes back is that of `subprocess.run`."
@@ -80,7 +83,7 @@ def one_and_two(
     import torch
     file = Path(tmp)/'ranked'
     def _start(rank, world):
-        env = {} if world==1 else dict(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+        env = {} if world==1 else dict(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1')
         return Process(_function, _ranked, (f, str(file), rank, world), env=env|dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))
     ps = [_start(0, 1), _start(0, 2), _start(1, 2)]
     for p in ps: p.until(lambda: any(o.returncode for o in ps)) # when one fails, the other would wait for it

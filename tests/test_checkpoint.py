@@ -215,9 +215,7 @@ print(sum(float(p.double().sum()) for p in learn.model.parameters()))
 
 def test_signals(tmp_path):
     "Each signal writes a checkpoint and leaves with its code, a second one leaves at once; `kill -9` at any moment costs no more than what came after the newest file."
-    script = tmp_path/'program.py'
-    script.write_text(PROGRAM)
-    def run(folder, what): return processes.run(script, tmp_path/folder, what)
+    def run(folder, what): return processes.run(PROGRAM, tmp_path/folder, what)
     whole = run('whole', '0')
     assert whole.returncode==0, whole.stderr
     for n,code in ((15,143), (1,129), (2,130), (9,-9)):

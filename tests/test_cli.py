@@ -5,7 +5,7 @@ this process, by `here`."""
 import json,os,re,runpy,shutil,signal,subprocess,sys,warnings
 from pathlib import Path
 from types import SimpleNamespace
-import pytest,torch
+import processes,pytest,torch
 from cekd_fastai.drawing.dataset import make_birds
 from cekd_fastai.job import with_recipe
 from cekd_fastai.recipes import PAPER_RUNS
@@ -179,7 +179,8 @@ assert learn.opt is None and learn.cekd.clean is None and learn.cut_mix.host is 
 from cekd_fastai.deploy import Deployed
 a = Deployed({str(done[0]/'model.pt')!r}).predict(file, 4)
 assert all(abs(a[o]-probs[i].item())<1e-3 for i,o in enumerate(learn.dls.vocab))"""
-    subprocess.run([sys.executable, '-c', code], check=True, env=env)
+    p = processes.run(code, env=env)
+    assert p.returncode==0, p.stderr
 
 @pytest.mark.parametrize('name,nest', [('sgd',False), ('nesterov',True)])
 def test_optimisers_are_torchs(name, nest):
@@ -301,11 +302,11 @@ def test_refuses_to_overwrite(done, birds, here):
 
 @pytest.mark.skipif(os.name=='nt', reason='Windows has no SIGINT for one process')
 def test_interrupt(birds, tmp_path):
-    p = command('--data', birds, *small, '--epochs', 500, '--out', tmp_path/'run')
-    lines = iter(p.stdout.readline, '')
-    assert any(o.startswith('1 ') for o in lines) # in the midst of training: two epochs are over
+    p = processes.start(exe, '--data', birds, *small, '--epochs', 500, '--out', tmp_path/'run', env=env)
+    assert p.until(lambda: re.search(r'^1 ', p.written(), re.M)) # in the midst of training: two epochs are over
     p.send_signal(signal.SIGINT)
-    err = p.communicate(timeout=60)[1]
+    p.wait(60)
+    err = p.stderr
     assert p.returncode==130 and 'goes on with --resume' in err
     assert [o.name for o in (tmp_path/'run').iterdir()]==['checkpoints']
 
