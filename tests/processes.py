@@ -11,6 +11,7 @@ def _enter(env, folder):
     "What a new process has of its own: variables, answers to signals, and files for what it writes"
     os.environ.clear()
     os.environ.update(env)
+    if hub := sys.modules.get('huggingface_hub.constants'): hub.HF_HUB_OFFLINE = env.get('HF_HUB_OFFLINE')=='1' # it was read in the server
     for o in ('SIGINT','SIGTERM','SIGHUP'):
         if hasattr(signal, o): signal.signal(getattr(signal, o), signal.default_int_handler if o=='SIGINT' else signal.SIG_DFL)
     for fd,name in ((1,'stdout'),(2,'stderr')):
