@@ -1,11 +1,12 @@
 """Processes for tests that need one. Python needs seconds to import torch, fastai and timm; here a server imports them once, and each process is forked from it.
 This package and the tests' modules are not among what it has imported, so a script meets them as in a process of its own."""
-import multiprocessing,os,runpy,shutil,signal,subprocess,sys,tempfile,time
+import multiprocessing,os,runpy,shutil,signal,subprocess,sys,tempfile,time,torch
 from pathlib import Path
 
 _here = Path(__file__).resolve().parent
-_ctx = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn')
-if hasattr(_ctx, 'set_forkserver_preload'): _ctx.set_forkserver_preload(['fastai.vision.all','timm'])
+_forks = 'forkserver' in multiprocessing.get_all_start_methods() and not torch.cuda.is_available() # a process that uses CUDA cannot be forked
+_ctx = multiprocessing.get_context('forkserver' if _forks else 'spawn')
+if _forks: _ctx.set_forkserver_preload(['fastai.vision.all','timm'])
 
 def _enter(env, folder):
     "What a new process has of its own: variables, answers to signals, and files for what it writes"
@@ -44,7 +45,7 @@ class Process:
         return file.read_text() if file.exists() else ''
     def send_signal(self, n): os.kill(self.p.pid, n)
     def kill(self): self.p.kill()
-    def wait(self, timeout=120):
+    def wait(self, timeout=300):
         "Its exit status; a process that takes longer is ended"
         self.p.join(timeout)
         late = self.p.exitcode is None
@@ -55,7 +56,7 @@ class Process:
         shutil.rmtree(self.folder, ignore_errors=True)
         if late: raise subprocess.TimeoutExpired(self.p.name, timeout, self.stdout, self.stderr)
         return self.returncode
-    def until(self, test, timeout=120):
+    def until(self, test, timeout=300):
         "Wait until `test()`, or until the process has ended"
         end = time.monotonic()+timeout
         while not (res := test()) and self.returncode is None and time.monotonic()<end: time.sleep(.01)
@@ -65,14 +66,13 @@ def start(script, *args, env=()):
     "Run `script`, a file or the text of one, as `python script args` does, with `env` besides the variables of this process."
     return Process(_script, script, [str(o) for o in args], env=env)
 
-def run(script, *args, env=(), timeout=120):
+def run(script, *args, env=(), timeout=300):
     "`start`, and wait for the end; what comes back is that of `subprocess.run`."
     p = start(script, *args, env=env)
     p.wait(timeout)
     return subprocess.CompletedProcess([script,*args], p.returncode, p.stdout, p.stderr)
 
 def _ranked(f, file, rank, world):
-    import torch
     if world>1: torch.distributed.init_process_group('gloo', init_method=f'file://{file}.init', rank=rank, world_size=world)
     torch.save(f(rank, world), f'{file}.{world}.{rank}')
 
@@ -81,7 +81,6 @@ def one_and_two(
     tmp, # folder for the results
 ):
     "What `f` returns in a process alone, and in each of two that work together; all three run side by side."
-    import torch
     file = Path(tmp)/'ranked'
     def _start(rank, world):
         env = {} if world==1 else dict(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1')

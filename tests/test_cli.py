@@ -303,7 +303,7 @@ def test_interrupt(birds, tmp_path):
     p = processes.start(exe, '--data', birds, *small, '--epochs', 500, '--out', tmp_path/'run', env=env)
     assert p.until(lambda: re.search(r'^1 ', p.written(), re.M)) # in the midst of training: two epochs are over
     p.send_signal(signal.SIGINT)
-    p.wait(60)
+    p.wait()
     err = p.stderr
     assert p.returncode==130 and 'goes on with --resume' in err
     assert [o.name for o in (tmp_path/'run').iterdir()]==['checkpoints']
