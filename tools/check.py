@@ -1,5 +1,5 @@
 """Everything `make test` checks once the package is installed, stopping at the first stage that fails; stages that use one core run side by side.
-Stages named on the command line run alone, as in `python tools/check.py sync style`."""
+Stages named on the command line run without the others, as in `python tools/check.py sync style`."""
 import os,shutil,subprocess,sys,tempfile,time,zipfile
 from concurrent.futures import ThreadPoolExecutor,as_completed
 from email import message_from_string
