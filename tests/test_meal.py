@@ -1,9 +1,9 @@
 "MEAL beside references computed by hand, its teachers from everywhere, and its manners as a fastai callback."
-import os,random,subprocess,sys
-from pathlib import Path
-import numpy as np, pytest, timm, torch, torch.nn.functional as F
+import os,random
+import numpy as np, processes, pytest, timm, torch, torch.nn.functional as F
 from copy import deepcopy
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelBatchException,CancelEpochException,CancelFitException,
     CancelStepException,CancelTrainException,CategoryBlock,CrossEntropyLossFlat,DataBlock,DataLoader,DataLoaders,GradientAccumulation,
     ImageBlock,L,Learner,Normalize,SaveModelCallback,accuracy,aug_transforms,get_image_files,
@@ -23,7 +23,6 @@ from cekd_fastai.meal.align import align
 from cekd_fastai.meal.callback import MEAL
 from cekd_fastai.meal.teachers import TappedTeachers,Teacher,as_teacher,peek,place_teachers
 
-env = os.environ | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
 modes = ['joint','grl','alternate',None]
 
 @pytest.fixture(scope='module')
@@ -827,7 +826,8 @@ name,i,probs = learn.predict(get_image_files({str(dls.path)!r})[0])
 assert name==learn.dls.vocab[i] and len(probs)==3 and abs(probs.sum()-1)<1e-4 and learn.meal.teachers==()
 dl = learn.dls.test_dl(get_image_files({str(dls.path)!r})[:4])
 assert len(learn.get_preds(dl=dl)[0])==4"""
-    subprocess.run([sys.executable, '-c', code], check=True, env=env)
+    p = processes.run(code, env=dict(HF_HUB_OFFLINE='1'))
+    assert p.returncode==0, p.stderr
     loaded = load_learner(tmp_path/'meal.pkl')
     loaded.dls = dls
     with pytest.raises(ValueError, match='has no teachers here'): quiet(loaded)
@@ -876,51 +876,37 @@ class FewBatches(Callback):
     def after_batch(self):
         if self.learn.iter==2: raise CancelFitException
 
-two = """
-import sys,torch,random
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
-from fastai.vision.all import *
-sys.path.insert(0, sys.argv[4])
-from test_meal import MEAL,net,learner
-rank,world,file = int(sys.argv[1]),int(sys.argv[2]),sys.argv[3]
-if world>1:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-    dist.init_process_group('gloo', init_method=f'file://{file}.init', rank=rank, world_size=world)
-torch.manual_seed(0)
-x,y = torch.randn(16,3,56,56),torch.randint(0,3,(16,))
-part = slice(None) if world==1 else slice(8*rank, 8*rank+8)
-ds = L(zip(x[part], y[part]))
-dls = DataLoaders.from_dsets(ds, ds, bs=len(ds), num_workers=0, device='cpu', shuffle=False)
-dls.c = 3
-for mode in ('joint','grl','alternate'):
-    torch.manual_seed(1)
-    teacher = net('test_efficientnet').eval()
-    teacher.heads[0][-1].weight.data.mul_(30)
-    model = net(freeze_bn=True)
-    torch.manual_seed(rank)                      # discriminators start from those of rank 0
-    learn = learner(dls, MEAL(teacher, adversarial=mode), model=model, loss_func=CrossEntropyLossFlat(), metrics=None)
-    class Wrap(Callback):
-        order = 11
-        def before_fit(self):
-            if world>1: self.learn.model = DDP(self.learn.model)
-        def before_step(self): self.g = [p.grad.clone() for p in self.learn.model.parameters()]
-        def before_validate(self): raise CancelFitException
-    w = Wrap()
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=w)
-    ad = getattr(learn.model, 'module', learn.model).adversary
-    torch.save([w.g, [p.data for p in ad.nets.parameters()]], f'{file}.{mode}.{world}.{rank}')
-"""
+class Wrap(Callback):
+    "Gradients of the first step; several processes share them"
+    order = 11
+    def __init__(self, world): self.world = world
+    def before_fit(self):
+        if self.world>1: self.learn.model = DistributedDataParallel(self.learn.model)
+    def before_step(self): self.g = [p.grad.clone() for p in self.learn.model.parameters()]
+    def before_validate(self): raise CancelFitException
+
+def ranked(rank, world):
+    "Gradients of the network and weights of the discriminators after a step of one process"
+    torch.manual_seed(0)
+    x,y = torch.randn(16,3,56,56),torch.randint(0,3,(16,))
+    part = slice(None) if world==1 else slice(8*rank, 8*rank+8)
+    ds = L(zip(x[part], y[part]))
+    dls = DataLoaders.from_dsets(ds, ds, bs=len(ds), num_workers=0, device='cpu', shuffle=False)
+    dls.c,res = 3,{}
+    for mode in ('joint','grl','alternate'):
+        torch.manual_seed(1)
+        teacher = net('test_efficientnet').eval()
+        teacher.heads[0][-1].weight.data.mul_(30)
+        model = net(freeze_bn=True)
+        torch.manual_seed(rank) # discriminators start from those of rank 0
+        learn = learner(dls, MEAL(teacher, adversarial=mode), model=model, loss_func=CrossEntropyLossFlat(), metrics=None)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=(w:=Wrap(world)))
+        res[mode] = [w.g, [p.data for p in getattr(learn.model, 'module', learn.model).adversary.nets.parameters()]]
+    return res
 
 def test_two_processes(tmp_path):
     "Two processes with half a batch each get the gradients, and the discriminators, of one with all of it"
-    (tmp_path/'two.py').write_text(two)
-    args = lambda r,w: [sys.executable, tmp_path/'two.py', str(r), str(w), str(tmp_path/'o'), str(Path(__file__).parent)]
-    subprocess.run(args(0, 1), check=True, env=env, timeout=300)
-    ps = [subprocess.Popen(args(r, 2), env=env) for r in range(2)]
-    assert [p.wait(timeout=300) for p in ps]==[0,0]
-    for mode in ('joint','grl','alternate'):
-        one,a,b = (torch.load(f'{tmp_path}/o.{mode}.{n}') for n in ('1.0','2.0','2.1'))
+    for mode,one,a,b in zip(('joint','grl','alternate'), *(o.values() for o in processes.one_and_two(ranked, tmp_path))):
         assert same(a[0], b[0], 1e-7) and same(a[1], b[1], 1e-7)
         assert same(one[1], a[1], 1e-5) and same(one[0], a[0], 1e-5), mode
 
