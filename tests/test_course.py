@@ -1,7 +1,7 @@
 "What every lesson of the course keeps to, and that each rule catches a lesson that does not."
 import copy,json,lab,lessons,pytest
 
-found = sorted(lessons.course.glob('*.ipynb'))
+found = sorted(lessons.course.glob('[0-9]*.ipynb'))
 
 @pytest.mark.parametrize('rule', lessons.rules)
 @pytest.mark.parametrize('path', found, ids=[o.stem for o in found])
