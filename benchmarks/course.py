@@ -18,7 +18,7 @@ modes = dict(reader={}, test=dict(IN_TEST='1', OMP_NUM_THREADS='1'))
 
 def executed(path, mode, tmp):
     "A copy of the lesson in `tmp` with its outputs, and the wall-clock seconds of the run, which must not fail"
-    env = {k:v for k,v in os.environ.items() if k not in modes['test']} | modes[mode]
+    env = {k:v for k,v in os.environ.items() if k not in (*modes['test'],'MPLBACKEND')} | modes[mode] # figures are shown in the notebook
     env['JUPYTER_PATH'] = os.pathsep.join(filter(None, [f'{sys.prefix}/share/jupyter', env.get('JUPYTER_PATH')]))
     nb = shutil.copy(path, tmp)
     cmd = [sys.executable, '-m', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', '--ExecutePreprocessor.timeout=1800', nb]
