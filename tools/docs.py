@@ -309,7 +309,7 @@ class Site:
         "Markdown of the front page's list: each guide and lesson with the line below its title."
         lines = []
         for name in ('How to', 'Course'):
-            if pages := self.parts()[name]: lines += [f'## {name}', '\n'.join(f'- [{t}]({p.html.as_posix()}): {sub}' for p in pages for t,sub in [p.title()])]
+            if pages := self.parts()[name]: lines += [f'## {name}', '\n'.join(f'- [{t}]({p.html.as_posix()})\\\n  {sub}' for p in pages for t,sub in [p.title()])]
         return '\n\n'.join(lines)
 
     def front(self, page):
