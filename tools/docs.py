@@ -335,7 +335,7 @@ class Site:
         "Write the pages and let Sphinx make the site; raises `DocsError` at the first fault."
         for p in self.pages.values(): self.write(p.html.with_suffix('.md'), self.front(p)+self.toc() if p.nb.as_posix()=='index.ipynb' else p.md())
         for o in self.assets: self.write(o, (self.nbs/o).read_bytes())
-        self.write('_static/site.css', (root/'tools'/'docs.css').read_text(encoding='utf-8'))
+        for name,o in (('site.css', 'docs.css'), ('tables.js', 'docs_tables.js')): self.write(f'_static/{name}', (root/'tools'/o).read_text(encoding='utf-8'))
         self.write('_static/icon.svg', icon)
         self.write('_static/math.woff', math_font())
         said = StringIO()
@@ -385,7 +385,7 @@ def _missing(out, pages, name, link):
 
 conf = dict(project='cekd_fastai', html_title='cekd_fastai', language='en', extensions=['myst_parser', 'docs'], smartquotes=False,
     myst_enable_extensions=['dollarmath'], myst_all_links_external=True, html_math_renderer='mathml', suppress_warnings=['myst.header', 'misc.highlighting_failure', 'image.not_readable'],
-    html_theme='furo', html_static_path=['_static'], html_css_files=['site.css'], html_favicon='_static/icon.svg', html_search_scorer=str(root/'tools'/'docs_search.js'), html_copy_source=False, html_show_copyright=False)
+    html_theme='furo', html_static_path=['_static'], html_css_files=['site.css'], html_js_files=['tables.js'], html_favicon='_static/icon.svg', html_search_scorer=str(root/'tools'/'docs_search.js'), html_copy_source=False, html_show_copyright=False)
 
 def main(
     args, # command line: the folder of the site, `_docs` by default

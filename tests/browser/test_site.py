@@ -71,7 +71,7 @@ questions = [('my own folder', 'howto/my_folder', 'one folder for each class'), 
     ('which method', 'howto/which_method', 'The short answer'), ('imbalance', 'howto/few_rare_wrong', 'balanced=True'),
     ('HEIC', 'howto/my_folder', 'pillow-heif'), ('early stopping', 'howto/few_rare_wrong', 'EarlyStoppingCallback'),
     ('mixed precision', 'howto/speed_memory', 'to_fp16'), ('reproduce paper', 'howto/reproduce_paper', '--recipe'),
-    ('out of memory', 'howto/troubleshooting', 'CUDA out of memory')]
+    ('out of memory', 'howto/speed_memory', 'GradCheckpoint()')]
 words = [('class weights', 'howto/few_rare_wrong', 'weight='), ('focal loss', 'howto/few_rare_wrong', 'FocalLossFlat')]
 
 @pytest.mark.parametrize('size', sizes)
