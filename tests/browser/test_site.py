@@ -27,7 +27,7 @@ scrolled_js = """() => [...document.querySelectorAll('.table-wrapper, .output')]
 
 @pytest.mark.parametrize('size', sizes)
 def test_pages(site, browser, shots, size):
-    "No page has a console error, a failed request, a picture that is broken or unnamed; neither it nor a table of it scrolls sideways."
+    "No page has a console error, a failed request, a picture that is broken or unnamed; it does not scroll sideways, nor does a table on a phone."
     url,dest = site
     page,faults = watched(browser, size)
     for name in names(dest):
@@ -36,7 +36,7 @@ def test_pages(site, browser, shots, size):
         page.wait_for_load_state('networkidle')
         faults += [f'broken: {o}' for o in page.evaluate(broken_js)] + [f'without alt: {o}' for o in page.evaluate(unnamed_js)]
         if wide := page.evaluate(wide_js): faults.append(f'{wide} px too wide: {page.evaluate(widest_js)}')
-        faults += [f'table too wide: {o!r}' for o in page.evaluate(scrolled_js)]
+        if size=='phone': faults += [f'table too wide: {o!r}' for o in page.evaluate(scrolled_js)]
         if name in ('index.html', 'mix.html', 'course/look_alikes.html'): page.screenshot(path=shots/f'site_{size}_{name.replace("/", "_")[:-5]}.png')
         assert faults==[], name
     page.close()
