@@ -103,6 +103,7 @@ slips = [(['--epohcs', 3], 2, 'there is no option --epohcs (did you mean --epoch
     (['--method', 'cedk'], 1, "There is no --method 'cedk'; did you mean 'cekd'?"), (['--mix', 'snapmux'], 1, "did you mean 'snapmix'"),
     (['--precision', 'fp61'], 1, "did you mean 'fp16'"), (['--schedule', 'step'], 1, "did you mean 'steps'"), (['--opt', 'q'], 1, 'choose from adam, sgd'),
     (['--recipe', 'cekd-cub-resnet10'], 1, "did you mean 'cekd-cub-resnet101'"), (['--data', 'sinthetic'], 1, "did you mean 'synthetic'"),
+    (['--epochs', 0], 1, '--epochs is 0: it must be at least one.'), (['--valid-pct', 1.2], 1, '--valid-pct is 1.2: it must be between 0 and 1.'),
     (['--data', 'not/there'], 1, 'There is no folder'), (['--data', Path(__file__).parent, '--out', Path(__file__).parent/'run'], 1, 'lies among the pictures')]
 
 @pytest.mark.parametrize('args,code,says', slips)

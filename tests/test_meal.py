@@ -822,9 +822,9 @@ def test_export(dls, modules, tmp_path):
     quiet(learn) # the export has taken nothing away
     code = f"""from fastai.vision.all import *
 learn = load_learner({str(tmp_path/'meal.pkl')!r})
-name,i,probs = learn.predict(get_image_files({str(dls.path)!r})[0])
+name,i,probs = learn.predict(get_image_files({str(dls.table.root)!r})[0])
 assert name==learn.dls.vocab[i] and len(probs)==3 and abs(probs.sum()-1)<1e-4 and learn.meal.teachers==()
-dl = learn.dls.test_dl(get_image_files({str(dls.path)!r})[:4])
+dl = learn.dls.test_dl(get_image_files({str(dls.table.root)!r})[:4])
 assert len(learn.get_preds(dl=dl)[0])==4"""
     p = processes.run(code, env=dict(HF_HUB_OFFLINE='1'))
     assert p.returncode==0, p.stderr
