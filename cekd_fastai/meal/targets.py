@@ -91,6 +91,18 @@ def _mix_key(mix):
     return [type(mix).__name__, args, [_mix_key(o) for o in getattr(mix, 'mixes', ())]]
 
 # %% ../../nbs/35_meal.targets.ipynb #on-file
+def _is_whole(file, shape):
+    "Whether a file holds an array of answers of this shape, to its last byte"
+    try: a = np.lib.format.open_memmap(file, mode='r') # to write, it would fill up a file that is too short with zeros
+    except Exception: return False
+    return a.shape==shape and a.dtype==np.float32 and a.flags.c_contiguous
+
+def _views_done(note, views):
+    "Which views a note has as complete; none if it is no such note"
+    try: done = json.loads(note.read_text())['done']
+    except (ValueError,KeyError,TypeError,OSError): return []
+    return [o for o in range(views) if isinstance(done, list) and o in done]
+
 class TargetCache:
     "A memory-mapped file with the teachers' answers, one row for each image of each repeated epoch, a *view*"
     student_rng = None # State of the generators for all that is not repeated; None outside an epoch
@@ -109,10 +121,12 @@ class TargetCache:
         self.folder = Path(folder)/f'{name:08x}'
         self.folder.mkdir(parents=True, exist_ok=True)
         file,self.note = self.folder/'answers.npy',self.folder/'answers.json'
-        exists = file.exists() and self.note.exists()
+        there = file.exists() and self.note.exists()
+        exists = there and _is_whole(file, shape)
+        if there and not exists: warn(f"MEAL: `{file}` was cut short or changed, so the teachers answer anew.")
         how = dict(mode='r+') if exists else dict(mode='w+', dtype=np.float32, shape=shape)
         self.data = np.lib.format.open_memmap(file, **how)
-        self.done = json.loads(self.note.read_text())['done'] if exists else []
+        self.done = _views_done(self.note, views) if exists else []
         self.save_note()
 
     def save_note(self):
