@@ -12,6 +12,7 @@ from fastai.vision.all import *
 from dataclasses import replace
 from torch.func import functional_call
 from .core import amp_context,check_above,check_not_negative,check_share,eval_mode,one_of,unwrap_model
+from .steps import step_pct
 from .mix.core import MixRecord,box_mask
 from .losses import cross_target,kd_loss,mixed_loss,ramp_up,soft_probs
 from .cam import cam_logits
@@ -189,7 +190,7 @@ def part_names(self:CEKD):
 
 @patch
 def weights(self:CEKD):
-    r = ramp_up(self.learn.pct_train, self.ramp)
+    r = ramp_up(step_pct(self.learn), self.ramp)
     if self.target!='fused': return dict(cross=self.w_cross*r, ce_clean=self.w_clean)
     mu = 0. if self.record is None else r*self.w_cross/(1+self.w_cross)
     return dict(ce_mix=1-mu, cross=mu, ce_clean=self.w_clean)

@@ -11,6 +11,7 @@ __all__ = ['DISC_STYLES', 'discriminator', 'disc_bce', 'disc_loss', 'DiscStyle',
 from typing import NamedTuple
 from fastai.vision.all import *
 from ..core import one_of
+from ..steps import StepShare
 
 # %% ../../nbs/34_meal.adversary.ipynb #dis-code
 def discriminator(
@@ -106,6 +107,7 @@ def follow(self:Adversary,
 def _save_to_state_dict(self:Adversary, destination, prefix, keep_vars):
     if self.nets is None: return
     state = dict(nets=self.nets.state_dict(), opt=self.opt.state_dict(), style=self.style)
+    state['grads'] = [p.grad for p in self.nets.parameters()] # of a step that takes several batches
     destination._metadata[prefix[:-1]]['adversary'] = state
 
 @patch
@@ -121,6 +123,7 @@ def _load_from_state_dict(self:Adversary, state_dict, prefix, local_metadata, *a
     lr = self.opt.param_groups[0]['lr']
     self.nets.load_state_dict(saved['nets'])
     self.opt.load_state_dict(saved['opt'])
+    for p,g in zip(self.nets.parameters(), saved.get('grads', [])): p.grad = None if g is None else g.to(p, copy=True)
     for g in self.opt.param_groups: g['lr'] = lr # the rate of this learner, not that of the checkpoint
 
 # %% ../../nbs/34_meal.adversary.ipynb #adv-surrogate
@@ -133,14 +136,17 @@ def _surrogate(values, grads, blocks):
 
 @patch
 def opt_step(self:Adversary,
-    grads:list, # One gradient for each parameter
+    grads:list,      # One gradient for each parameter
+    at=StepShare(),  # The place of the batch in the student's step, from `step_share`
 ):
-    "Step the discriminators' optimiser, with the mean gradient of all processes; one that is not finite counts as 0"
-    if num_distrib()>1:
-        for g in grads: torch.distributed.all_reduce(g)
-        grads = [g/num_distrib() for g in grads]
+    "Add a batch's gradient, 0 if it is not finite, and at the end of a step move by the mean of all processes"
     ok = torch.stack([g.abs().max() for g in grads]).max()<math.inf # stays on the device
-    for p,g in zip(self.nets.parameters(), grads): p.grad = torch.where(ok, g, 0.)
+    for p,g in zip(self.nets.parameters(), grads):
+        g = torch.where(ok, at.share*g, 0.)
+        p.grad = g if at.first or p.grad is None else p.grad+g
+    if not at.last: return
+    if num_distrib()>1:
+        for p in self.nets.parameters(): torch.distributed.all_reduce(p.grad.div_(num_distrib()))
     self.opt.step()
     self.opt.zero_grad()
 
@@ -157,15 +163,16 @@ def update(self:Adversary,
     teacher:list,         # Aligned blocks of the teachers, each (..., d)
     mode:str='joint',     # 'joint', 'grl' or 'alternate'
     w_adv:float=1.,       # Weight of the student's part
+    at=StepShare(),       # The place of the batch in the student's step, from `step_share`
 )->tuple:                 # The student's part, a scalar with gradient; the loss of the discriminators, a scalar
-    "Update the discriminators once, and give the student its part of the loss"
+    "Update the discriminators once in a step, and give the student its part of the loss"
     params = list(self.nets.parameters())
     s = [o.detach().float().requires_grad_() for o in student]
     t = [o.detach().float() for o in teacher]
     with torch.enable_grad(), torch.autocast(s[0].device.type, enabled=False):
         discs = [disc_loss(*o) for o in zip(self.nets, s, t)]
         grads = torch.autograd.grad(sum(discs), params+s)
-        self.opt_step(grads[:len(params)])
+        self.opt_step(grads[:len(params)], at)
         advs,s_grads = discs,grads[len(params):]
         if mode=='alternate':
             advs = [disc_bce(net, o, 1) for net,o in zip(self.nets, s)]

@@ -10,6 +10,7 @@ __all__ = ['MEAL']
 # %% ../../nbs/36_meal.callback.ipynb #imports
 from fastai.vision.all import *
 from ..core import amp_context,check_count,check_not_negative,data_vocab,eval_mode,one_of
+from ..steps import step_share
 from ..losses import mixed_loss
 from ..branches import PeerNet
 from ..distill import Distill
@@ -302,7 +303,7 @@ def losses(self:MEAL)->dict:
     if self.adversarial:
         answered = [torch.stack(o) for o in zip(*[t.blocks for t in self.targets])]
         self.net.adversary.follow(self.learn.opt.hypers[-1]['lr']) # the rate that the recorder writes down
-        parts['adv'],parts['disc'] = self.net.adversary.update([*maps,z], answered, self.adversarial, self.w_adv)
+        parts['adv'],parts['disc'] = self.net.adversary.update([*maps,z], answered, self.adversarial, self.w_adv, step_share(self.learn))
     if self.w_hard: parts['hard'] = self.label_loss(z)
     return parts
 

@@ -10,6 +10,7 @@ __all__ = ['ONLINE', 'OnlineKD', 'DML', 'KDCL', 'ONE', 'OKDDip', 'FFL', 'FFMCD']
 # %% ../../nbs/38_online.callback.ipynb #imports
 from fastai.vision.all import *
 from ..core import check_above,check_not_negative,check_share,one_of
+from ..steps import step_pct
 from ..losses import kd_loss,mixed_loss,others_mean_kd,ramp_up
 from ..distill import Distill
 from .gates import CD_FORMS,GateNet,cd_loss,classifier_weight
@@ -58,7 +59,7 @@ def soft(self:OnlineKD, z, e, net)->dict:
     raise NotImplementedError(f"{type(self).__name__} must define `soft(z, e, net)`.")
 
 @patch
-def weights(self:OnlineKD): return dict.fromkeys(self.terms, self.w_kd*ramp_up(self.learn.pct_train, self.ramp))
+def weights(self:OnlineKD): return dict.fromkeys(self.terms, self.w_kd*ramp_up(step_pct(self.learn), self.ramp))
 
 @patch
 def part_names(self:OnlineKD): return ['ce'] + ['ce_ens']*self.ce_ens + self.terms
