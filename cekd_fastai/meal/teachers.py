@@ -280,7 +280,7 @@ def _unfit(y):
     if y[0].ndim!=1 or y[0].is_floating_point(): return 'the labels are not one class an image'
 
 def _announce(t):
-    "Tell what was fitted, in the first process"
+    "Print what was fitted, in the first process"
     if rank_distrib(): return
     o = t.fitted
     what = f'a head for {o.head.out_features} classes was fitted on its frozen features from {o.n_fit:,} training images'
@@ -303,7 +303,7 @@ def fit_teachers(
     "Match teachers to the classes, statistics and size of the data, with a fitted head where their classes are others"
     one_of('Teacher', HEADS, head=head)
     vocab,stats = data_vocab(dls),data_stats(dls)
-    n_out,x = n_out or dls.c,peek(dls)[0].to(device or dls.device)
+    n_out,x = n_out or get_c(dls),peek(dls)[0].to(device or dls.device)
     res = []
     for t in teachers:
         t.to(x.device)
