@@ -21,7 +21,8 @@ from cekd_fastai.meal.targets import unlabeled_dl
 from cekd_fastai.meal.adversary import Adversary,disc_loss,discriminator
 from cekd_fastai.meal.align import align
 from cekd_fastai.meal.callback import MEAL
-from cekd_fastai.meal.teachers import TappedTeachers,Teacher,as_teacher,peek,place_teachers
+from cekd_fastai.meal.several import TappedTeachers
+from cekd_fastai.meal.teachers import Teacher,as_teacher,peek,place_teachers
 
 modes = ['joint','grl','alternate',None]
 
@@ -272,10 +273,10 @@ def test_learner_of_other_order_and_statistics(birds, dls):
 
 def test_other_classes(birds, dls):
     other = learner(vocab_dls(birds, list(dls.vocab)[:2]), model=net(n=2))
-    with pytest.raises(ValueError, match=f"has 2 classes and the data has 3, and they differ: it lacks '{dls.vocab[2]}'"): learner(dls, MEAL(other))
+    with pytest.raises(ValueError, match=f"has 2 classes and the data has 3, and they differ: it lacks '{dls.vocab[2]}'"): learner(dls, MEAL(other, head='match'))
     strange = Teacher(net(), vocab=['a','b',dls.vocab[0]])
-    with pytest.raises(ValueError, match="it alone has 'a', 'b'"): learner(dls, MEAL(strange))
-    with pytest.raises(ValueError, match='gives 5 classes, but the data has 3'): learner(dls, MEAL(net(n=5)))
+    with pytest.raises(ValueError, match="it alone has 'a', 'b'"): learner(dls, MEAL(strange, head='match'))
+    with pytest.raises(ValueError, match='gives 5 classes, but the data has 3'): learner(dls, MEAL(net(n=5), head='match'))
 
 def test_files(birds, dls, tmp_path):
     "A deployed file and an export teach what their network says; a pickle only on trust, junk never"
@@ -320,7 +321,8 @@ def test_timm_name(dls, monkeypatch):
     with pytest.raises(ValueError, match='no architecture `resnet1008`.*did you mean'): MEAL('resnet1008')
 
 def test_size_a_teacher_cannot_take(dls):
-    with pytest.raises(ValueError, match=r'`test_vit` does not take images of shape \(3, 56, 56\)'): learner(dls, MEAL(timm.create_model('test_vit', num_classes=3)))
+    "Neither the images nor, resized, their channels"
+    with pytest.raises(ValueError, match=r'`test_vit` does not take images of shape \(3, 56, 56\)'): learner(dls, MEAL(timm.create_model('test_vit', num_classes=3, in_chans=1)))
 
 def test_any_architecture(dls):
     "A vision transformer, a `vision_learner`, a network with branches and a plain module teach the same student"
@@ -369,7 +371,8 @@ def test_a_tap_that_is_no_map(dls, modules):
 
 opts = [dict(kind='l1'), dict(kind='l2'), dict(kind='l1_soft'), dict(kind='l2_soft'), dict(T=4.), dict(gammas=[1.,1.,1.]), dict(taps=1), dict(taps=0), dict(dims=5),
     dict(space='max'), dict(channels='max'), dict(w_adv=.1), dict(reduce=8), dict(last_relu=True), dict(w_hard=1.), dict(adversarial='grl'), dict(adversarial=None),
-    dict(choose='mean'), dict(choose='each'), dict(teacher_taps=['layer1','layer2']), dict(disc='official'), dict(batch_stats=True)]
+    dict(choose='mean'), dict(choose='each'), dict(teacher_taps=['layer1','layer2']), dict(disc='official'), dict(batch_stats=True),
+    dict(standardise=True)]
 
 @pytest.mark.parametrize('kw', opts, ids=lambda o: '-'.join(f'{k}={v}' for k,v in o.items()))
 def test_each_option_does_something(dls, modules, kw):
@@ -436,7 +439,7 @@ def test_v2(dls, modules):
     quiet(learn)
 
 bad = [(dict(choose='best'), "`choose` is 'best'"), (dict(disc='weak'), "`disc` is 'weak'"), (dict(disc='official', lr_disc=1.), 'follow the student'), (dict(adversarial='gan'), "`adversarial` is 'gan'"), (dict(kind='kl'), "`kind` is 'kl'"), (dict(T=0), '`T` is 0'),
-    (dict(w_hard=-1), '`w_hard` is -1'), (dict(w_adv=-1), '`w_adv` is -1'), (dict(lr_disc=-1), '`lr_disc` is -1'), (dict(space='sum'), "`space` is 'sum'"), (dict(channels='sum'), "`channels` is 'sum'"),
+    (dict(w_hard=-1), '`w_hard` is -1'), (dict(w_adv=-1), '`w_adv` is -1'), (dict(w_feat=-1), '`w_feat` is -1'), (dict(feat='maps'), "`feat` is 'maps'"), (dict(head='new'), "`head` is 'new'"), (dict(w_feat=1., cache_targets=True), 'leave one of them out'), (dict(w_feat=1., feat='tokens', view=[]), "use feat='pooled'"), (dict(lr_disc=-1), '`lr_disc` is -1'), (dict(space='sum'), "`space` is 'sum'"), (dict(channels='sum'), "`channels` is 'sum'"),
     (dict(reduce=0), 'reduce=0: pass a whole number'), (dict(views=0), 'views=0: pass a whole number'), (dict(taps=-1), '`taps` is -1'), (dict(dims=[1]), '`dims` has 1 entries, but it takes 2'), (dict(gammas=[1]), 'it takes 3')]
 
 @pytest.mark.parametrize('kw,said', bad, ids=[str(o[0]) for o in bad])
