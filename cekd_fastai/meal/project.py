@@ -9,6 +9,7 @@ __all__ = ['FEATS', 'FeatureTap', 'Projection']
 
 # %% ../../nbs/34b_meal.project.ipynb #imports
 from fastai.vision.all import *
+from ..steps import StepShare
 from ..arch import _classifiers
 from ..branches import BranchNet
 from ..cam import map_kind,to_map
@@ -113,11 +114,12 @@ class Projection(Aside):
 def update(self:Projection,
     student:Tensor, # Features of the student with their graph, from `FeatureTap`
     feats:list,     # Of teachers: pairs of the number of a teacher and its features (B, ...)
+    at=StepShare(), # The place of the batch in the student's step, from `step_share`
 )->Tensor:          # A scalar with gradient
     "Update the projections once, and give the student its part of the loss"
     params,s = list(self.nets.parameters()),student.detach().float().requires_grad_()
     with torch.enable_grad(), torch.autocast(s.device.type, enabled=False):
         loss = self.loss(s, [(i,t.float()) for i,t in feats])
         *grads,s_grad = torch.autograd.grad(loss, [*params,s], materialize_grads=True)
-    self.opt_step(grads)
+    self.opt_step(grads, at)
     return _surrogate([loss], [s_grad], [student])
