@@ -12,6 +12,7 @@ from fastai.vision.all import *
 from .core import data_stats,data_vocab,eval_mode,few,unwrap_model,write_whole
 from .data.image import ResizeShort,ResizeSquare,scaling_tfms,open_image,recipe_tfms
 from .data.loaders import OpenImage
+from .files import check_info
 from .branches import BranchNet,load_net,save_net
 
 # %% ../nbs/50_deploy.ipynb #dp-keeps
@@ -261,6 +262,7 @@ class Deployed:
 
     def set_info(self, info, file, device):
         "Take over what the file says beside the weights"
+        check_info(info, file)
         self.info,self.file,self.device = _complete(info, file),Path(file),device
         self.vocab,self.size,self.thresh = (self.info[o] for o in ('vocab','size','thresh'))
         self.activation = _ACTIVATIONS[self.info['activation']]
