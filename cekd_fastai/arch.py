@@ -294,7 +294,7 @@ def _read_weights(file):
     sd = _load_file(Path(file))
     for k in ('state_dict','model'): # where training scripts put it beside the optimiser
         if isinstance(sd, dict): sd = sd.get(k, sd)
-    if not isinstance(sd, dict) or not sd or not all(isinstance(v, Tensor) for v in sd.values()):
+    if not isinstance(sd, dict) or not sd or not all(isinstance(k, str) and isinstance(v, Tensor) for k,v in sd.items()):
         raise ValueError(f"`{file}` holds no state dict (names and tensors) but a {type(sd).__name__}.")
     if bad := not_finite(sd): raise ValueError(f"`{file}` holds numbers that are not finite, in {few(bad)}: get it again.")
     return {k.removeprefix('module.'):v for k,v in sd.items()}

@@ -105,6 +105,9 @@ def _check_parts(recipe, state, info):
         raise ValueError('its weights are no tensors by name')
     bad = _fault_of_recipe(recipe)
     if bad: raise ValueError(f'its recipe holds {bad}')
+    vocab,n_out = info.get('vocab'),recipe.get('n_out')
+    if isinstance(vocab, (list,tuple)) and isinstance(n_out, int) and len(vocab)!=n_out:
+        raise ValueError(f'it names {len(vocab)} classes, and its network has {n_out}')
     n = recipe.get('n_branches')
     if isinstance(n, int) and n>len(state): raise ValueError(f'its recipe has {n:,} branches, and its weights are {len(state)}')
     if names := not_finite(state): raise ValueError(f'{few(names)} holds numbers that are not finite')
@@ -188,7 +191,9 @@ def _is_numbers(o, n, above=-math.inf):
 def _is_step(o):
     "Whether `o` is the name of a transform and its arguments, none of them a giant"
     if not isinstance(o, (list,tuple)) or len(o)!=2 or not isinstance(o[0], str) or not isinstance(o[1], dict): return False
-    def small(v): return all(map(small, v)) if isinstance(v, (list,tuple)) else not isinstance(v, (int,float)) or abs(v)<=_MOST_PIXELS
+    def small(v):
+        if isinstance(v, (list,tuple)): return all(map(small, v))
+        return not isinstance(v, (int,float)) or abs(v)<=_MOST_PIXELS
     return all(isinstance(k, str) and small(v) for k,v in o[1].items())
 
 _INFO = dict(

@@ -1,5 +1,7 @@
 "Files from strangers: lists, links, archives, tables and pictures that reach out, never end, crash a parser, or ask for all memory."
-import contextlib,io,json,math,pickle,resource,tarfile,zipfile
+import contextlib,io,json,math,pickle,resource,sys,tarfile,zipfile
+from pathlib import Path
+from types import SimpleNamespace
 import numpy as np,pandas as pd,pytest,torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -16,7 +18,10 @@ from cekd_fastai.data.safe import _PARSE,read_mats
 from cekd_fastai.data.table import ImageTable
 from cekd_fastai.deploy import Deployed
 from cekd_fastai.files import read_saved
-from cekd_fastai.meal.targets import TargetCache
+from cekd_fastai.meal.targets import TargetCache,unlabeled_dl
+import cekd_fastai.predict # chkstyle: ignore
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'benchmarks'))
+import fuzz
 
 def picture(file, k=0, size=(40,30)):
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -406,3 +411,28 @@ def test_odd_note_of_answers(tmp_path, note):
     c,file = answers(tmp_path)
     c.note.write_text(note)
     assert [o for o in answers(tmp_path)[0].done if o!=0]==[]
+
+# Links that lead in circles, for whoever reads a folder of pictures
+
+def test_circles_of_links(net_file, tmp_path):
+    for k in range(3): picture(tmp_path/'a'/f'{k}.jpg')
+    for o in ('a/l0','a/l1'): (tmp_path/o).symlink_to('..')
+    assert len(Deployed(net_file).predict_folder(tmp_path, num_workers=0))==3
+    dls = SimpleNamespace(train=SimpleNamespace(dataset=None))
+    with fails(ValueError, 'data that can open files'): unlabeled_dl(dls, tmp_path)
+    with fails(ValueError, 'has no images'): unlabeled_dl(dls, tmp_path/'none')
+
+# A short round of benchmarks/fuzz.py
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', [o for o in fuzz.READERS if o!='matlab']) # which starts a process for each input
+def test_files_changed_at_random(tmp_path, name):
+    n = dict(networks=15, folders=30).get(name, 100)
+    res = dict(fuzz.run(name, range(n), tmp_path, limit=0))
+    assert {i:o for i,o in res.items() if o not in ('result','named')}=={} and len(res)==n
+
+def test_what_is_named():
+    "The campaign tells errors of the library from those of others."
+    def fail(e): raise e
+    assert fuzz.outcome(lambda: read_mats([('none.mat','a')]))=='named' and fuzz.outcome(lambda: 3)=='result'
+    for e in (KeyError('x'), ValueError('x'), OSError('x')): assert fuzz.outcome(lambda: fail(e)).startswith(type(e).__name__)
