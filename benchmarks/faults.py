@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py
 
-One process loads the library and builds a network, and every run is a fork of it, so that no kill costs an import. A run of twelve steps writes checkpoints every second one.
+One process loads the library and builds a network, and every run is a fork of it, so that no kill costs an import. A run of six steps writes a checkpoint after each of them, and after each of its two epochs.
 After each fault the same call goes on; its weights are compared bit for bit with those of a run that nothing happened to."""
 import argparse,collections,errno,hashlib,json,os,random,shutil,signal,tempfile,time,warnings
 from pathlib import Path
@@ -40,9 +40,9 @@ def train(folder, before=None, cbs=(), which='plain'):
     "The run, and the checksum of its weights"
     set_seed(1)
     learn = LEARN[which]
-    learn.add_cbs([Checkpoint(folder, every=2), *cbs])
+    learn.add_cbs([Checkpoint(folder, every=1), *cbs])
     if before: before()
-    with learn.no_bar(), learn.no_logging(): learn.fit(4, .01)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, .01)
     h = hashlib.sha256()
     for v in learn.model.state_dict().values(): h.update(v.contiguous().numpy().tobytes())
     return h.hexdigest()
@@ -140,7 +140,7 @@ class Spoil(Callback):
     order = 3000
     def __init__(self, folder, how): self.where,self.how = folder,how
     def after_epoch(self):
-        if self.epoch!=2: return
+        if self.epoch: return
         self.how(checkpoint_files(self.where)[-1])
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -173,7 +173,21 @@ def dead_workers(tmp, whole):
         res,_ = forked(lambda: f(folder))
         yield f"one sentence: {res.get('said', '')[:60]} …" if 'was killed' in res.get('said', '') else str(res), goes_on(folder, whole)
 
-def main(kills):
+def words(d): return '; '.join(f'{v} × {k}' if len(d)>1 else k for k,v in d.items())
+
+def write(kills, row):
+    "Put the row of one campaign into the result file"
+    file = here/'results'/'faults.json'
+    rows = json.loads(file.read_text())['runs'] if file.exists() else []
+    rows = [o for o in rows if o['fault']!=row['fault']]+[row]
+    head = ['fault','runs','what the run did','and after the same call again']
+    cells = [[o['fault'],o['runs'],words(o['at_once']),words(o['again'])] for o in rows]
+    table = '\n'.join(f"| {' | '.join(map(str, o))} |" for o in [head,['---']*len(head),*cells])
+    res = dict(title='Faults of a run', command=f'python benchmarks/faults.py --kills {kills}', machine=dict(cores=os.cpu_count()), versions=dict(torch=torch.__version__), runs=rows, table=table)
+    file.write_text(json.dumps(res, indent=1)+'\n')
+
+def main(kills, only):
+    "Rows of the campaigns whose names begin with one of these words"
     tmp = Path(tempfile.mkdtemp())
     LEARN.update(plain=learner(), deadly=learner(7, 1))
     start = time.time()
@@ -182,25 +196,19 @@ def main(kills):
     campaigns = {f'killed at {kills} random moments': random_kills(tmp, whole, kills, seconds, random.Random(0)), 'killed before and after each rename': rename_kills(tmp, whole),
         'killed before and after each file is forced to the disk': sync_kills(tmp, whole), 'the disk is full from some file on': full_disks(tmp, whole),
         'the newest checkpoint is spoilt between two epochs': spoilt(tmp, whole), 'a worker is killed': dead_workers(tmp, whole)}
-    rows = []
     for name,outcomes in campaigns.items():
+        if only and not name.startswith(tuple(only)): continue
         seen = list(outcomes)
         count = collections.Counter(o[1] for o in seen)
-        rows.append(dict(fault=name, runs=len(seen), at_once=dict(collections.Counter(o[0] for o in seen)), again=dict(count)))
-        print(rows[-1], flush=True)
+        row = dict(fault=name, runs=len(seen), at_once=dict(collections.Counter(o[0] for o in seen)), again=dict(count))
+        print(row, flush=True)
+        write(kills, row)
     shutil.rmtree(tmp, ignore_errors=True)
-    return rows
-
-def words(d): return '; '.join(f'{v} × {k}' if len(d)>1 else k for k,v in d.items())
 
 if __name__=='__main__':
     p = argparse.ArgumentParser()
     p.add_argument('--kills', type=int, default=50)
+    p.add_argument('--only', nargs='*', default=[], help='first words of campaigns')
     a = p.parse_args()
     torch.set_num_threads(1)
-    rows = main(a.kills)
-    head = ['fault','runs','what the run did','and after the same call again']
-    cells = [[o['fault'],o['runs'],words(o['at_once']),words(o['again'])] for o in rows]
-    table = '\n'.join(f"| {' | '.join(map(str, o))} |" for o in [head,['---']*len(head),*cells])
-    res = dict(title='Faults of a run', command=f'python benchmarks/faults.py --kills {a.kills}', machine=dict(cores=os.cpu_count()), versions=dict(torch=torch.__version__), runs=rows, table=table)
-    (here/'results'/'faults.json').write_text(json.dumps(res, indent=1)+'\n')
+    main(a.kills, a.only)

@@ -341,11 +341,15 @@ def recipe(**kw): return lambda o: o['recipe'].update(kw)
 def state(f): return lambda o: f(o['state_dict'])
 WRONG = dict(
     no_dict=lambda o: o.clear(), a_list=lambda o: o.update(recipe=[1]), no_builder=recipe(build='evil'), a_number=recipe(build=3),
-    states=lambda o: o.update(state_dict=[1]), words=state(lambda o: o.update({'heads.0.1.bias':'x'})), less=state(lambda o: o.pop('heads.0.1.bias')), more=state(lambda o: o.update(x=torch.ones(1))),
-    shape=recipe(n_out=4), own=recipe(pretrained=True), path=recipe(checkpoint_path='x.pt'), hub=recipe(arch='hf-hub:evil/net'), local=recipe(arch='/etc/passwd'), arch=recipe(arch='resnet'), nothing=recipe(arch=None),
-    unknown=recipe(zzz=1), below=recipe(n_branches=-1), split=recipe(split='zzz'), info=lambda o: o.update(info=3), deep=recipe(arch_args=[[[[[[1]]]]]]), tensor=recipe(n_out=torch.ones(3)),
+    states=lambda o: o.update(state_dict=[1]), words=state(lambda o: o.update({'heads.0.1.bias':'x'})),
+    less=state(lambda o: o.pop('heads.0.1.bias')), more=state(lambda o: o.update(x=torch.ones(1))),
+    shape=recipe(n_out=4), own=recipe(pretrained=True), path=recipe(checkpoint_path='x.pt'),
+    hub=recipe(arch='hf-hub:evil/net'), local=recipe(arch='/etc/passwd'), arch=recipe(arch='resnet'), nothing=recipe(arch=None),
+    unknown=recipe(zzz=1), below=recipe(n_branches=-1), split=recipe(split='zzz'), info=lambda o: o.update(info=3),
+    deep=recipe(arch_args=[[[[[[1]]]]]]), tensor=recipe(n_out=torch.ones(3)),
     classes=recipe(n_out=20_000_000), branches=recipe(n_branches=10**6), giant=recipe(n_out=10**12), wide=recipe(arch='resnet18', width_per_group=10**6),
-    claims=state(lambda o: o.update(x=torch.zeros(1).expand(10**9))), sparse=state(lambda o: o.update(x=torch.ones(2).to_sparse())), meta=state(lambda o: o.update(x=torch.ones(2, device='meta'))))
+    claims=state(lambda o: o.update(x=torch.zeros(1).expand(10**9))),
+    sparse=state(lambda o: o.update(x=torch.ones(2).to_sparse())), meta=state(lambda o: o.update(x=torch.ones(2, device='meta'))))
 
 @pytest.mark.parametrize('how', WRONG)
 def test_network_that_is_none(net_file, tmp_path, how):
@@ -372,7 +376,8 @@ def test_older_network_is_read(net_file, tmp_path):
     torch.save(saved, tmp_path/'b.pt')
     assert len(load_net(tmp_path/'b.pt')[1]['vocab'])==3
 
-INFO = [dict(size=[32,10**6]), dict(std=[0,1,1]), dict(mean=[math.nan]*3), dict(mean='x'), dict(vocab=7), dict(vocab=[]), dict(steps=[['ResizeShort',dict(size=10**6)]]), dict(steps=3), dict(steps=[['x']]), dict(activation='evil'), dict(thresh='x'), dict(draft='x')]
+INFO = [dict(size=[32,10**6]), dict(std=[0,1,1]), dict(mean=[math.nan]*3), dict(mean='x'), dict(vocab=7), dict(vocab=[]),
+    dict(steps=[['ResizeShort',dict(size=10**6)]]), dict(steps=3), dict(steps=[['x']]), dict(activation='evil'), dict(thresh='x'), dict(draft='x')]
 
 @pytest.mark.parametrize('kw', INFO)
 def test_description_that_is_none(net_file, tmp_path, kw):
@@ -394,8 +399,11 @@ def answers(folder, **kw):
     c = TargetCache(folder, kw, [3], 1, 10)
     return c,c.folder/'answers.npy'
 
-@pytest.mark.parametrize('spoil', [lambda f: f.write_bytes(f.read_bytes()[:-80]), lambda f: f.write_bytes(b''), lambda f: np.save(f, np.zeros((1,10,5), np.float32)), lambda f: np.save(f, np.zeros((1,10,4))),
-    lambda f: np.save(f, np.asfortranarray(np.zeros((1,10,4), np.float32)+np.arange(4, dtype=np.float32))), lambda f: f.write_bytes(b'x'*500)])
+ROWS = np.ones((1,10,4), np.float32)
+SPOILT = [lambda f: f.write_bytes(f.read_bytes()[:-80]), lambda f: f.write_bytes(b''), lambda f: f.write_bytes(b'x'*500),
+    lambda f: np.save(f, np.ones((1,10,5), np.float32)), lambda f: np.save(f, ROWS.astype('f8')), lambda f: np.save(f, np.asfortranarray(ROWS+np.arange(4, dtype=np.float32)))]
+
+@pytest.mark.parametrize('spoil', SPOILT)
 def test_answers_that_were_cut_short(tmp_path, spoil):
     c,file = answers(tmp_path)
     c.data[:] = 1
