@@ -13,7 +13,8 @@ import inspect,timm,torchvision
 from fastai.vision.all import *
 from safetensors.torch import load_file
 from timm.models.resnet import BasicBlock,Bottleneck,downsample_conv
-from .core import eval_mode,lookup,near_hint
+from .core import eval_mode,few,lookup,near_hint
+from .files import not_finite,read_torch
 
 # %% ../nbs/23_arch.ipynb #chain-children
 def _height(o):
@@ -283,8 +284,7 @@ def _load_file(file):
     "What a checkpoint holds, read without unpickling code"
     if not file.is_file(): raise FileNotFoundError(f"There is no weights file `{file}`.")
     try:
-        if file.suffix=='.safetensors': return load_file(file)
-        return torch.load(file, map_location='cpu', weights_only=True)
+        return load_file(file) if file.suffix=='.safetensors' else read_torch(file)
     except Exception as e:
         raise ValueError(f"`{file}` is not a checkpoint that can be loaded safely ({str(e).splitlines()[0]}): "
             "save a state dict with `torch.save(model.state_dict(), file)`.") from e
@@ -294,8 +294,9 @@ def _read_weights(file):
     sd = _load_file(Path(file))
     for k in ('state_dict','model'): # where training scripts put it beside the optimiser
         if isinstance(sd, dict): sd = sd.get(k, sd)
-    if not isinstance(sd, dict) or not sd or not all(isinstance(v, Tensor) for v in sd.values()):
+    if not isinstance(sd, dict) or not sd or not all(isinstance(k, str) and isinstance(v, Tensor) for k,v in sd.items()):
         raise ValueError(f"`{file}` holds no state dict (names and tensors) but a {type(sd).__name__}.")
+    if bad := not_finite(sd): raise ValueError(f"`{file}` holds numbers that are not finite, in {few(bad)}: get it again.")
     return {k.removeprefix('module.'):v for k,v in sd.items()}
 
 # %% ../nbs/23_arch.ipynb #build-load

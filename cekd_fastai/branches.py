@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from torch.utils.checkpoint import checkpoint
 from .core import eval_mode,unwrap_model,write_whole
 from .cam import cam
+from .files import bounded_build,fill,net_sum,read_saved
 from .arch import make_arch,new_head
 from .graph import divide
 
@@ -273,21 +274,16 @@ def save_net(
     state = net.state_dict()
     state = {k:state[k].cpu() for k in _build(recipe).state_dict()} # without the optional parts of a run
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, partial(torch.save, dict(recipe=recipe, state_dict=state, info=info)))
+    saved = dict(recipe=recipe, state_dict=state, info=info, sum=net_sum(recipe, state, info))
+    write_whole(file, partial(torch.save, saved))
 
 def load_net(
     file, # Written by `save_net`
 )->tuple: # The network in evaluation mode, and a dict with what was kept beside it
-    "Build a network from its file, without unpickling code"
-    if not Path(file).is_file(): raise FileNotFoundError(f"There is no file `{file}`.")
-    try:
-        saved = torch.load(file, map_location='cpu', weights_only=True)
-        recipe,state,info = saved['recipe'],saved['state_dict'],saved['info']
-    except Exception as e:
-        why = str(e).splitlines()[0]
-        raise ValueError(f"`{file}` was not written by `save_net` or `deploy` ({why}).") from e
-    net = _build(recipe)
-    net.load_state_dict(state)
+    "Build a network from its file, without unpickling code; `ValueError` says what is wrong with a file"
+    recipe,state,info = read_saved(file)
+    with bounded_build(file, state): net = _build(recipe)
+    fill(net, state, file)
     return net.eval(),info
 
 # %% ../nbs/25_branches.ipynb #save-pick

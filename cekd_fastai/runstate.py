@@ -13,7 +13,7 @@ import hashlib,json
 from contextlib import suppress
 from fastai.vision.all import *
 from safetensors.torch import load as load_tensors,save as save_tensors
-from .core import unwrap_model,write_whole
+from .core import one_sentence,unwrap_model,write_whole
 
 # %% ../nbs/43_runstate.ipynb #pack
 _LISTS = dict(tuple=tuple, set=set, L=L)
@@ -49,6 +49,11 @@ def pack(
     raise TypeError(f'a {kind} is no plain data')
 
 # %% ../nbs/43_runstate.ipynb #unpack
+def _array(dtype, values):
+    "An array, whose numbers or letters take no more room than they need"
+    if np.dtype(dtype).itemsize>2**16: raise ValueError('an array of giants')
+    return np.array(values, dtype=dtype)[()]
+
 def unpack(
     o,            # From `pack`
     tensors:dict, # Tensors by name
@@ -63,7 +68,7 @@ def unpack(
     if kind in ('tensor','scalars'):
         t = tensors[of].to(device, copy=True) if o['moved'] else tensors[of].clone() # what was read is a view of the file
         return t if kind=='tensor' else [v.clone() for v in t.unbind()]
-    if kind=='array': return np.array(of[1], dtype=of[0])[()]
+    if kind=='array': return _array(*of)
     if kind=='dict': return {k:v for k,v in part(of)}
     return _LISTS[kind](part(of))
 
@@ -167,7 +172,8 @@ def load_net_state(
     net = unwrap_model(learn.model)
     sd = OrderedDict(state['model'])
     sd._metadata = OrderedDict(state['notes'])
-    net.load_state_dict(sd)
+    try: net.load_state_dict(sd)
+    except Exception as e: raise ValueError(f"The checkpoint is of another network ({one_sentence(e)}): choose another folder.") from e
     if only_net: return
     for p,g in zip(net.parameters(), state['grads']): p.grad = torch.zeros_like(p) if g is True else g if g is None else g.to(p)
     learn.opt.load_state_dict(state['opt'])
