@@ -12,6 +12,7 @@ import warnings
 from fastai.vision.all import *
 from ..core import few
 from .words import part_of_name
+from .safe import _is_below
 from .image import HEIF_SUFFIXES,IMAGE_SUFFIXES
 from .table import ImageTable,_split
 
@@ -42,7 +43,7 @@ class FolderTree:
 
     def _is_new(self, real):
         "Whether a real folder was not read yet, nor one in it"
-        return real not in self.seen and not any(o.startswith(f'{real}{os.sep}') for o in self.seen)
+        return real not in self.seen and not any(_is_below(o, real) for o in self.seen)
 
     def _walk(self, top):
         "Read the real folders from `top` downwards; returns the links to folders"
