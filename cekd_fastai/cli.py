@@ -182,7 +182,7 @@ def cekd_train(
     valid_pct:float=None,       # Share of the training images to validate on, for choices that must not see the test images
     balanced:bool=False, # Draw every class equally often
     crop_to_box:bool=False, # Cut each image to the box around its object
-    size:int=None,              # Size of the image in pixels, by default 224, or 32 for small images
+    size:int=None,              # Size of the image in pixels, by default that of the pretraining, or 32 for small images
     num_workers:int=None,       # Processes that load images, one for each core by default; 0 is faster on two cores
     in_memory:bool=False, # Read every image once and keep it, for data that fits into memory
     verify:bool=False,    # Read every image first, list and skip those that cannot be read
@@ -206,10 +206,10 @@ def cekd_train(
     recipe:str=None,            # A published experiment (--list recipes), e.g. cekd-cub-resnet101; options given beside it win
     epochs:int=20,              # Number of epochs
     bs:int=32,                  # Images in a batch
-    lr:float=1e-3,              # Largest learning rate; more for the heads of a pretrained network, see head_lr
-    head_lr:float=10.,          # How many times faster the heads of a pretrained network learn
-    wd:float=1e-2,              # Weight decay
-    opt:str='adam',             # adam, sgd (with momentum 0.9) or nesterov
+    lr:float=None,              # Largest learning rate, by default as recommended for the backbone; more for heads, see head_lr
+    head_lr:float=None,         # How many times faster the heads of a pretrained network learn, by default 10
+    wd:float=None,              # Weight decay, by default 0.01, or 0.05 for a backbone without batch normalisation
+    opt:str=None,               # adam (the default), sgd (with momentum 0.9) or nesterov
     schedule:str='one-cycle',   # one-cycle, or steps: a tenth of the rate after each milestone
     milestones:Annotated[int,dict(nargs='+')]=(), # Epochs of steps: --milestones 80 150 180
     warmup:float=0.,            # Epochs of linear warm-up with steps
