@@ -16,7 +16,7 @@ from ..mix.core import box_share
 from ..cam import cam,map_and_head,semantic_map
 from ..mix.evidence import find_evidence
 from ..branches import BranchNet,branch_preds
-from ..css.net import joint_label
+from ..css.labels import joint_label
 from .history import _axes,_labels,_pictures,_vocab
 
 # %% ../../nbs/47_interpret.maps.ipynb #look-code
