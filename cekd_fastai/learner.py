@@ -15,7 +15,7 @@ from .branches import BranchNet,branch_net,branch_splitter,peer_net
 from .midlevel import mid_net,mid_splitter
 from .distill import BranchLoss,Components
 from .meal.callback import MEAL
-from .online.gates import gate_apart,gate_net,gate_splitter
+from .online.net import gate_apart,gate_net,gate_splitter
 from .online.callback import ONLINE,OnlineKD
 from .css.net import css_net
 from .css.callback import CSS

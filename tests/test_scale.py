@@ -9,7 +9,8 @@ from cekd_fastai.checkpoint import Checkpoint
 from cekd_fastai.guard import Guard
 from cekd_fastai.learner import branch_learner,css_learner,meal_learner,online_learner
 from cekd_fastai.online.callback import ONLINE
-from cekd_fastai.soft_labels import OnlineLabelSmoothing,PSKD,StoredTargets
+from cekd_fastai.soft_labels import OnlineLabelSmoothing
+from cekd_fastai.own_targets import PSKD,StoredTargets
 from cekd_toys import BoxMix,FixedMix
 
 arch,n_out = 'cifar_resnet8',3
