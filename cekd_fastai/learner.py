@@ -17,7 +17,7 @@ from .midlevel import mid_net
 from .distill import BranchLoss,Components
 from .meal.teachers import peek
 from .meal.callback import MEAL
-from .online.gates import gate_apart,gate_net
+from .online.net import gate_apart,gate_net
 from .online.callback import ONLINE,OnlineKD
 from .css.net import css_net
 from .css.callback import CSS

@@ -19,7 +19,7 @@ from .deploy import Deployed
 from .onnx_file import OnnxNet
 # a file may hold any network of the library, and each module registers how to build its own
 from .css.net import css_net # chkstyle: ignore
-from .online.gates import gate_net # chkstyle: ignore
+from .online.net import gate_net # chkstyle: ignore
 
 # %% ../nbs/52_predict.ipynb #pf-read
 class _Pictures(torch.utils.data.Dataset):

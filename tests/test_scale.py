@@ -16,7 +16,8 @@ from cekd_fastai.online.callback import ONLINE
 from cekd_fastai.ranks import RankDL,together
 from cekd_fastai.runstate import checkpoint_files
 from cekd_fastai.safely import named_faults
-from cekd_fastai.soft_labels import OnlineLabelSmoothing,PSKD,StoredTargets
+from cekd_fastai.soft_labels import OnlineLabelSmoothing
+from cekd_fastai.own_targets import PSKD,StoredTargets
 from cekd_toys import BoxMix,FixedMix
 
 arch,n_out = 'cifar_resnet8',3
