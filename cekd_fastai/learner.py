@@ -173,6 +173,8 @@ class GradCheckpoint(Callback):
             kind = type(unwrap_model(self.learn.model)).__name__
             raise ValueError(f"`GradCheckpoint` needs a network with a trunk, but the model is a `{kind}`: "
                 "build the learner with `branch_learner`.")
+        if hasattr(self.learn.model, '_orig_mod'): raise ValueError('`GradCheckpoint` wraps the trunk in contexts that torch cannot compile, '
+            'but the network is compiled as a whole: pass `Compile()` in `cbs` instead, which compiles its parts.')
         for m in self.nets: m.grad_checkpoint = True
 
     def after_fit(self):

@@ -14,13 +14,14 @@ from .core import eval_mode,write_whole
 from .deploy import Deployed,_drawn,_probes,deploy
 
 # %% ../nbs/51_onnx_file.ipynb #ox-need
-def _need(*names):
+def _need(*names, who='ONNX files', install=None):
     "Modules of optional packages, or one sentence that says what to install"
     try: return [importlib.import_module(o) for o in names]
     except ImportError as e:
         lack = f"`{e.name}` is not installed" if isinstance(e, ModuleNotFoundError) else f"a package cannot be loaded ({e})"
-        what,install = ' and '.join(names),' '.join(names)
-        raise ImportError(f"ONNX files need {what}, but {lack}: run `pip install {install}`.") from e
+        what,install = ' and '.join(names),install or ' '.join(names)
+        need = 'need' if who.endswith('s') else 'needs'
+        raise ImportError(f"{who} {need} {what}, but {lack}: run `pip install {install}`.") from e
 
 # %% ../nbs/51_onnx_file.ipynb #ox-read
 class OnnxNet(Deployed):
@@ -62,7 +63,8 @@ def _write_graph(d, file):
         warnings.simplefilter('ignore') # torch prefers its newer exporter, which needs one more package and is far slower
         torch.onnx.export(d.net, (x,), str(file), input_names=['pixels'], output_names=['logits'], dynamic_axes=names, dynamo=False)
     graph = onnx.load(str(file))
-    said = dict(cekd_fastai=json.dumps(d.info), classes=json.dumps(d.vocab), input=_sentence(d.info))
+    info = {k:v for k,v in d.info.items() if k!='examples'} # a graph has no place for training pictures
+    said = dict(cekd_fastai=json.dumps(info), classes=json.dumps(d.vocab), input=_sentence(d.info))
     onnx.helper.set_model_props(graph, said)
     onnx.save(graph, str(file))
 

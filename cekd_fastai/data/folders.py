@@ -1,4 +1,4 @@
-"""Which pictures lie in a folder, which of its folders are classes, and which are parts; what is left out is said
+"""Which pictures lie in a folder, which of its folders are classes, and which are parts; what is left out is reported
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/data.folders.html.md"""
 

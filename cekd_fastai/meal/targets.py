@@ -11,8 +11,8 @@ __all__ = ['unlabeled_dl', 'UnlabeledBatches', 'fingerprint', 'TargetCache']
 import json,zlib
 from fastai.vision.all import *
 from ..core import write_whole
-from ..data.folders import FolderTree
-from .teachers import Answer
+from .heads import checksum
+from .several import Answer
 
 # %% ../../nbs/35_meal.targets.ipynb #un-code
 def unlabeled_dl(
@@ -20,9 +20,7 @@ def unlabeled_dl(
     source,          # Folder with images, or a list of files
 ):                   # A data loader like `dls.train`, without labels
     "Batches of images without labels, with the transforms of training"
-    is_path = isinstance(source, (str,Path))
-    tree = FolderTree(source) if is_path and Path(source).is_dir() else None
-    files = L(tree.images() if tree else [] if is_path else source)
+    files = get_image_files(source) if isinstance(source, (str,Path)) else L(source)
     if not files: raise ValueError(f"MEAL: `unlabeled` has no images: there are none in {source!s}.")
     if not isinstance(dls.train.dataset, (Datasets,TfmdLists)):
         raise ValueError("MEAL: `unlabeled` needs data that can open files: make `dls` with `fine_grained_dls` or a `DataBlock`.")
@@ -73,19 +71,12 @@ def _alike(a, b):
     return (a-b).abs() <= 1e-3*(1+b.abs())
 
 # %% ../../nbs/35_meal.targets.ipynb #on-key
-def _checksum(model):
-    "Checksum of a model's weights"
-    res = 0
-    for v in model.state_dict().values():
-        data = v.cpu().contiguous().flatten().view(torch.uint8)
-        res = zlib.crc32(data.numpy().tobytes(), res)
-    return res
-
 def _teacher_key(teacher, paths):
     "What a teacher's answers depend on: its weights, its taps, and how it was matched to the data"
     def plain(o): return None if o is None else o.flatten().tolist()
     matched = [plain(teacher.order), plain(teacher.scale), plain(teacher.shift)]
-    return [_checksum(teacher.model), paths, matched]
+    if teacher.size is not None: matched.append(list(teacher.size))
+    return [checksum(teacher), paths, matched] # a fitted head is part of the teacher
 
 def _mix_key(mix):
     "Name and arguments of a mix, those of its parts included, None without one"
@@ -158,7 +149,7 @@ def start_view(self:TargetCache,
 ):
     "Begin an epoch that can be repeated"
     self.view = epoch%self.views
-    self.next_row,self.n_batches = 0,0
+    self.n_batches = 0
     self.changed = None # on the device: whether pixels of this epoch differ from those on disk
     self.student_rng = get_random_states()
     self.seed_batch(0)
@@ -238,11 +229,12 @@ def starts_differently(self:TargetCache,
 def cached_answers(self:TargetCache,
     x:Tensor, # Images of the next batch, shape (B, 3, H, W)
     query,    # From images to answers, called if there are none on disk
+    rows:slice, # Places of the images in the order of the epoch, from `batch_places`
 )->list:      # Each an `Answer`
     "Read the teachers' answers for a batch, or get them from `query` and write them"
-    rows,prints = slice(self.next_row, self.next_row+len(x)),fingerprint(x)
+    prints = fingerprint(x)
     first_batch = self.n_batches==0
-    self.next_row,self.n_batches = rows.stop,self.n_batches+1
+    self.n_batches += 1
     if first_batch and self.view in self.done and self.starts_differently(rows, prints):
         found = f'the images are not those that the answers in `{self.folder}` were given for'
         warn(f"MEAL: {found}, so the teachers answer anew.")
