@@ -157,9 +157,6 @@ def _check_together(self:CEKD):
     if self.target=='separate' and not self.w_cross and not soft_learn_labels:
         raise ValueError("CEKD: with target='separate' and these weights the soft branches would learn nothing: "
             "raise `w_cross` or `w_clean`, or use target='both'.")
-    if self.standardise and self.target=='fused':
-        raise ValueError("CEKD: `standardise` is for a divergence of two predictions, but with target='fused' labels and target "
-            "are one: use target='separate' or 'both'.")
     if self.teacher!='ema': return
     if not self.detach: raise ValueError("CEKD: an average takes no gradient: leave `detach=True` with teacher='ema'.")
     if self.fuse=='maps':
@@ -170,6 +167,9 @@ def _check_together(self:CEKD):
 def check(self:CEKD):
     "Refuse a learner that this method cannot train, in one sentence"
     Distill.check(self)
+    if self.needs_clean and hasattr(self.learn.model, '_orig_mod'):
+        raise ValueError('`CEKD` runs the parts of the network by themselves, but it is compiled as a whole: '
+            'pass `Compile()` in `cbs` instead, which compiles its parts.')
     loss = getattr(self.learn.loss_func, 'func', self.learn.loss_func)
     n_branches = unwrap_model(self.learn.model).n_branches
     if self.mixer is None:
