@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from torch.utils.checkpoint import checkpoint
 from .core import eval_mode,unwrap_model,write_whole
 from .cam import cam
+from .files import bounded_build,fill,net_sum,read_saved
 from .weights import Saved,load_branches
 from .arch import make_arch,new_head
 from .graph import divide

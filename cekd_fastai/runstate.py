@@ -14,7 +14,7 @@ import hashlib,json
 from contextlib import suppress
 from fastai.vision.all import *
 from safetensors.torch import load as load_tensors,save as save_tensors
-from .core import unwrap_model,write_whole
+from .core import one_sentence,unwrap_model,write_whole
 from .ranks import RankDL
 
 # %% ../nbs/43_runstate.ipynb #pack

@@ -12,7 +12,7 @@ import json,zlib
 from fastai.vision.all import *
 from ..core import write_whole
 from ..data.folders import FolderTree
-from .teachers import Answer
+from .several import Answer
 
 # %% ../../nbs/35_meal.targets.ipynb #un-code
 def unlabeled_dl(
