@@ -157,6 +157,9 @@ def _check_together(self:CEKD):
     if self.target=='separate' and not self.w_cross and not soft_learn_labels:
         raise ValueError("CEKD: with target='separate' and these weights the soft branches would learn nothing: "
             "raise `w_cross` or `w_clean`, or use target='both'.")
+    if self.standardise and self.target=='fused':
+        raise ValueError("CEKD: `standardise` is for a divergence of two predictions, but with target='fused' labels and target "
+            "are one: use target='separate' or 'both'.")
     if self.teacher!='ema': return
     if not self.detach: raise ValueError("CEKD: an average takes no gradient: leave `detach=True` with teacher='ema'.")
     if self.fuse=='maps':

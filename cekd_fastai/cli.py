@@ -185,7 +185,7 @@ def _defaults():
 # %% ../nbs/57_cli.ipynb #start-code
 def _start(args, said):
     "Check what can be checked at once, then load the rooms that train, and do it"
-    try: check_names(args)
+    try: check_names(args), check_numbers(args)
     except (ValueError,OSError) as e: sys.exit(f'cekd-train: {e}')
     from cekd_fastai.job import experiment
     from cekd_fastai.core import one_sentence
@@ -273,6 +273,10 @@ def cekd_train(
     stairs:bool=False, # Let the warm-up rise once an epoch
     precision:str='full',       # full, fp16 or bf16 (on a GPU)
     grad_checkpoint:bool=False, # Less memory, more time: compute the trunk's activations again in the backward pass
+    grad_accum:int=1,           # Batches in one step of the optimiser: a large step in little memory
+    compile:bool=False, # Compile the network: minutes at the beginning, then faster on a GPU
+    launch:int=None,            # Start so many processes on this machine, one for each GPU; with --device cpu, on its cores
+    device:str=None,            # cpu: train on the processor, with several processes too
     seed:int=42,                # Seed of everything random
     out:str='runs/cekd',        # Folder for result.json, history.csv, report.png, model.pkl and model.pt
     resume:bool=False,    # Go on with the run in --out, if it was killed; otherwise begin
@@ -284,6 +288,7 @@ def cekd_train(
     typed = args==_defaults() and _in_script(sys._getframe(1))
     try:
         said = given() if typed else {}
+        if (args|said)['launch'] is not None: _launch(said)
         _start(args|said, said)
     except KeyboardInterrupt:
         print('\ncekd-train: interrupted; a run that had begun to train goes on with --resume.', file=sys.stderr)

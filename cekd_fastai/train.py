@@ -6,8 +6,8 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/train.html.md"""
 
 # %% auto #0
 __all__ = ['MIXES', 'sgd', 'nesterov', 'OPTS', 'METHODS', 'RESULTS', 'named_values', 'advised', 'make_data', 'build', 'Steps',
-           'train', 'evaluate', 'peak_memory', 'about', 'all_or_none', 'save_run', 'out_folder', 'check_used',
-           'check_args']
+           'impatient', 'train', 'evaluate', 'peak_memory', 'about', 'all_or_none', 'save_run', 'out_folder',
+           'check_used', 'take_device', 'check_args']
 
 # %% ../nbs/53_train.ipynb #imports
 import ast,json,platform,shutil,tempfile,time,warnings
@@ -15,8 +15,9 @@ from fastai.vision.all import *
 from contextlib import nullcontext
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import GradientAccumulation
 from importlib.metadata import version
-from .core import check_above,lookup,one_of,one_sentence,unwrap_model
+from .core import check_above,check_count,lookup,one_of,one_sentence,unwrap_model
 from .data.table import RECIPES
 from .data.benchmarks import BENCHMARKS
 from .data.loaders import fine_grained_dls
@@ -29,6 +30,7 @@ from .online.callback import ONLINE
 from .online.diversity import Diversity
 from .css.net import CSSNet
 from .css.callback import CSS
+from .compiled import Compile
 from .learner import GradCheckpoint,branch_learner,css_learner,meal_learner,online_learner
 from .recommended import NoDecay,recommended
 from .interpret.history import history
@@ -154,6 +156,7 @@ def build(
     kw = {o:args[o] for o in ('split','weights','freeze_bn','wd')}
     kw |= dict(pretrained=not a.no_pretrained, arch_args=named_values(a.arch_args))
     check_args(a)
+    take_device(a)
     set_seed(a.seed)
     dls = make_data(args)
     cbs = _callbacks(a)
@@ -194,6 +197,18 @@ def _rates(learn, a):
     n_old = min(2, n_groups-1)
     return [a.lr]*n_old + [a.lr*a.head_lr]*(n_groups-n_old)
 
+@contextmanager
+def impatient(
+    learn:Learner,   # A learner
+    seconds:int=600, # How long a loading process may take for a batch
+):
+    "Let training end, rather than hang, if a process that loads images has stopped"
+    loaders = [o.fake_l for o in learn.dls.loaders if hasattr(o, 'fake_l') and o.fake_l.num_workers]
+    for o in loaders: o.timeout = seconds
+    try: yield
+    finally:
+        for o in loaders: o.timeout = 0 # `one_batch` loads in this process, where torch refuses a time limit
+
 def _freeze_trunk(learn):
     "Freeze the groups that are in the trunk"
     trunk = {id(p) for p in unwrap_model(learn.model).trunk.parameters()}
@@ -210,7 +225,7 @@ def train(
     if a.freeze_trunk: _freeze_trunk(learn)
     start = time.perf_counter()
     lrs = _rates(learn, a)
-    with learn.distrib_ctx() if _processes()>1 else nullcontext():
+    with impatient(learn), learn.distrib_ctx() if _processes()>1 else nullcontext():
         if a.schedule=='steps':
             steps = Steps(lrs, a.epochs, a.milestones, a.warmup, a.stairs)
             learn.fit(a.epochs, cbs=[ParamScheduler(dict(lr=steps)),*cbs])
@@ -369,11 +384,20 @@ def check_used(
 # %% ../nbs/53_train.ipynb #check-args
 def _check_machine(a):
     "Refuse what needs a GPU where there is none"
-    if torch.cuda.is_available(): return
-    if _processes()>1:
-        remedy = 'start one process without `torchrun`'
-        raise ValueError(f"Several processes need a GPU each, and there is none: {remedy}.")
+    local = int(os.environ.get('LOCAL_WORLD_SIZE', _processes()))
+    n_gpus = torch.cuda.device_count() if a.device!='cpu' else 0
+    if local>max(n_gpus, 1) and a.device!='cpu':
+        remedy = 'start fewer, one process without `torchrun`, or train on the processor with --device cpu'
+        raise ValueError(f"{local} processes need a GPU each, and there are {n_gpus}: {remedy}.")
+    if n_gpus: return
     if a.precision!='full': raise ValueError(f"--precision {a.precision} needs a GPU: leave it out.")
+
+def take_device(
+    a:SimpleNamespace, # Arguments of `cekd_train`
+):
+    "Train on the processor if that was asked for; with several processes, each on its own GPU"
+    if a.device=='cpu': default_device(False)
+    elif _processes()>1: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
 
 def check_args(
     a:SimpleNamespace, # Arguments of `cekd_train`
@@ -381,6 +405,8 @@ def check_args(
     "Refuse arguments with which nothing could be trained here, or not as they say"
     one_of('training', ('one-cycle','steps'), schedule=a.schedule)
     one_of('training', ('full','fp16','bf16'), precision=a.precision)
+    one_of('training', (None,'cpu'), device=a.device)
+    check_count(**{'--grad-accum':a.grad_accum})
     if a.epochs<1: raise ValueError(f"--epochs is {a.epochs}, but training takes at least one.")
     if a.lr is not None: check_above('training', lr=a.lr)
     check_used(a)

@@ -18,8 +18,7 @@ from .files import not_finite,read_torch
 def _load_file(file):
     "What a checkpoint holds, read without unpickling code"
     if not file.is_file(): raise FileNotFoundError(f"There is no weights file `{file}`.")
-    try:
-        return load_file(file) if file.suffix=='.safetensors' else read_torch(file)
+    try: return load_file(file) if file.suffix=='.safetensors' else read_torch(file)
     except Exception as e:
         raise ValueError(f"`{file}` is not a checkpoint that can be loaded safely ({str(e).splitlines()[0]}): "
             "save a state dict with `torch.save(model.state_dict(), file)`.") from e
@@ -46,11 +45,9 @@ class Saved:
         self.tensors = _tensors_in(saved)
         if self.tensors is None:
             raise ValueError(f"`{file}` holds no state dict (names and tensors) but a {type(saved).__name__}.")
-        bad = not_finite(self.tensors)
-        if bad: raise ValueError(f"`{file}` holds numbers that are not finite, in {few(bad)}: get it again.")
+        if bad := not_finite(self.tensors): raise ValueError(f"`{file}` holds numbers that are not finite, in {few(bad)}: get it again.")
         info = saved.get('info') if 'recipe' in saved else None
-        vocab = info.get('vocab') if isinstance(info, dict) else None
-        self.vocab = [str(o) for o in vocab] if isinstance(vocab, (list,tuple)) else []
+        self.vocab = [str(o) for o in (info or {}).get('vocab') or []]
 
     @property
     def has_branches(self):

@@ -12,6 +12,7 @@ import json,zlib
 from fastai.vision.all import *
 from ..core import write_whole
 from ..data.folders import FolderTree
+from .heads import checksum
 from .several import Answer
 
 # %% ../../nbs/35_meal.targets.ipynb #un-code
