@@ -296,7 +296,7 @@ def weights(root):
     "Weights for a network, in three formats"
     import torch
     from safetensors.torch import save
-    from cekd_fastai.arch import load_weights
+    from cekd_fastai.weights import load_weights
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     root.mkdir(parents=True, exist_ok=True)
     sd,good = net.state_dict(),{}

@@ -197,7 +197,7 @@ def _is_step(o):
     return all(isinstance(k, str) and small(v) for k,v in o[1].items())
 
 _INFO = dict(
-    vocab=lambda o: isinstance(o, (list,tuple)) and len(o)>0,
+    vocab=lambda o: isinstance(o, (list,tuple)) and len(o)>0 and all(isinstance(v, (str,int,float)) for v in o),
     mean=lambda o: _is_numbers(o, 3),
     std=lambda o: _is_numbers(o, 3, 0),
     size=lambda o: _is_numbers(o, 2, 0) and max(o)<=_MOST_PIXELS,

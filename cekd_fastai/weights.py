@@ -47,7 +47,8 @@ class Saved:
             raise ValueError(f"`{file}` holds no state dict (names and tensors) but a {type(saved).__name__}.")
         if bad := not_finite(self.tensors): raise ValueError(f"`{file}` holds numbers that are not finite, in {few(bad)}: get it again.")
         info = saved.get('info') if 'recipe' in saved else None
-        self.vocab = [str(o) for o in (info or {}).get('vocab') or []]
+        vocab = info.get('vocab') if isinstance(info, dict) else None
+        self.vocab = [str(o) for o in vocab] if isinstance(vocab, (list,tuple)) else []
 
     @property
     def has_branches(self):

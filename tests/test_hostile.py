@@ -6,7 +6,7 @@ import numpy as np,pandas as pd,pytest,torch
 from PIL import Image
 from safetensors.torch import save_file
 from scipy.io import savemat
-from cekd_fastai.arch import load_weights
+from cekd_fastai.weights import load_weights
 from cekd_fastai.branches import branch_net,load_net,save_net
 from cekd_fastai.data.benchmarks import _FILES,BENCHMARKS,read_table
 from cekd_fastai.data.check import presize,verify
