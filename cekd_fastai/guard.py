@@ -213,7 +213,7 @@ def before_step(self:Guard):
     grads = [p.grad for p in self.learn.model.parameters() if p.grad is not None]
     mine = all_finite(grads) | torch.as_tensor(_overflows(getattr(self.learn, 'scaler', None)), device=self.learn.loss_grad.device)
     ok = self.pixels & mine & all_finite([self.learn.loss_grad])
-    if self.is_lazy: return self.soften(ok, grads)
+    if self.is_lazy: return self.disarm(ok, grads)
     if on_all(ok): return
     now = _statistics(unwrap_model(self.learn.model))
     if now: torch._foreach_copy_(now, self.kept)
@@ -224,7 +224,7 @@ def before_step(self:Guard):
     raise CancelStepException
 
 @patch
-def soften(self:Guard, ok, grads):
+def disarm(self:Guard, ok, grads):
     "Take a bad step's effect away on the device, and have the answers sent"
     flags = over_all(torch.stack([self.pixels,ok]).int(), 'MIN')
     self.ok = ok = flags[1].bool()
