@@ -93,7 +93,8 @@ def check_two(net, x):
     ids = [id(o) for m in (net.trunk,*net.branches) for o in m.parameters()]
     row = dict(private=len(set(ids))==len(ids) and all(torch.equal(p, q) for p,q in zip(a, b)))
     row['share'] = sum(o.numel() for o in a)/sum(o.numel() for m in (net.trunk,net.branches[0],net.heads[0]) for o in m.parameters())
-    cam = model_cam(net, x, tensor([0,1]))
+    cam = model_cam(net.train(), x, tensor([0,1]), training=True) # features of deep random networks vanish in evaluation mode
+    net.eval()
     row['places'] = list(cam.shape[1:])
     row['cam'] = cam.shape[1]*x.shape[3]==cam.shape[2]*x.shape[2] and bool(cam.isfinite().all()) and cam.std((1,2)).min().item()>0
     with tempfile.TemporaryDirectory() as tmp, torch.no_grad():
