@@ -19,7 +19,7 @@ from cekd_fastai.arch import chain,make_arch,trial_images
 from cekd_fastai.branches import branch_net,branch_splitter,load_net,save_net
 from cekd_fastai.cam import Mapped,model_cam
 from cekd_fastai.cekd import CEKD
-from cekd_fastai.graph import classifier_layers,divide,last_layer
+from cekd_fastai.graph import divide
 from cekd_fastai.distill import BranchLoss,Components
 from cekd_fastai.mix.snapmix import SnapMix
 from common import here
@@ -38,14 +38,6 @@ def smallest(family):
     sizes = {o:_size(o) for o in list_models(module=family)}
     known = {k:v for k,v in sizes.items() if v}
     return min(known, key=known.get) if known else first(sizes)
-
-def with_head_of(model, net):
-    "`model` with the classifier of the only branch of `net`"
-    names = getattr(net.heads[0], 'classifiers', None)
-    new = [net.heads[0].get_submodule(o) for o in names] if names else [last_layer(net.heads[0])]
-    old = classifier_layers(model) if names else [last_layer(model)]
-    for a,b in zip(old, new): a.load_state_dict(b.state_dict())
-    return model.eval()
 
 def distance(a, b): return (a-b).abs().max().item()/max(1, b.abs().max().item())
 
@@ -80,11 +72,10 @@ def build(name, **kwargs):
     return model
 
 def check_one(model, x):
-    "Logits of one branch against those of the model, as entries of a row, and the logits"
+    "Logits of one branch with the classifier of the model against those of the model, as entries of a row, and the logits"
     with torch.no_grad():
-        one = branch_net(deepcopy(model), 7, 1).eval()
-        model.reset_classifier(7)
-        want = with_head_of(model, one)(x)
+        want = model(x)
+        one = branch_net(deepcopy(model), want.shape[1], 1, keep_head=True).eval()
         return dict(builds=True, chain=not isinstance(one.heads[0], Mapped), equal=distance(one(x), want)),want
 
 def check_same(model, name, x):
@@ -102,7 +93,8 @@ def check_two(net, x):
     ids = [id(o) for m in (net.trunk,*net.branches) for o in m.parameters()]
     row = dict(private=len(set(ids))==len(ids) and all(torch.equal(p, q) for p,q in zip(a, b)))
     row['share'] = sum(o.numel() for o in a)/sum(o.numel() for m in (net.trunk,net.branches[0],net.heads[0]) for o in m.parameters())
-    cam = model_cam(net, x, tensor([0,1]))
+    cam = model_cam(net.train(), x, tensor([0,1]), training=True) # features of deep random networks vanish in evaluation mode
+    net.eval()
     row['places'] = list(cam.shape[1:])
     row['cam'] = cam.shape[1]*x.shape[3]==cam.shape[2]*x.shape[2] and bool(cam.isfinite().all()) and cam.std((1,2)).min().item()>0
     with tempfile.TemporaryDirectory() as tmp, torch.no_grad():

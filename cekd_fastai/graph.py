@@ -158,9 +158,10 @@ def last_layer(
 def classifier_layers(
     model:nn.Module # A classifier of timm
 )->list:
-    "The layers that give a logit for each class, of all classifiers that the model names"
-    def of(m): return [o for o in m.modules() if isinstance(o, (nn.Linear,nn.Conv2d)) and len(o.weight)==model.num_classes]
-    return [o for m in L(model.get_classifier()) for o in (of(m) or [last_layer(m)])]
+    "The layers that give a logit for each class: the last of each classifier that the model names, and others of its shape"
+    named = L(model.get_classifier()).map(last_layer).filter(lambda o: o is not None)
+    shapes = {o.weight.shape for o in named}
+    return [m for m in model.modules() if isinstance(m, (nn.Linear,nn.Conv2d)) and m.weight.shape in shapes]
 
 def _name_classifiers(head, model):
     "Note at a head which of its layers classify, where the model tells"

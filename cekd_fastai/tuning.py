@@ -8,7 +8,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/tuning.html.md"""
 __all__ = ['backbone_stats', 'note_backbone', 'trial_batch', 'added_params', 'layer_groups', 'layer_rates', 'undecayed_params']
 
 # %% ../nbs/24b_tuning.ipynb #imports
-import timm
+import torchvision
 from fnmatch import fnmatch
 from fastai.vision.all import *
 from timm.models import group_parameters
@@ -34,9 +34,9 @@ def backbone_stats(
     name:str,        # Its name in timm or torchvision
 ):                   # Mean and standard deviation, None if nothing is known of it
     "What the pretrained weights of a backbone were normalised with"
-    for o in (model,name):
-        try: return norm_stats(o)
-        except ValueError: pass
+    name = name.removeprefix('torchvision/')
+    if getattr(model, 'pretrained_cfg', None): return norm_stats(model)
+    if name in torchvision.models.list_models(module=torchvision.models): return norm_stats(name)
 
 # %% ../nbs/24b_tuning.ipynb #note-code
 def note_backbone(

@@ -1,23 +1,21 @@
 "What a backbone brings along (statistics, size, layers), and what fills it: on tiny networks."
-import warnings
+import pytest,timm,torch,torchvision,warnings
 import numpy as np
-import pytest,timm,torch,torchvision
-from fastai.vision.all import (Adam,CategoryBlock,CrossEntropyLossFlat,DataBlock,DataLoaders,Image,ImageBlock,L,Learner,Normalize,Resize,
+from fastai.vision.all import (CategoryBlock,CrossEntropyLossFlat,DataBlock,DataLoaders,Image,ImageBlock,L,Learner,Normalize,Resize,
     imagenet_stats,vision_learner)
 from functools import partial
 from torch import nn
 from cekd_fastai.arch import make_arch
-from cekd_fastai.branches import branch_net,branch_splitter,load_net,save_net
+from cekd_fastai.branches import branch_net,branch_splitter,save_net
 from cekd_fastai.core import data_stats
-from cekd_fastai.css.callback import CSS
 from cekd_fastai.data.loaders import fine_grained_dls
 from cekd_fastai.deploy import Deployed,deploy
 from cekd_fastai.ema import ModelEMA
 from cekd_fastai.learner import branch_learner,css_learner,online_learner
-from cekd_fastai.recommended import NoDecay,recommended
+from cekd_fastai.recommended import recommended
 from cekd_fastai.train import advised
 from cekd_fastai.tuning import layer_groups,undecayed_params
-from cekd_fastai.weights import Saved,load_weights
+from cekd_fastai.weights import Saved
 
 HALF = [[.5]*3]*2
 
