@@ -77,9 +77,8 @@ def write(rows):
 def verdict(rows):
     "What was gained over what, in words"
     acc = {(r['method'],r['seed']):100*r['accuracy'] for r in rows}
-    seeds = {r['seed'] for r in rows}
-    gain = lambda k: np.mean([acc[k,s]-acc['plain',s] for s in seeds if (k,s) in acc and ('plain',s) in acc])
-    return '; '.join(f'{k} {gain(k):+.1f}' for k in methods if k!='plain')
+    gains = {k: [acc[k,s]-acc['plain',s] for o,s in acc if o==k and ('plain',s) in acc] for k in methods if k!='plain'}
+    return '; '.join(f'{k} {np.mean(v):+.1f}' for k,v in gains.items() if v)
 
 @call_parse
 def main(
