@@ -22,7 +22,7 @@ from .data.benchmarks import BENCHMARKS
 from .data.loaders import fine_grained_dls
 from .learner import branch_learner
 from .deploy import deploy
-from .train import RESULTS,check_used
+from .train import RESULTS,advised,check_used
 from .safely import kept_run
 from .recipes import PAPER_RUNS
 
@@ -32,15 +32,15 @@ def with_recipe(
     own:dict,  # Their default values
     said=(),   # Names of those that were given, whatever their value
 )->dict:       # With `published` and `differs` of the recipe
-    "Arguments of the recipe that `args` names, with those that were given, or differ from the defaults, kept"
+    "Arguments of the recipe that `args` names, with those that were given, or differ from the defaults, kept, and what is recommended for the rest"
     name = args['recipe']
-    if name is None: return dict(args)
+    if name is None: return advised(dict(args))
     run = lookup('recipe', name, PAPER_RUNS)
     given = set(said) | {k for k in own if args[k]!=own[k]}
     kept = {k:args[k] for k in run if k in given}
     changed = [k for k in kept if kept[k]!=run[k]]
     differs = [f"You have chosen {k}={kept[k]!r}; the recipe has {run[k]!r}." for k in changed]
-    return args | run | kept | dict(differs=differs+run['differs'])
+    return advised(args | run | kept | dict(differs=differs+run['differs']))
 
 def print_differences(
     args:dict, # From `with_recipe`

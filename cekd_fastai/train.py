@@ -76,7 +76,7 @@ def advised(
     args:dict, # Arguments of `cekd_train`
 )->dict:
     "The arguments with what is recommended where they have None"
-    names = [k for k in ('lr','head_lr','wd','opt','size') if args.get(k) is None]
+    names = [k for k in ('lr','head_lr','wd','opt','size') if k in args and args[k] is None]
     if not names: return args
     r = _advice(SimpleNamespace(**args))
     if not r.pretrained or _has_own_size(args['data']): names = [k for k in names if k!='size']
