@@ -119,6 +119,28 @@ def _from_net(file):
     if 'mean' in info and 'std' in info: stats = [torch.as_tensor(info[k]).flatten().tolist() for k in ('mean','std')]
     return Teacher(net, file.stem, info.get('vocab'), stats, copy=False)
 
+# %% ../../nbs/33_meal.teachers.ipynb #as-weights
+def _refuse_weights(o, file):
+    "Refuse weights that come without the network that they are for"
+    inner = [o,*o.values()] if isinstance(o, dict) else []
+    if not any(isinstance(v, dict) and v and all(isinstance(w, Tensor) for w in v.values()) for v in inner): return
+    raise ValueError(f"`{file}` holds weights without their network (a state dict): build the network, load them with "
+        "`load_weights`, and pass the network, or ask for a file written by `deploy`.")
+
+def _plain_data(file):
+    "What can be read from a file without running code, None if nothing can"
+    try: return torch.load(file, map_location='cpu', weights_only=True)
+    except Exception: return None
+
+def _unpickled(file):
+    "What a pickle holds, as a teacher; `ValueError` if it is neither a learner nor a network"
+    try: o = torch.load(file, map_location='cpu', weights_only=False)
+    except Exception as e: raise ValueError(f"`{file}` cannot be opened ({one_sentence(e)}): ask for a file written by `deploy`.") from e
+    _refuse_weights(o, file)
+    if isinstance(o, Learner): return _from_learner(load_learner(file), file.stem, copy=False)
+    if isinstance(o, nn.Module): return Teacher(o, file.stem, stats=_cfg_stats(o), copy=False)
+    raise ValueError(f"`{file}` holds a `{type(o).__name__}`, which is no learner: ask for a file written by `deploy` or `learn.export`.")
+
 # %% ../../nbs/33_meal.teachers.ipynb #as-file
 def _from_file(file, trust):
     "The teacher in a file"
@@ -126,11 +148,12 @@ def _from_file(file, trust):
     if file.suffix!='.pkl':
         try: return _from_net(file)
         except ValueError:
+            _refuse_weights(_plain_data(file), file)
             if not trust: raise
     if not trust:
         remedy = 'pass `trust=True` if you trust its author, or ask for a file written by `deploy`'
         raise ValueError(f"`{file}` is a pickle, which can run any code when it is opened: {remedy}.")
-    return _from_learner(load_learner(file), file.stem, copy=False)
+    return _unpickled(file)
 
 def _looks_like_file(o):
     "Whether a text is a file: a suffix of torch or pickle, a folder in it, or simply there"

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from fastai.vision.all import *
 from PIL import Image
 from dataclasses import dataclass
+from ..figures import shown
 from ..core import lookup
 from ..drawing.species import PARTS
 from ..synthetic import bird_parts,diagnostic_parts
@@ -316,5 +317,4 @@ def plot_label_noise(
         ax.set(title=f'{name}: error {noise.error[name]:.2f}', xlabel='weight in the evidence')
     axs[0,0].set_ylabel('weight in the label')
     fig.tight_layout()
-    plt.close(fig)
-    return fig
+    return shown(fig)
