@@ -4,7 +4,7 @@ from pathlib import Path
 import huggingface_hub,pytest
 from fastai.vision.all import BCEWithLogitsLossFlat,accuracy,set_seed
 from cekd_fastai.all import CutMix,branch_learner,fine_grained_dls,make_birds
-from cekd_fastai.hub import from_hub,to_hub
+from cekd_fastai.share import from_hub,to_hub
 
 @pytest.fixture(scope='module')
 def learn(tmp_path_factory):
@@ -39,7 +39,7 @@ def test_card(learn, folder):
 def test_upload(learn, monkeypatch):
     "What is sent: a repository that nobody else sees, two files, and nothing else."
     sent = {}
-    monkeypatch.setattr('cekd_fastai.hub._out_of_reach', lambda url: None)
+    monkeypatch.setattr('cekd_fastai.share._out_of_reach', lambda url: None)
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
     def make(self, repo, private, exist_ok):
         sent.update(repo=repo, private=private)
@@ -71,7 +71,7 @@ def test_download(learn, folder, tmp_path, monkeypatch):
     "From a server; a second time from what was downloaded, with a warning, when it is gone; a name that is not there is one sentence."
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
-    monkeypatch.setattr('cekd_fastai.hub._cache', lambda: str(tmp_path))
+    monkeypatch.setattr('cekd_fastai.share._cache', lambda: str(tmp_path))
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     server.file = (folder/'model.pt').read_bytes()
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -89,7 +89,7 @@ def test_download(learn, folder, tmp_path, monkeypatch):
 def test_out_of_reach(learn, kind, monkeypatch):
     "One sentence within ten seconds, whatever is wrong with the way."
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', kind=='offline')
-    monkeypatch.setattr('cekd_fastai.hub._SECONDS', 1)
+    monkeypatch.setattr('cekd_fastai.share._SECONDS', 1)
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         if kind=='silent': s.listen()
