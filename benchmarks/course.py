@@ -1,10 +1,12 @@
 """Seconds that each lesson of the course takes: for a reader, and under `make test` (`IN_TEST`, one thread).
 
-    python benchmarks/course.py                      # every lesson in both modes
+    python benchmarks/course.py                      # every lesson in both modes, three times
     python benchmarks/course.py --only 03_mixing     # one lesson; the others keep their rows
+    python benchmarks/course.py --only 03_mixing --store-outputs   # run it once and keep its outputs in the notebook
 
-Each run is a copy of the notebook in a process of its own, so the seconds hold the start of the kernel and the imports, and the notebook stays as it is."""
-import json,os,shutil,subprocess,sys,tempfile,time
+Each run is a copy of the notebook in a process of its own, so the seconds hold the start of the kernel and the imports. The table has the
+shortest and the longest run; the file has the load of the machine before each, as a lesson takes longer where other things run."""
+import json,os,re,shutil,subprocess,sys,tempfile
 from pathlib import Path
 from fastcore.script import call_parse
 from cekd_fastai.core import write_whole
@@ -14,36 +16,71 @@ from common import here
 course = here.parent/'nbs'/'course'
 modes = dict(reader={}, test=dict(IN_TEST='1', OMP_NUM_THREADS='1'))
 
-def seconds(path, mode):
-    "Wall-clock seconds of one run of the lesson, which must not fail"
-    env = {k:v for k,v in os.environ.items() if k not in modes['test']} | modes[mode]
+def executed(path, mode, tmp):
+    "A copy of the lesson in `tmp` with its outputs, and the seconds of the run on the clock and of processors, with the load before it"
+    env = {k:v for k,v in os.environ.items() if k not in (*modes['test'],'MPLBACKEND')} | modes[mode] # figures are shown in the notebook
     env['JUPYTER_PATH'] = os.pathsep.join(filter(None, [f'{sys.prefix}/share/jupyter', env.get('JUPYTER_PATH')]))
-    with tempfile.TemporaryDirectory() as tmp:
-        nb = shutil.copy(path, tmp)
-        cmd = [sys.executable, '-m', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', '--ExecutePreprocessor.timeout=1800', nb]
-        start = time.perf_counter()
-        res = subprocess.run(cmd, cwd=tmp, env=env, capture_output=True, text=True)
-        spent = time.perf_counter()-start
+    nb = shutil.copy(path, tmp)
+    cmd = [sys.executable, '-m', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', '--ExecutePreprocessor.timeout=3600', nb]
+    load = round(os.getloadavg()[0], 1) if hasattr(os, 'getloadavg') else None
+    before = os.times()
+    res = subprocess.run(cmd, cwd=tmp, env=env, capture_output=True, text=True)
+    spent = [b-a for a,b in zip(before, os.times())]
     if res.returncode: sys.exit(f'{path.name} failed as {mode}:\n' + '\n'.join(res.stderr.splitlines()[-20:]))
-    return round(spent, 1)
+    return json.loads(Path(nb).read_text(encoding='utf-8')),dict(seconds=round(spent[4], 1), cpu=round(spent[2]+spent[3], 1), load=load)
+
+def slim(o):
+    "An output without styles and without a second copy of its table, or None if it then shows nothing"
+    if 'execution_count' in o: o['execution_count'] = None
+    if o['output_type']=='stream': return o if o['name']!='stderr' else None
+    data = o.get('data', {})
+    if 'text/html' not in data: return o
+    page = re.sub(r'<(style|script)\b.*?</\1>\s*|<progress\b.*?</progress>', '', ''.join(data['text/html']), flags=re.S)
+    if not re.sub(r'<[^>]+>|\s', '', page): return None
+    data['text/html'] = page.strip().splitlines(True)
+    data.pop('text/markdown', None)
+    if ''.join(data.get('text/plain', '')).lstrip().startswith('<'): del data['text/plain']
+    return o
+
+def store(path):
+    "Run the lesson once as a reader does, put its outputs into the notebook, and return the seconds"
+    with tempfile.TemporaryDirectory() as tmp: ran,spent = executed(path, 'reader', tmp)
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    for cell,new in zip(nb['cells'], ran['cells']):
+        if cell['cell_type']=='code': cell['outputs'] = [o for o in map(slim, new['outputs']) if o]
+    write_whole(path, lambda f: f.write_text(json.dumps(nb, indent=1, ensure_ascii=False)+'\n', encoding='utf-8'))
+    return spent
+
+def measured(path, mode, times):
+    "Seconds of some runs"
+    with tempfile.TemporaryDirectory() as tmp: return [executed(path, mode, tmp)[1] for _ in range(times)]
+
+def spread(runs):
+    "Shortest and longest of some runs in whole seconds"
+    s = sorted(round(r['seconds']) for r in runs)
+    return ' to '.join(dict.fromkeys(map(str, s[:1]+s[-1:])))
 
 def table(rows):
     "The rows as a markdown table"
     lines = ['| lesson | for a reader (s) | under test (s) |', '|---|---|---|']
-    return '\n'.join(lines + [f"| {r['lesson']} | {r['reader']:.0f} | {r['test']:.0f} |" for r in rows])
+    return '\n'.join(lines + [f"| {r['lesson']} | {spread(r['reader'])} | {spread(r['test'])} |" for r in rows])
 
 @call_parse
 def main(
     only:str=None, # Lesson to run, without suffix; None for all of them
+    times:int=3, # Runs of each lesson in each mode
+    store_outputs:bool=False, # Run once more as a reader does, and keep the outputs in the notebook?
     out:str=str(here/'results'/'course.json'), # File for the result
 ):
     "Run the lessons in both modes and write their seconds, with machine and versions, to a file."
-    paths = [p for p in sorted(course.glob('*.ipynb')) if only in (None, p.stem)]
+    paths = [p for p in sorted(course.glob('[0-9]*.ipynb')) if only in (None, p.stem)]
     if not paths: sys.exit(f'No lesson {only or ""} in {course.parent.name}/{course.name}: the names are {", ".join(p.stem for p in sorted(course.glob("*.ipynb")))}.')
     out = Path(out)
     rows = {r['lesson']: r for r in json.loads(out.read_text())['runs']} if out.exists() else {}
     for p in paths:
-        rows[p.stem] = dict(lesson=p.stem) | {m: seconds(p, m) for m in modes}
+        old = rows.get(p.stem) or dict(lesson=p.stem, reader=[], test=[])
+        runs = dict(reader=old['reader']+[store(p)]) if store_outputs else {m: measured(p, m, times) for m in modes}
+        rows[p.stem] = old | runs
         print(table([rows[p.stem]]).splitlines()[-1], flush=True)
         info,kept = about({}),[rows[o] for o in sorted(rows)]
         res = dict(title='Seconds of the lessons', command='python benchmarks/course.py', versions=info['versions'], machine=info['machine'], table=table(kept), runs=kept)

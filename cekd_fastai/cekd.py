@@ -10,9 +10,9 @@ __all__ = ['TEACHERS', 'TARGETS', 'FUSES', 'teacher_logits', 'label_shares', 'la
 # %% ../nbs/29_cekd.ipynb #imports
 from fastai.vision.all import *
 from dataclasses import replace
-from fastai.callback.mixup import MixHandler
 from torch.func import functional_call
 from .core import amp_context,check_above,check_not_negative,check_share,eval_mode,one_of,unwrap_model
+from .steps import step_pct
 from .mix.core import MixRecord,box_mask
 from .losses import cross_target,kd_loss,mixed_loss,ramp_up,soft_probs
 from .cam import cam_logits
@@ -60,9 +60,9 @@ def _trained_by(n, target):
     every = list(range(n))
     return (every[:1],every[1:]) if target=='separate' else (every,every)
 
-def _soft_targets(logits, rec, T, n, fuse):
+def _soft_targets(logits, rec, T, n, fuse, standardise):
     "A soft target for each of `n` branches, fused by the label weights or as it is"
-    qs = list(soft_probs(logits, T))
+    qs = list(soft_probs(logits, T, standardise=standardise))
     if fuse: qs = [cross_target(q, rec) for q in qs]
     return qs*n if len(qs)==1 else qs
 
@@ -78,6 +78,7 @@ def cekd_losses(
     detach:bool=True,       # Let no gradient of the cross loss into the teacher
     confident:bool=False,   # Weight the cross loss of each image by the probability that the target gives to its labels
     logits:Tensor=None,     # Logits of another teacher, shape (1, B, K)
+    standardise:bool=False, # Distil z-scores of the logits, see `z_scores`
     region:Tensor=None,     # Branch logits (n, B, K) of what the mixed images show, see `region_logits`; None: fuse by labels
 )->dict:                    # `ce_mix`, `cross`, `ce_clean`: scalar tensors, unweighted
     "The parts of the CEKD loss (reconstructed from the abstract of arXiv 2203.06551)"
@@ -85,12 +86,12 @@ def cekd_losses(
     hard,soft = _trained_by(n, target)
     if logits is None: logits = teacher_logits(clean if region is None else region, teacher)
     if detach: logits = logits.detach()
-    qs = _soft_targets(logits, rec, T, n, fuse=region is None)
+    qs = _soft_targets(logits, rec, T, n, region is None, standardise)
     reduce = torch.sum if getattr(loss_func, 'reduction', 'mean')=='sum' else torch.mean
     cross = []
     for i in soft:
         if fused: each = F.cross_entropy(mixed[i].float(), qs[i], reduction='none')
-        else: each = kd_loss(mixed[i], qs[i], T, detach=detach, per_sample=True)
+        else: each = kd_loss(mixed[i], qs[i], T, detach=detach, per_sample=True, standardise=standardise)
         if confident: each = each*label_prob(qs[i].detach(), y, rec)
         cross.append(reduce(each))
     if fused: rec = label_shares(rec)
@@ -121,6 +122,7 @@ class CEKD(Distill):
         clean_on:str='all',      # Which branches learn the labels of clean images: 'all' or 'label' (the first)
         joint:bool=False,        # Run clean and mixed images as one batch; batch norm then normalises both together
         decay:float=.999,        # Share that a step keeps of the average of the weights, from 0 to below 1
+        standardise:bool=False,  # Distil z-scores of the logits, see `z_scores`
         validate_ema:bool=False, # Validate, and leave in the network after training, the average of the weights
     ):
         one_of('CEKD', TEACHERS, teacher=teacher)
@@ -155,6 +157,9 @@ def _check_together(self:CEKD):
     if self.target=='separate' and not self.w_cross and not soft_learn_labels:
         raise ValueError("CEKD: with target='separate' and these weights the soft branches would learn nothing: "
             "raise `w_cross` or `w_clean`, or use target='both'.")
+    if self.standardise and self.target=='fused':
+        raise ValueError("CEKD: `standardise` is for a divergence of two predictions, but with target='fused' labels and target "
+            "are one: use target='separate' or 'both'.")
     if self.teacher!='ema': return
     if not self.detach: raise ValueError("CEKD: an average takes no gradient: leave `detach=True` with teacher='ema'.")
     if self.fuse=='maps':
@@ -167,10 +172,6 @@ def check(self:CEKD):
     Distill.check(self)
     loss = getattr(self.learn.loss_func, 'func', self.learn.loss_func)
     n_branches = unwrap_model(self.learn.model).n_branches
-    foreign = first(type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler))
-    if foreign:
-        raise ValueError(f"`CEKD` needs to know what was mixed with what, but this `{foreign}` is fastai's: "
-            f"import `cekd_fastai.all` after `fastai.vision.all`, or take `{foreign}` from `cekd_fastai.mix.callback`.")
     if self.mixer is None:
         raise ValueError("`CEKD` distils from clean to mixed images, but nothing mixes: "
             "add `SnapMix()`, `CutMix()` or `MixUp()` to `cbs`.")
@@ -194,7 +195,7 @@ def part_names(self:CEKD):
 
 @patch
 def weights(self:CEKD):
-    r = ramp_up(self.learn.pct_train, self.ramp)
+    r = ramp_up(step_pct(self.learn), self.ramp)
     if self.target!='fused': return dict(cross=self.w_cross*r, ce_clean=self.w_clean)
     mu = 0. if self.record is None else r*self.w_cross/(1+self.w_cross)
     return dict(ce_mix=1-mu, cross=mu, ce_clean=self.w_clean)
@@ -216,7 +217,8 @@ def _mixed_losses(self:CEKD, z, y):
     if self.w_cross and self.fuse=='maps': self.region = self._region_logits(self.clean.feats, rec, host.shape[-2:])
     clean = self.clean.logits.float() if self.needs_clean else torch.zeros_like(z)
     options = (self.T,self.teacher,self.target,self.detach,self.confident)
-    res = cekd_losses(z, clean, y, rec, lf, *options, logits=self.ema_target, region=self.region)
+    more = dict(standardise=self.standardise, logits=self.ema_target, region=self.region)
+    res = cekd_losses(z, clean, y, rec, lf, *options, **more)
     if self.clean_on=='label': res['ce_clean'] = lf(clean[0], y)
     return res
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from .core import eval_mode,lookup,unwrap_model
 from .mix.core import MixRecord
 from .losses import cross_target,soft_probs
-from .mix.noise import evidence_batches,oracle_weights
+from .mix.evidence import evidence_batches,oracle_weights
 from .branches import PeerNet
 from .distill import Components,log_parts
 from .cekd import CEKD,label_shares,teacher_logits

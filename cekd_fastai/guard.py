@@ -12,6 +12,7 @@ import json
 from fastai.vision.all import *
 from safetensors.torch import save_file
 from .core import check_count,few,unwrap_model
+from .steps import forget_window
 from .distill import Distill
 
 # %% ../nbs/45_guard.ipynb #finite
@@ -164,6 +165,7 @@ def before_step(self:Guard):
     now = _statistics(unwrap_model(self.learn.model))
     if now: torch._foreach_copy_(now, self.kept)
     self.learn.opt.zero_grad()
+    forget_window(self.learn) # earlier batches of the step went with it
     self.count('The loss or its gradients are')
     raise CancelStepException
 

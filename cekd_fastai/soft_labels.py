@@ -11,6 +11,7 @@ __all__ = ['Remembered', 'remembered_in', 'SoftLabels', 'unmixed', 'OnlineLabelS
 from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
 from .core import check_above,check_not_negative,check_share,loss_owner,unwrap_model
+from .steps import step_pct
 from .data.rows import BatchRows,n_rows
 from .losses import _inner,_setting,cross_target,kd_loss,ramp_up,soft_log_probs,soft_probs
 from .mix.callback import Mix
@@ -325,7 +326,7 @@ class StoredTargets(_ByRow):
         check_share('StoredTargets', ramp=ramp)
         store_attr()
 
-    def shares(self): return 1.,self.weight*ramp_up(self.learn.pct_train, self.ramp)
+    def shares(self): return 1.,self.weight*ramp_up(step_pct(self.learn), self.ramp)
     def targets(self, y):
         p,self.known = self.stored()
         return p

@@ -2,7 +2,6 @@
 import os,shutil,tarfile,tempfile
 from pathlib import Path
 import pytest
-from fastai.data.external import fastai_cfg
 
 def data_folder():
     "The folder of archives with real data: `CEKD_DATA`, or `../shared/data` beside the repository; it need not exist."
@@ -35,6 +34,7 @@ def real_data():
 @pytest.fixture
 def fastai_home(tmp_path, monkeypatch):
     "An empty fastai home, with the folders `archive` and `data` that fastai downloads and extracts to."
+    from fastai.data.external import fastai_cfg # here, since the process that hands out the tests needs none of it
     home = tmp_path/'fastai_home'
     monkeypatch.setenv('FASTAI_HOME', str(home))
     fastai_cfg.cache_clear()

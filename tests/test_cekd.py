@@ -1,6 +1,5 @@
 "CEKD against references written as loops, in several processes, through interrupts, and what each option changes."
-import copy,itertools,os,subprocess,sys,warnings
-from pathlib import Path
+import copy,itertools,warnings
 import pytest,torch,torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastai.vision.all import (CancelBatchException,CancelFitException,CancelStepException,CancelTrainException,CancelValidException,Callback,
@@ -14,6 +13,7 @@ from cekd_fastai.mix.callback import CutMix
 from cekd_fastai.mix.core import MixRecord,mix_pixels
 from cekd_fastai.mix.snapmix import SnapMix
 from cekd_toys import lf,FixedMix,BoxMix,tiny,peers,toy_dls,learner,quiet,CatchStep,first_step,flat,Raise
+from processes import one_and_two
 
 # References
 
@@ -374,40 +374,36 @@ def test_the_step_check_bites(): assert asks(CEKD(), Ask())
 
 # Several processes
 
-script = '''
-import json,os,sys
-sys.path.insert(0, {tests!r})
-import torch,torch.distributed as dist
-from fastai.distributed import *
-from fastai.distributed import DistributedDL
-from fastai.vision.all import Callback,set_seed
-from cekd_toys import *
-from test_cekd import *
-def to_all(self, t, rank): # fastai's sends through CUDA
-    t = torch.tensor(t)
-    dist.broadcast(t, rank)
-    return t.tolist()
-DistributedDL._broadcast = to_all
 class KeepFirst(Callback):
     order,run_valid,grads = 100,False,None
     def before_step(self):
         self.sent = len(getattr(self.learn.model, 'modules_buffers', ()))
-        if self.grads is None: self.grads = {{k:p.grad.clone() for k,p in self.learn.model.named_parameters()}}
-two,res = int(os.environ.get('WORLD_SIZE', 1))>1,{{}}
-for name,(make,mix,kw) in ddp_cases().items():
-    net = make()
-    order = None if two else [*range(4),*range(8,12),*range(4,8),*range(12,16)] # each process has one half
-    dls = toy_dls(16, 4 if two else 8, size=64 if 'norm' in name or name=='random' else 16, order=order)
-    learn = learner(net, mix(), CEKD(**kw), dls=dls)
-    g = KeepFirst()
-    if not two: quiet(learn, 2, cbs=g)
-    else:
-        with learn.distrib_ctx(sync_bn=False, cpu=True):
-            if name=='random': set_seed(int(os.environ['RANK']))
-            quiet(learn, 2, cbs=g)
-    res[name] = dict(sent=g.sent, grads={{k.removeprefix('module.'):v for k,v in g.grads.items()}}, params=dict(net.named_parameters()), ema=net.ema.tensors() if hasattr(net,'ema') else {{}})
-torch.save(res, {out!r}+os.environ.get('RANK', 'one'))
-'''
+        if self.grads is None: self.grads = {k:p.grad.clone() for k,p in self.learn.model.named_parameters()}
+
+def to_all(self, t, rank):
+    "fastai's sends through CUDA"
+    t = torch.tensor(t)
+    torch.distributed.broadcast(t, rank)
+    return t.tolist()
+
+def ranked(rank, world):
+    "The runs of one process; each of two has one half of every batch"
+    from fastai.distributed import DistributedDL
+    DistributedDL._broadcast,two,res = to_all,world>1,{}
+    for name,(make,mix,kw) in ddp_cases().items():
+        net = make()
+        order = None if two else [*range(4),*range(8,12),*range(4,8),*range(12,16)]
+        dls = toy_dls(16, 4 if two else 8, size=64 if 'norm' in name or name=='random' else 16, order=order)
+        learn = learner(net, mix(), CEKD(**kw), dls=dls)
+        g = KeepFirst()
+        if not two: quiet(learn, 2, cbs=g)
+        else:
+            with learn.distrib_ctx(sync_bn=False, cpu=True):
+                if name=='random': set_seed(rank)
+                quiet(learn, 2, cbs=g)
+        res[name] = dict(sent=g.sent, grads={k.removeprefix('module.'):v for k,v in g.grads.items()}, params=dict(net.named_parameters()),
+            ema=net.ema.tensors() if hasattr(net,'ema') else {})
+    return res
 
 def ddp_cases():
     return dict(h1=(lambda: tiny(2),FixedMix,dict(ramp=0)), h2=(peers,FixedMix,dict(ramp=0, teacher='peer', target='both')),
@@ -421,20 +417,11 @@ def frozen_norm():
     set_seed(0)
     return branch_net('test_resnet', 3, 2, freeze_bn=True, pretrained=False)
 
-def _start(cmd, env, cwd):
-    res = subprocess.run(cmd, env=env, cwd=cwd, capture_output=True, text=True, timeout=400)
-    assert res.returncode==0, res.stderr[-3000:]
-
 @pytest.fixture(scope='module')
 def two_and_one(tmp_path_factory):
     "The same runs with two processes and with one on the joined batch"
-    tmp = tmp_path_factory.mktemp('ddp')
-    (tmp/'run.py').write_text(script.format(tests=str(Path(__file__).parent), out=str(tmp/'res-')))
-    env = {k:v for k,v in os.environ.items() if k not in ('RANK','WORLD_SIZE','LOCAL_RANK')}|dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', MASTER_ADDR='127.0.0.1')
-    env.pop('MASTER_PORT', None)
-    _start([sys.executable,'-m','torch.distributed.run','--nproc-per-node','2','--rdzv-backend','c10d','--rdzv-endpoint','127.0.0.1:0','run.py'], env, tmp)
-    _start([sys.executable,'run.py'], env, tmp)
-    return [torch.load(tmp/f'res-{o}') for o in ('0','1','one')]
+    one,a,b = one_and_two(ranked, tmp_path_factory.mktemp('ddp'))
+    return a,b,one
 
 def _same(a, b, tol=0.):
     assert a.keys()==b.keys()

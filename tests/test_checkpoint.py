@@ -1,6 +1,6 @@
 "Runs that are killed and started again: every kind of data and optimiser, several fits, signals, and files that are bad."
-import os,shutil,signal,subprocess,sys
-import pytest,torch
+import os,shutil,signal
+import processes,pytest,torch
 from fastai.vision.all import (Adam,Callback,CrossEntropyLossFlat,DataLoaders,EarlyStoppingCallback,
     GradientAccumulation,L,RandomResizedCrop,SGD,accuracy,aug_transforms,random,set_seed)
 from cekd_fastai.branches import branch_net
@@ -20,7 +20,7 @@ kw = dict(pretrained=False, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 def toy():
     g = torch.Generator().manual_seed(0)
     items = L(zip(torch.randn(12, 3, 32, 32, generator=g), torch.randint(0, 3, (12,), generator=g)))
-    dls = DataLoaders.from_dsets(items, items[:4], bs=4, device='cpu', shuffle=True)
+    dls = DataLoaders.from_dsets(items, items[:4], bs=4, num_workers=0, device='cpu', shuffle=True)
     dls.c = 3
     return dls
 
@@ -215,8 +215,7 @@ print(sum(float(p.double().sum()) for p in learn.model.parameters()))
 
 def test_signals(tmp_path):
     "Each signal writes a checkpoint and leaves with its code, a second one leaves at once; `kill -9` at any moment costs no more than what came after the newest file."
-    def run(folder, what):
-        return subprocess.run([sys.executable, '-W', 'ignore', '-c', PROGRAM, str(tmp_path/folder), what], capture_output=True, text=True)
+    def run(folder, what): return processes.run(PROGRAM, tmp_path/folder, what)
     whole = run('whole', '0')
     assert whole.returncode==0, whole.stderr
     for n,code in ((15,143), (1,129), (2,130), (9,-9)):

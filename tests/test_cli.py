@@ -5,7 +5,7 @@ this process, by `here`."""
 import json,os,re,runpy,shutil,signal,subprocess,sys,warnings
 from pathlib import Path
 from types import SimpleNamespace
-import pytest,torch
+import processes,pytest,torch
 from cekd_fastai.drawing.dataset import make_birds
 from cekd_fastai.job import with_recipe
 from cekd_fastai.recipes import PAPER_RUNS
@@ -25,10 +25,9 @@ def birds(tmp_path_factory): return make_birds(tmp_path_factory.mktemp('data')/'
 
 @pytest.fixture(scope='module')
 def started(birds, tmp_path_factory):
-    "Three processes side by side: the help, a run of CEKD, and a run that is refused, each with its own folder."
+    "Two processes side by side, which import everything themselves: the help, and a run of CEKD"
     tmp = tmp_path_factory.mktemp('runs')
-    ps = dict(cekd=command('--data', birds, *small, '--epochs', 2, '--mix', 'cutmix', '--out', tmp/'cekd'), help=command('--help'),
-        refused=command('--data', birds, '--arch', 'resnet18', '--epochs', 1, '--size', 56, '--out', tmp/'refused'))
+    ps = dict(cekd=command('--data', birds, *small, '--epochs', 2, '--mix', 'cutmix', '--out', tmp/'cekd'), help=command('--help'))
     yield tmp,ps
     for p in ps.values():
         p.kill()
@@ -104,6 +103,7 @@ slips = [(['--epohcs', 3], 2, 'there is no option --epohcs (did you mean --epoch
     (['--method', 'cedk'], 1, "There is no --method 'cedk'; did you mean 'cekd'?"), (['--mix', 'snapmux'], 1, "did you mean 'snapmix'"),
     (['--precision', 'fp61'], 1, "did you mean 'fp16'"), (['--schedule', 'step'], 1, "did you mean 'steps'"), (['--opt', 'q'], 1, 'choose from adam, sgd'),
     (['--recipe', 'cekd-cub-resnet10'], 1, "did you mean 'cekd-cub-resnet101'"), (['--data', 'sinthetic'], 1, "did you mean 'synthetic'"),
+    (['--epochs', 0], 1, '--epochs is 0: it must be at least one.'), (['--valid-pct', 1.2], 1, '--valid-pct is 1.2: it must be between 0 and 1.'),
     (['--data', 'not/there'], 1, 'There is no folder'), (['--data', Path(__file__).parent, '--out', Path(__file__).parent/'run'], 1, 'lies among the pictures')]
 
 @pytest.mark.parametrize('args,code,says', slips)
@@ -152,14 +152,13 @@ def test_make_train_is_quiet():
     lines = [o for o in src.read_text(encoding='utf-8').splitlines() if re.match(r'(import|from) \w*fastai', o)]
     assert lines[0].startswith('from cekd_fastai.job import run ')
 
-def test_one_sentence(started):
+def test_one_sentence(birds, tmp_path):
     "A refusal is one sentence and exit code 1, and leaves no folder."
-    tmp,ps = started
-    err = ps['refused'].communicate(timeout=300)[1]
-    said = [o for o in err.splitlines() if o.startswith('cekd-train:')]
-    assert ps['refused'].returncode==1 and len(said)==1 and 'Traceback' not in err
+    p = processes.run(exe, '--data', birds, '--arch', 'resnet18', '--epochs', 1, '--size', 56, '--out', tmp_path/'refused', env=env)
+    said = [o for o in p.stderr.splitlines() if o.startswith('cekd-train:')]
+    assert p.returncode==1 and len(said)==1 and 'Traceback' not in p.stderr
     assert 'could not be downloaded' in said[0] and '--weights' in said[0]
-    assert not (tmp/'refused').exists()
+    assert not (tmp_path/'refused').exists()
 
 def test_same_seed_same_result(done, birds, tmp_path, here):
     "In a new process, and in one that has done other things before"
@@ -179,7 +178,8 @@ assert learn.opt is None and learn.cekd.clean is None and learn.cut_mix.host is 
 from cekd_fastai.deploy import Deployed
 a = Deployed({str(done[0]/'model.pt')!r}).predict(file, 4)
 assert all(abs(a[o]-probs[i].item())<1e-3 for i,o in enumerate(learn.dls.vocab))"""
-    subprocess.run([sys.executable, '-c', code], check=True, env=env)
+    p = processes.run(code, env=env)
+    assert p.returncode==0, p.stderr
 
 @pytest.mark.parametrize('name,nest', [('sgd',False), ('nesterov',True)])
 def test_optimisers_are_torchs(name, nest):
@@ -301,11 +301,11 @@ def test_refuses_to_overwrite(done, birds, here):
 
 @pytest.mark.skipif(os.name=='nt', reason='Windows has no SIGINT for one process')
 def test_interrupt(birds, tmp_path):
-    p = command('--data', birds, *small, '--epochs', 500, '--out', tmp_path/'run')
-    lines = iter(p.stdout.readline, '')
-    assert any(o.startswith('1 ') for o in lines) # in the midst of training: two epochs are over
+    p = processes.start(exe, '--data', birds, *small, '--epochs', 500, '--out', tmp_path/'run', env=env)
+    assert p.until(lambda: re.search(r'^1 ', p.written(), re.M)) # in the midst of training: two epochs are over
     p.send_signal(signal.SIGINT)
-    err = p.communicate(timeout=60)[1]
+    p.wait()
+    err = p.stderr
     assert p.returncode==130 and 'goes on with --resume' in err
     assert [o.name for o in (tmp_path/'run').iterdir()]==['checkpoints']
 

@@ -1,7 +1,10 @@
 "What every lesson of the course keeps to, and that each rule catches a lesson that does not."
 import copy,json,lab,lessons,pytest
+from base64 import b64encode
+from io import BytesIO
+from PIL import Image
 
-found = sorted(lessons.course.glob('*.ipynb'))
+found = sorted(lessons.course.glob('[0-9]*.ipynb'))
 
 @pytest.mark.parametrize('rule', lessons.rules)
 @pytest.mark.parametrize('path', found, ids=[o.stem for o in found])
@@ -26,7 +29,11 @@ def code(s, *outputs, id='c', **meta): return dict(cell_type='code', id=id, meta
 
 def text(s): return dict(output_type='stream', name='stdout', text=s)
 
-picture = dict(output_type='display_data', metadata={}, data={'image/png': 'iVBORw0KGgo=', 'text/plain': '<Figure>'})
+def picture(width=600):
+    f = BytesIO()
+    Image.new('1', (width,9)).save(f, 'png')
+    return dict(output_type='display_data', metadata={}, data={'image/png': b64encode(f.getvalue()).decode(), 'text/plain': '<Figure>'})
+
 solution = '#| code-fold: true\n#| code-summary: "Solution"\nassert 1+1==2'
 
 def heading(k): return dict(cell_type='markdown', id=f'h{k}', metadata={'jp-MarkdownHeadingCollapsed':True}, source='#### Solution')
@@ -38,7 +45,7 @@ def good():
         md('Hello.\n\n## What you will be able to do\n\n- a\n- b\n- c'), md('Imports.'),
         code('from fastai.vision.all import *\nfrom cekd_fastai.all import *', id='imports'),
         md('## Birds\n\n`make_birds` draws birds. See [mix](../20_mix.callback.ipynb) and `[x](no.ipynb)`.'),
-        code('x = make_birds()\nprint(x)', text('3\n'), id='birds'), code('plot_it()', picture, id='plot'), md('A picture of it.'),
+        code('x = make_birds()\nprint(x)', text('3\n'), id='birds'), code('plot_it()', picture(), id='plot'), md('A picture of it.'),
         md('## Exercises\n\nTry them.'), *exercises,
         md('## Questionnaire\n\n' + '\n'.join(f'{i}. Why?' for i in range(1, 9))),
         md('## Read on\n\n`make_birds`: [20 mix.callback](../20_mix.callback.ipynb), [paper](https://arxiv.org/abs/1)')]

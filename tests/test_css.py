@@ -1,9 +1,9 @@
 "CSS against references written as loops, as a citizen of fastai, and what it refuses."
-import math, subprocess, sys
+import math
 from functools import partial
-import numpy as np, pytest, torch, torch.nn.functional as F
+import numpy as np, processes, pytest, torch, torch.nn.functional as F
 from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelBatchException,CancelEpochException,CancelFitException,CancelTrainException,
-    CancelValidException,CrossEntropyLossFlat,DataLoader,DataLoaders,Learner,Path,SGD,accuracy,nn,set_seed,tensor,Tensor)
+    CancelValidException,CrossEntropyLossFlat,DataLoader,DataLoaders,Learner,SGD,accuracy,nn,set_seed,tensor,Tensor)
 from fastai.callback.mixup import MixUp as FastaiMixUp
 from cekd_fastai.cam import model_cam
 from cekd_fastai.mix.callback import CutMix,MixUp
@@ -525,8 +525,7 @@ def test_export_and_load_in_a_fresh_process(dls, tmp_path):
     code = ("import sys; from fastai.vision.all import load_learner; l = load_learner(sys.argv[1]);\n"
         "with l.no_bar(): print(*l.predict(sys.argv[2])[2].tolist())\n"
         "assert l.css.logits is None and l.css.T==3")
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path/'m.pkl'), str(dls.valid.items[0])], capture_output=True, text=True,
-        cwd=Path(__file__).parents[1])
+    res = processes.run(code, tmp_path/'m.pkl', dls.valid.items[0])
     assert res.returncode==0, res.stderr
     assert torch.allclose(tensor([float(v) for v in res.stdout.split()[-3:]]), want, atol=1e-5)
 

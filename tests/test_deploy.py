@@ -1,7 +1,7 @@
 "The deployed file answers as the learner does or `deploy` refuses; ONNX and the table of a folder answer as the file does."
-import io,os,random,subprocess,sys,tempfile,time
+import io,random,sys,tempfile
 from pathlib import Path
-import numpy as np,pandas as pd,pytest,torch
+import numpy as np,pandas as pd,processes,pytest,torch
 from PIL import Image
 from torch import nn
 from fastai.vision.all import (BCEWithLogitsLossFlat,Brightness,CategoryBlock,CropPad,CrossEntropyLossFlat,DataBlock,DihedralItem,FlipItem,
@@ -11,8 +11,6 @@ from cekd_fastai.all import Deployed,branch_learner,css_learner,deploy,fine_grai
 from cekd_fastai.branches import branch_preds,load_net,save_net
 from cekd_fastai.onnx_file import OnnxNet,export_onnx
 from cekd_fastai.predict import open_net,predict_folder
-
-root = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
@@ -385,16 +383,12 @@ def test_several_labels_in_a_table(photos, tmp_path):
 
 SCRIPT = "from cekd_fastai.predict import cekd_predict\nif __name__=='__main__': cekd_predict()\n"
 
-def command(*args):
-    "Start the command as its console script does."
-    script = Path(tempfile.mkdtemp())/'cekd_predict_script.py'
-    script.write_text(SCRIPT)
-    env = os.environ | dict(PYTHONPATH=str(root), OMP_NUM_THREADS='1')
-    return subprocess.Popen([sys.executable, '-W', 'ignore', script, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+def command(*args): return processes.start(SCRIPT, *args)
 
 def run_command(*args):
     p = command(*args)
-    return p.communicate(timeout=300)+(p.returncode,)
+    p.wait()
+    return p.stdout,p.stderr,p.returncode
 
 def test_command(deployed, mixed, tmp_path):
     out,err,code = run_command(deployed, mixed, '--csv', tmp_path/'out.csv', '--top', 2, '--batch', 8, '--workers', 0, '--tta')
@@ -416,10 +410,9 @@ def test_killed_command_goes_on(deployed, photos, tmp_path):
     for i,o in enumerate(files): o.write_bytes(data[i%len(data)])
     csv,args = tmp_path/'out.csv',(deployed,tmp_path,'--csv',tmp_path/'out.csv','--batch',2,'--workers',0)
     p = command(*args)
-    end = time.monotonic()+120
-    while time.monotonic()<end and (not csv.exists() or csv.read_bytes().count(b'\n')<20): time.sleep(.01)
+    p.until(lambda: csv.exists() and csv.read_bytes().count(b'\n')>=20)
     p.kill()
-    p.communicate()
+    p.wait()
     n = csv.read_bytes().count(b'\n')
     assert 20<=n<300
     assert run_command(*args)[2]==0

@@ -10,7 +10,8 @@ from cekd_fastai.distill import BranchLoss,Components
 from cekd_fastai.losses import cross_target,soft_probs
 from cekd_fastai.mix.callback import CutMix
 from cekd_fastai.mix.snapmix import SnapMix
-from cekd_fastai.mix.noise import evidence_batches,label_noise
+from cekd_fastai.mix.evidence import evidence_batches
+from cekd_fastai.mix.noise import label_noise
 from cekd_fastai.drawing.dataset import make_birds
 from cekd_toys import lf,FixedMix,tiny,peers,toy_dls,learner,quiet
 

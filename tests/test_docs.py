@@ -43,6 +43,12 @@ def _hidden(x): return x
 class Pot:
     "Holds things"
     def put(self, x): "Put `x` in, as `double` does"
+
+from fastcore.meta import delegates
+KINDS = ('clay','iron') # Kinds of pots
+@delegates(double)
+def more(**kwargs): "More of it"
+__all__ = ['double','Pot','KINDS','more']
 '''
 
 @pytest.fixture
@@ -66,7 +72,8 @@ def project(tmp_path, monkeypatch):
         ('code', 'df', out(text_html='<style scoped>p {}</style><table class="dataframe"><tr><td>1</td></tr></table>', text_plain='1')),
         ('markdown', '#### Solution', {'jp-MarkdownHeadingCollapsed': True}),
         ('code', '#| code-fold: true\n#| code-summary: "Solution"\nassert answer', printed('forty-two')),
-        ('code', '#| code-fold: show\n#| code-summary: "Open"\nopened', printed('two')))
+        ('code', '#| code-fold: show\n#| code-summary: "Open"\nopened', printed('two')),
+        ('code', "#| export\nKINDS = ('clay','iron') # Kinds of pots"), ('code', '#| export\n@delegates(double)\ndef more(**kwargs): "More of it"'))
     write(nbs/'course'/'01_first.ipynb', ('markdown', '# Lesson 1: First\n\n[![In Colab](https://c.example/b.svg)](https://c.example/x) `double` [core](../01_core.ipynb) [c](../core.html#pot)'))
     return tmp_path
 
@@ -94,14 +101,33 @@ def test_symbols(project):
     core = build(project)('core.html')
     for o in ('id="double"', 'id="pot"', 'id="_hidden"', 'Twice', 'Number to double', 'Put <code', 'How often; see <a'): assert o in core, o
     assert core.count('id="double"')==1==core.count('id="double-section"') and '<h2><code' in core and '<h3><code class="docutils literal notranslate"><span class="pre">_hidden' not in core
-    assert core.count('<summary>Source</summary>')==3 and '<details open>' in core
+    assert core.count('<details>\n<summary>Source</summary>')==5
+
+def test_entries(project):
+    "A constant has an entry with its comment and its names; a parameter taken over from another function keeps its comment; a table has two columns."
+    core = build(project)('core.html')
+    kinds,more = core[core.index('id="kinds"'):core.index('id="more"')],core[core.index('id="more"'):]
+    assert all(o in kinds for o in ('Kinds of pots', 'clay', 'iron'))
+    assert 'n:int=2' in more and 'How often; see <a' in more
+    assert '>x:int<' in core.replace('<span class="pre">', '').replace('</span>', '') and 'Type' not in core
+
+def test_front_page(project):
+    "The first page lists the lessons with the line below their titles, and has no tables and no badges."
+    write(project/'nbs'/'index.ipynb', ('markdown', '# Mini\n\n> small\n\n[![t](https://w.example/b.svg)](https://w.example)\n\nWords.'),
+        ('markdown', '## Install\n\nso\n\n| a | b |\n|---|---|\n| 1 | long |\n'), ('markdown', '## The course and more\n\ngone'))
+    write(project/'nbs'/'howto'/'troubleshooting.ipynb', ('markdown', '# Troubles\n\n> Find yours'))
+    write(project/'nbs'/'howto'/'my_folder.ipynb', ('markdown', '# A folder\n\n> Of your own'))
+    index = build(project)('index.html')
+    index = index[index.index('<article'):index.index('</article')]
+    assert index.index('Of your own') < index.index('Find yours') < index.index('Lesson 1: First') < index.index('Install')
+    assert 'Words.' in index and not [o for o in ('<table', 'b.svg', 'gone') if o in index]
 
 def test_directives(project):
     "Hidden cells, hidden code, hidden output, folds and streams."
     core = build(project)('core.html')
     assert 'secret' not in core and 'unseen' not in core and '<pre>seen</pre>' in core and 'warned' not in core
     assert '>kept<' in core and 'dropped' not in core
-    folded = core[core.index('<details>'):]
+    folded = core[core.index('<details>\n<summary>Solution'):]
     folded = folded[:folded.index('</details>')]
     assert '<summary>Solution</summary>' in folded and 'answer' in folded and 'forty-two' in folded
     assert core.count('Solution')==1 # the heading that folds it in JupyterLab is left out

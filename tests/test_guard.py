@@ -23,7 +23,7 @@ def toy(bad=(5,), value=math.nan, n=12, valid_bad=()):
     for i in bad: x[i,0,3,3] = value
     v = x[:8].nan_to_num(0., 0., 0.)
     for i in valid_bad: v[i,0,3,3] = value
-    dls = DataLoaders.from_dsets(L(zip(x,y)), L(zip(v,y)), bs=4, device='cpu', shuffle=False, drop_last=False)
+    dls = DataLoaders.from_dsets(L(zip(x,y)), L(zip(v,y)), bs=4, num_workers=0, device='cpu', shuffle=False, drop_last=False)
     dls.c = n_out
     return dls
 

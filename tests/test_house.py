@@ -60,7 +60,7 @@ def test_long_lines():
 
 seams = [ # rooms, and rooms that they do not import
     (('mix',), ('distill','cekd','diagnose','meal','online','css','branches','ema')),
-    (('arch','branches','ema','distill'), ('cekd','diagnose','meal','online','css','mix.noise','synthetic')),
+    (('arch','branches','ema','distill'), ('cekd','diagnose','meal','online','css','mix.evidence','mix.noise','synthetic')),
     (('data',), ('synthetic','drawing','mix','branches','cekd')),
     (('deploy',), ('meal','online','css','cekd')),
     (('losses','cam'), ('mix.callback','branches','distill'))]

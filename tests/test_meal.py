@@ -1,9 +1,9 @@
 "MEAL beside references computed by hand, its teachers from everywhere, and its manners as a fastai callback."
-import os,random,subprocess,sys
-from pathlib import Path
-import numpy as np, pytest, timm, torch, torch.nn.functional as F
+import os,random
+import numpy as np, processes, pytest, timm, torch, torch.nn.functional as F
 from copy import deepcopy
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelBatchException,CancelEpochException,CancelFitException,
     CancelStepException,CancelTrainException,CategoryBlock,CrossEntropyLossFlat,DataBlock,DataLoader,DataLoaders,GradientAccumulation,
     ImageBlock,L,Learner,Normalize,SaveModelCallback,accuracy,aug_transforms,get_image_files,
@@ -21,9 +21,9 @@ from cekd_fastai.meal.targets import unlabeled_dl
 from cekd_fastai.meal.adversary import Adversary,disc_loss,discriminator
 from cekd_fastai.meal.align import align
 from cekd_fastai.meal.callback import MEAL
-from cekd_fastai.meal.teachers import TappedTeachers,Teacher,as_teacher,peek,place_teachers
+from cekd_fastai.meal.several import TappedTeachers
+from cekd_fastai.meal.teachers import Teacher,as_teacher,peek,place_teachers
 
-env = os.environ | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
 modes = ['joint','grl','alternate',None]
 
 @pytest.fixture(scope='module')
@@ -273,10 +273,10 @@ def test_learner_of_other_order_and_statistics(birds, dls):
 
 def test_other_classes(birds, dls):
     other = learner(vocab_dls(birds, list(dls.vocab)[:2]), model=net(n=2))
-    with pytest.raises(ValueError, match=f"has 2 classes and the data has 3, and they differ: it lacks '{dls.vocab[2]}'"): learner(dls, MEAL(other))
+    with pytest.raises(ValueError, match=f"has 2 classes and the data has 3, and they differ: it lacks '{dls.vocab[2]}'"): learner(dls, MEAL(other, head='match'))
     strange = Teacher(net(), vocab=['a','b',dls.vocab[0]])
-    with pytest.raises(ValueError, match="it alone has 'a', 'b'"): learner(dls, MEAL(strange))
-    with pytest.raises(ValueError, match='gives 5 classes, but the data has 3'): learner(dls, MEAL(net(n=5)))
+    with pytest.raises(ValueError, match="it alone has 'a', 'b'"): learner(dls, MEAL(strange, head='match'))
+    with pytest.raises(ValueError, match='gives 5 classes, but the data has 3'): learner(dls, MEAL(net(n=5), head='match'))
 
 def test_files(birds, dls, tmp_path):
     "A deployed file and an export teach what their network says; a pickle only on trust, junk never"
@@ -321,7 +321,8 @@ def test_timm_name(dls, monkeypatch):
     with pytest.raises(ValueError, match='no architecture `resnet1008`.*did you mean'): MEAL('resnet1008')
 
 def test_size_a_teacher_cannot_take(dls):
-    with pytest.raises(ValueError, match=r'`test_vit` does not take images of shape \(3, 56, 56\)'): learner(dls, MEAL(timm.create_model('test_vit', num_classes=3)))
+    "Neither the images nor, resized, their channels"
+    with pytest.raises(ValueError, match=r'`test_vit` does not take images of shape \(3, 56, 56\)'): learner(dls, MEAL(timm.create_model('test_vit', num_classes=3, in_chans=1)))
 
 def test_any_architecture(dls):
     "A vision transformer, a `vision_learner`, a network with branches and a plain module teach the same student"
@@ -370,7 +371,8 @@ def test_a_tap_that_is_no_map(dls, modules):
 
 opts = [dict(kind='l1'), dict(kind='l2'), dict(kind='l1_soft'), dict(kind='l2_soft'), dict(T=4.), dict(gammas=[1.,1.,1.]), dict(taps=1), dict(taps=0), dict(dims=5),
     dict(space='max'), dict(channels='max'), dict(w_adv=.1), dict(reduce=8), dict(last_relu=True), dict(w_hard=1.), dict(adversarial='grl'), dict(adversarial=None),
-    dict(choose='mean'), dict(choose='each'), dict(teacher_taps=['layer1','layer2']), dict(disc='official'), dict(batch_stats=True)]
+    dict(choose='mean'), dict(choose='each'), dict(teacher_taps=['layer1','layer2']), dict(disc='official'), dict(batch_stats=True),
+    dict(standardise=True)]
 
 @pytest.mark.parametrize('kw', opts, ids=lambda o: '-'.join(f'{k}={v}' for k,v in o.items()))
 def test_each_option_does_something(dls, modules, kw):
@@ -437,7 +439,7 @@ def test_v2(dls, modules):
     quiet(learn)
 
 bad = [(dict(choose='best'), "`choose` is 'best'"), (dict(disc='weak'), "`disc` is 'weak'"), (dict(disc='official', lr_disc=1.), 'follow the student'), (dict(adversarial='gan'), "`adversarial` is 'gan'"), (dict(kind='kl'), "`kind` is 'kl'"), (dict(T=0), '`T` is 0'),
-    (dict(w_hard=-1), '`w_hard` is -1'), (dict(w_adv=-1), '`w_adv` is -1'), (dict(lr_disc=-1), '`lr_disc` is -1'), (dict(space='sum'), "`space` is 'sum'"), (dict(channels='sum'), "`channels` is 'sum'"),
+    (dict(w_hard=-1), '`w_hard` is -1'), (dict(w_adv=-1), '`w_adv` is -1'), (dict(w_feat=-1), '`w_feat` is -1'), (dict(feat='maps'), "`feat` is 'maps'"), (dict(head='new'), "`head` is 'new'"), (dict(w_feat=1., cache_targets=True), 'leave one of them out'), (dict(w_feat=1., feat='tokens', view=[]), "use feat='pooled'"), (dict(lr_disc=-1), '`lr_disc` is -1'), (dict(space='sum'), "`space` is 'sum'"), (dict(channels='sum'), "`channels` is 'sum'"),
     (dict(reduce=0), 'reduce=0: pass a whole number'), (dict(views=0), 'views=0: pass a whole number'), (dict(taps=-1), '`taps` is -1'), (dict(dims=[1]), '`dims` has 1 entries, but it takes 2'), (dict(gammas=[1]), 'it takes 3')]
 
 @pytest.mark.parametrize('kw,said', bad, ids=[str(o[0]) for o in bad])
@@ -823,11 +825,12 @@ def test_export(dls, modules, tmp_path):
     quiet(learn) # the export has taken nothing away
     code = f"""from fastai.vision.all import *
 learn = load_learner({str(tmp_path/'meal.pkl')!r})
-name,i,probs = learn.predict(get_image_files({str(dls.path)!r})[0])
+name,i,probs = learn.predict(get_image_files({str(dls.table.root)!r})[0])
 assert name==learn.dls.vocab[i] and len(probs)==3 and abs(probs.sum()-1)<1e-4 and learn.meal.teachers==()
-dl = learn.dls.test_dl(get_image_files({str(dls.path)!r})[:4])
+dl = learn.dls.test_dl(get_image_files({str(dls.table.root)!r})[:4])
 assert len(learn.get_preds(dl=dl)[0])==4"""
-    subprocess.run([sys.executable, '-c', code], check=True, env=env)
+    p = processes.run(code, env=dict(HF_HUB_OFFLINE='1'))
+    assert p.returncode==0, p.stderr
     loaded = load_learner(tmp_path/'meal.pkl')
     loaded.dls = dls
     with pytest.raises(ValueError, match='has no teachers here'): quiet(loaded)
@@ -876,51 +879,37 @@ class FewBatches(Callback):
     def after_batch(self):
         if self.learn.iter==2: raise CancelFitException
 
-two = """
-import sys,torch,random
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
-from fastai.vision.all import *
-sys.path.insert(0, sys.argv[4])
-from test_meal import MEAL,net,learner
-rank,world,file = int(sys.argv[1]),int(sys.argv[2]),sys.argv[3]
-if world>1:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-    dist.init_process_group('gloo', init_method=f'file://{file}.init', rank=rank, world_size=world)
-torch.manual_seed(0)
-x,y = torch.randn(16,3,56,56),torch.randint(0,3,(16,))
-part = slice(None) if world==1 else slice(8*rank, 8*rank+8)
-ds = L(zip(x[part], y[part]))
-dls = DataLoaders.from_dsets(ds, ds, bs=len(ds), num_workers=0, device='cpu', shuffle=False)
-dls.c = 3
-for mode in ('joint','grl','alternate'):
-    torch.manual_seed(1)
-    teacher = net('test_efficientnet').eval()
-    teacher.heads[0][-1].weight.data.mul_(30)
-    model = net(freeze_bn=True)
-    torch.manual_seed(rank)                      # discriminators start from those of rank 0
-    learn = learner(dls, MEAL(teacher, adversarial=mode), model=model, loss_func=CrossEntropyLossFlat(), metrics=None)
-    class Wrap(Callback):
-        order = 11
-        def before_fit(self):
-            if world>1: self.learn.model = DDP(self.learn.model)
-        def before_step(self): self.g = [p.grad.clone() for p in self.learn.model.parameters()]
-        def before_validate(self): raise CancelFitException
-    w = Wrap()
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=w)
-    ad = getattr(learn.model, 'module', learn.model).adversary
-    torch.save([w.g, [p.data for p in ad.nets.parameters()]], f'{file}.{mode}.{world}.{rank}')
-"""
+class Wrap(Callback):
+    "Gradients of the first step; several processes share them"
+    order = 11
+    def __init__(self, world): self.world = world
+    def before_fit(self):
+        if self.world>1: self.learn.model = DistributedDataParallel(self.learn.model)
+    def before_step(self): self.g = [p.grad.clone() for p in self.learn.model.parameters()]
+    def before_validate(self): raise CancelFitException
+
+def ranked(rank, world):
+    "Gradients of the network and weights of the discriminators after a step of one process"
+    torch.manual_seed(0)
+    x,y = torch.randn(16,3,56,56),torch.randint(0,3,(16,))
+    part = slice(None) if world==1 else slice(8*rank, 8*rank+8)
+    ds = L(zip(x[part], y[part]))
+    dls = DataLoaders.from_dsets(ds, ds, bs=len(ds), num_workers=0, device='cpu', shuffle=False)
+    dls.c,res = 3,{}
+    for mode in ('joint','grl','alternate'):
+        torch.manual_seed(1)
+        teacher = net('test_efficientnet').eval()
+        teacher.heads[0][-1].weight.data.mul_(30)
+        model = net(freeze_bn=True)
+        torch.manual_seed(rank) # discriminators start from those of rank 0
+        learn = learner(dls, MEAL(teacher, adversarial=mode), model=model, loss_func=CrossEntropyLossFlat(), metrics=None)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=(w:=Wrap(world)))
+        res[mode] = [w.g, [p.data for p in getattr(learn.model, 'module', learn.model).adversary.nets.parameters()]]
+    return res
 
 def test_two_processes(tmp_path):
     "Two processes with half a batch each get the gradients, and the discriminators, of one with all of it"
-    (tmp_path/'two.py').write_text(two)
-    args = lambda r,w: [sys.executable, tmp_path/'two.py', str(r), str(w), str(tmp_path/'o'), str(Path(__file__).parent)]
-    subprocess.run(args(0, 1), check=True, env=env, timeout=300)
-    ps = [subprocess.Popen(args(r, 2), env=env) for r in range(2)]
-    assert [p.wait(timeout=300) for p in ps]==[0,0]
-    for mode in ('joint','grl','alternate'):
-        one,a,b = (torch.load(f'{tmp_path}/o.{mode}.{n}') for n in ('1.0','2.0','2.1'))
+    for mode,one,a,b in zip(('joint','grl','alternate'), *(o.values() for o in processes.one_and_two(ranked, tmp_path))):
         assert same(a[0], b[0], 1e-7) and same(a[1], b[1], 1e-7)
         assert same(one[1], a[1], 1e-5) and same(one[0], a[0], 1e-5), mode
 

@@ -20,7 +20,8 @@ from cekd_fastai.mix.noise import plot_label_noise
 from cekd_fastai.synthetic import bird_parts
 from cekd_fastai.losses import mixed_loss
 from cekd_fastai.mix.core import MixRecord,mix_pixels
-from cekd_fastai.mix.noise import Evidence,evidence_batches,label_noise,noise_table,oracle_weights
+from cekd_fastai.mix.evidence import Evidence,evidence_batches,oracle_weights
+from cekd_fastai.mix.noise import label_noise,noise_table
 
 edges = [(0,0,12,10), (0,0,4,3), (8,7,12,10), (3,2,4,3), (0,4,12,5), (5,0,6,10)]
 empty = (3,3,3,9)

@@ -1,8 +1,9 @@
 "Soft labels of the network's own: exact beside every owner of the loss, and good citizens of a learner."
-import copy,os,subprocess,sys,warnings
-from pathlib import Path
+import copy,warnings
 import pytest,torch
-from fastai.vision.all import CancelFitException,CrossEntropyLossFlat,Callback,DataLoaders,F,LabelSmoothingCrossEntropyFlat,Learner,SGD,Tensor
+from torch.nn.parallel import DistributedDataParallel
+from fastai.vision.all import CancelFitException,CancelValidException,CrossEntropyLossFlat,Callback,DataLoader,DataLoaders
+from fastai.vision.all import F,LabelSmoothingCrossEntropyFlat,Learner,SGD,Tensor
 from fastai.vision.all import load_learner,nn,np,partial,random,set_seed,tensor,to_float
 from fastai.callback.mixup import MixUp as FastaiMixUp
 from fastai.callback.training import GradientAccumulation
@@ -15,6 +16,7 @@ from cekd_fastai.mix.core import MixRecord
 from cekd_fastai.mix.snapmix import MixOneOf,SnapMix
 from cekd_fastai.soft_labels import OnlineLabelSmoothing,PSKD,StoredTargets,remembered_in,unmixed
 from cekd_toys import Items,Raise,learner,quiet,tiny,toy_dls
+from processes import one_and_two
 
 METHODS = dict(online=OnlineLabelSmoothing, pskd=PSKD, stored=partial(StoredTargets, ramp=0))
 each_method = pytest.mark.parametrize('make', METHODS.values(), ids=METHODS)
@@ -338,46 +340,35 @@ def test_refusals():
 
 # Several processes
 
-two = """
-import sys,torch,os
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
-from fastai.vision.all import *
-sys.path.insert(0, sys.argv[4])
-from cekd_toys import Items,tiny,toy_dls,learner,quiet
-from cekd_fastai.soft_labels import OnlineLabelSmoothing,PSKD
-rank,world,file = int(sys.argv[1]),int(sys.argv[2]),sys.argv[3]
-if world>1:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-    dist.init_process_group('gloo', init_method=f'file://{file}.init', rank=rank, world_size=world)
-
 class Part(DataLoader):
     "The batch of this process"
-    def get_idxs(self): return list(range(8)) if world==1 else list(range(4*rank, 4*rank+4))
+    def __init__(self, *args, part=None, **kw):
+        super().__init__(*args, **kw)
+        self.part = part
+    def get_idxs(self): return list(self.part)
+
 class Wrap(Callback):
     order = 11
+    def __init__(self, world): self.world = world
     def before_fit(self):
-        if world>1: self.learn.model = DDP(self.learn.model)
+        if self.world>1: self.learn.model = DistributedDataParallel(self.learn.model)
     def after_fit(self):
-        if world>1: self.learn.model = self.learn.model.module
+        if self.world>1: self.learn.model = self.learn.model.module
     def before_validate(self): raise CancelValidException
-for make in (OnlineLabelSmoothing,PSKD):
-    items = Items(toy_dls(8).train_ds)
-    dls = DataLoaders(*[Part(items, bs=8//world, num_workers=0, device='cpu') for _ in range(2)], device='cpu')
-    dls.c = 3
-    learn = quiet(learner(tiny(2), cb:=make(), dls=dls), 3, cbs=Wrap())
-    torch.save([dict(cb.memory), [p.data for p in learn.model.parameters()]], f'{file}.{make.__name__}.{world}.{rank}')
-"""
+
+def ranked(rank, world):
+    "What is remembered, and the weights, after three epochs of one batch"
+    res = {}
+    for make in (OnlineLabelSmoothing,PSKD):
+        items,n = Items(toy_dls(8).train_ds),8//world
+        dls = DataLoaders(*[Part(items, bs=n, num_workers=0, device='cpu', part=range(n*rank, n*rank+n)) for _ in range(2)], device='cpu')
+        dls.c = 3
+        learn = quiet(learner(tiny(2), cb:=make(), dls=dls), 3, cbs=Wrap(world))
+        res[make.__name__] = [dict(cb.memory), [p.data for p in learn.model.parameters()]]
+    return res
 
 def test_two_processes(tmp_path):
     "Two processes with half a batch each end where one with all of it does, and remember the same"
-    env = os.environ | dict(OMP_NUM_THREADS='1')
-    (tmp_path/'two.py').write_text(two)
-    args = lambda r,w: [sys.executable, '-W', 'ignore', tmp_path/'two.py', str(r), str(w), str(tmp_path/'o'), str(Path(__file__).parent)]
-    subprocess.run(args(0, 1), check=True, env=env, timeout=300)
-    ps = [subprocess.Popen(args(r, 2), env=env) for r in range(2)]
-    assert [p.wait(timeout=300) for p in ps]==[0,0]
-    for o in ('OnlineLabelSmoothing','PSKD'):
-        one,a,b = (torch.load(f'{tmp_path}/o.{o}.{n}') for n in ('1.0','2.0','2.1'))
+    for one,a,b in zip(*(o.values() for o in one_and_two(ranked, tmp_path))):
         for u,v,w in zip(one[1], a[1], b[1]): assert torch.allclose(u, v, atol=1e-5) and torch.allclose(v, w, atol=1e-6)
         for k in set(one[0])-{'seen'}: assert torch.allclose(one[0][k], a[0][k], atol=1e-5) and torch.allclose(a[0][k], b[0][k], atol=1e-6)

@@ -5,10 +5,11 @@ from itertools import combinations
 import numpy as np, pytest
 from PIL import Image
 
-from cekd_fastai.drawing import bird,dataset,shapes,species
+from cekd_fastai.drawing import anatomy,bird,dataset,species
 from cekd_fastai.drawing.bird import *
 from cekd_fastai.drawing.dataset import *
 from cekd_fastai.drawing.shapes import *
+from cekd_fastai.drawing.anatomy import *
 from cekd_fastai.drawing.species import *
 from cekd_fastai.synthetic import *
 
@@ -107,13 +108,13 @@ def test_hidden_parts_and_parts_outside_are_not_visible(monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(bird, 'paint_front', leaf_over_all)
         assert not any(v for *_,v in draw_bird(spec, np.random.default_rng(0), 48)[2].values())
-    rand = shapes.Pose.random
+    rand = anatomy.Pose.random
     def left_of_the_edge(rng):
         pose = rand(rng)
         pose.x,pose.flip = -.8,True
         return pose
     monkeypatch.setattr(bird, 'paint_front', lambda cv, rng: None)
-    monkeypatch.setattr(shapes.Pose, 'random', left_of_the_edge)
+    monkeypatch.setattr(anatomy.Pose, 'random', left_of_the_edge)
     parts = draw_bird(spec, np.random.default_rng(0), 48)[2]
     assert {p: v for p,(*_,v) in parts.items()} == {p: x >= 0 for p,(x,*_) in parts.items()}
     assert not parts['bill'][2] and parts['tail'][2]

@@ -73,7 +73,7 @@ def test_options_of_the_command():
 @pytest.mark.parametrize('wrong,says', [
     (dict(bs=64), '--bs 64 is more than the 18 training images of .*: pass --bs 18 or less$'),
     (dict(crop_to_box=True, data='images'), '^cekd-train: --crop-to-box: .* has no boxes'),
-    (dict(valid_pct=1.5), '--valid-pct 1.5: pass a share between 0 and 1'),
+    (dict(valid_pct=1.5), '--valid-pct is 1.5: it must be between 0 and 1'),
     (dict(classes=9), '--classes 9: .* has 3 classes'),
     (dict(n_branches=0), '--n-branches is 0'),
     (dict(n_branches=1), 'pass --n-branches 2'),

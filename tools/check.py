@@ -1,6 +1,7 @@
-"""Everything `make test` checks once the package is installed: one stage after the other, stopping at the first that fails.
-Stages named on the command line run alone, as in `python tools/check.py sync style`."""
+"""Everything `make test` checks once the package is installed, stopping at the first stage that fails; stages that use one core run side by side.
+Stages named on the command line run without the others, as in `python tools/check.py sync style`."""
 import os,shutil,subprocess,sys,tempfile,time,zipfile
+from concurrent.futures import ThreadPoolExecutor,as_completed
 from email import message_from_string
 from pathlib import Path
 
@@ -128,8 +129,26 @@ def pytest():
     # One process per core, as the notebooks have; each takes about 1 GB, so there are at most eight.
     run(sys.executable, '-m', 'pytest', 'tests', '-n', 'logical', '--maxprocesses=8', '--dist=worksteal', '--durations=15', OMP_NUM_THREADS='1')
 
-# Cheap stages first; pytest last and without a word of ours after it, so that its closing line ends the output.
-stages = dict(style=style, sync=sync, wheel=wheel, notebooks=notebooks, docs=docs, pytest=pytest)
+# Of those that run side by side the longest comes first; pytest is last, and without a word of ours after it, so that its closing line ends the output.
+stages = dict(docs=docs, wheel=wheel, style=style, sync=sync, notebooks=notebooks, pytest=pytest)
+alone = ('notebooks','pytest') # these use every core; the others use one each, so that they run side by side
+
+def _captured(name):
+    "A stage in a process of its own: its exit status, and what it printed"
+    res = subprocess.run([sys.executable, __file__, name], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return res.returncode,res.stdout.strip()
+
+def beside(
+    names, # stages that use one core each
+):
+    "Run stages side by side, one for each core, and print what each printed once it has ended; 1 if one failed."
+    with ThreadPoolExecutor(os.cpu_count()) as ex:
+        for o in as_completed([ex.submit(_captured, n) for n in names]):
+            code,text = o.result()
+            print(f'\n{text}', flush=True)
+            if code:
+                ex.shutdown(cancel_futures=True)
+                return 1
 
 def main(
     names, # stages to run; none for all of them
@@ -137,6 +156,10 @@ def main(
     "Run stages with a heading and a time each; 0 if all passed, 1 at the first failure."
     if wrong := set(names)-set(stages): return f"No stage {', '.join(sorted(wrong))}: the stages are {', '.join(stages)}."
     start,chosen = time.time(),[o for o in stages if o in names or not names]
+    if len(first := [o for o in chosen if o not in alone])>1:
+        if beside(first): return 1
+        print(f"=== {', '.join(first)} passed side by side in {time.time()-start:.0f} s", flush=True)
+        chosen = [o for o in chosen if o in alone]
     for name in chosen:
         print(f"\n=== {name}: {stages[name].__doc__}", flush=True)
         t = time.time()

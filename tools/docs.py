@@ -1,6 +1,6 @@
 """Make the site in _docs from the notebooks: python tools/docs.py [folder]
 nbdev says what a cell shows and where a name is defined, Sphinx makes the pages, and a reader needs no network."""
-import ast,html,re,shutil,sys,tempfile,warnings
+import ast,html,inspect,re,shutil,sys,tempfile,warnings
 from base64 import b64decode
 from fontTools import subset
 from functools import lru_cache,reduce
@@ -12,7 +12,7 @@ from os.path import relpath
 from pathlib import Path
 from posixpath import normpath
 from docutils import nodes
-from fastcore.docments import DocmentTbl,docstring
+from fastcore.docments import DocmentTbl,docments,docstring
 from latex2mathml.converter import convert
 from nbdev.config import get_config,nbpath2html
 from nbdev.doclinks import NbdevLookup
@@ -160,15 +160,46 @@ class Page:
         "Is `name` public, with a docstring of its own?"
         return not any(o[0]=='_' for o in name.split('.')) and bool(self.symbol(name).__doc__)
 
-    def card(self, name):
-        "Heading, docstring, parameters and methods of a symbol."
+    def heading(self, name): return [_raw(f'<span id="{name.lower()}" class="symbol"></span>'), f"{'#'*min(self.depth+1, 6)} `{name}`"]
+
+    def card(self, name, node=None):
+        "Heading, docstring, parameters and methods of a symbol, whose definition is `node`."
         obj = self.symbol(name)
-        res = [_raw(f'<span id="{name.lower()}" class="symbol"></span>'), f"{'#'*min(self.depth+1, 6)} `{name}`"]
+        res = self.heading(name)
         if doc := docstring(obj): res.append(self.relink(doc))
-        tbl = (DocmentTbl(obj)._repr_markdown_() or '').replace('| NoneType |', '|  |').replace('|    |', '| Parameter |', 1).replace('**', '')
-        if tbl.count('\n')>1: res.append(self.relink(tbl))
+        if tbl := self.parameters(obj, node): res.append(self.relink(tbl))
         if isinstance(obj, type): res += self.methods(name, obj)
         return res
+
+    def comments(self, node):
+        "Comments of the parameters that a definition takes over from other functions with `delegates`."
+        calls = [o for o in getattr(node, 'decorator_list', []) if isinstance(o, ast.Call) and getattr(o.func, 'id', '')=='delegates' and o.args]
+        found = [eval(ast.unparse(o.args[0]), vars(self.mod)) for o in reversed(calls)]
+        return {k: v for f in found for k,v in docments(f, returns=False).items() if v}
+
+    def parameters(self, obj, node):
+        "Table of parameters in two columns, which fit on a phone: the parameter as a signature has it, and its comment."
+        dm = DocmentTbl(obj).dm
+        more = self.comments(node)
+        rows = [(_signature(k, d), _known(d['docment']) or more.get(k, '')) for k,d in dm.items() if k!='return']
+        if not any(doc for _,doc in rows): return ''
+        back = dm.get('return', {})
+        if not isinstance(obj, type) and (doc := _known(back.get('docment'))): rows.append((f'returns{_signature("", back)}', doc))
+        return '\n'.join(['| Parameter | |', '|---|---|', *[f'| {_ticked(sig)} | {_cell(doc)} |' for sig,doc in rows]])
+
+    def constant(self, cell, node):
+        "Heading of a public constant, the comment beside it, and the names in it."
+        name,val = node.targets[0].id,self.symbol(node.targets[0].id)
+        said = re.search(rf'^{name} *=.*?# *(?!chkstyle)(.+)$', cell.source, re.M)
+        words = [o for o in (val if isinstance(val, (dict, list, tuple, set, frozenset)) else ()) if isinstance(o, str)]
+        shown = ', '.join(f'`{o}`' for o in words) or (f'`{val!r}`' if isinstance(val, (int, float, str)) else '')
+        return [*self.heading(name), *[o for o in (said and self.relink(said[1]), shown) if o]]
+
+    def constants(self, cell):
+        "Entries of the constants of an exported cell that the module lists as public."
+        public = getattr(self.mod, '__all__', ())
+        tops = [o for o in cell.parsed_() or [] if isinstance(o, ast.Assign) and len(o.targets)==1 and isinstance(o.targets[0], ast.Name)]
+        return [b for o in tops if o.targets[0].id in public for b in self.constant(cell, o)]
 
     def methods(self, name, cls):
         "Table of the public methods that `cls` itself documents."
@@ -182,8 +213,10 @@ class Page:
         cards = [n for n in names if 'exporti' not in cell.directives_ and self.described(n)]
         inner = [f'{o.name}.{f.name}' for o in tops if isinstance(o, ast.ClassDef) for f in o.body if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
         ids = ''.join(f'<span id="{html.escape(n.lower())}"></span>' for n in dict.fromkeys([*names, *inner]) if n not in cards)
-        shown = [o for n in cards for o in self.card(n)]
-        return shown + ([_raw(ids)] if ids else []) + self.source(cell.source, 'show', 'Source')
+        nodes = {n: o for o in tops for n in _listed(showdoc_nm(o))}
+        shown = [o for n in cards for o in self.card(n, nodes[n])]
+        if 'exporti' not in cell.directives_: shown += self.constants(cell)
+        return shown + ([_raw(ids)] if ids else []) + self.source(cell.source, 'true', 'Source')
 
     def cell_md(self, cell):
         "Markdown blocks of one cell, none for a hidden one."
@@ -203,6 +236,12 @@ class Page:
         # What a solution prints would give it away, so it is folded too.
         return code[:-1]+outs+code[-1:] if fold and summary=='Solution' else code+outs
 
+    def title(self):
+        "Title and the line below it, which starts with `>`."
+        top = next(c.source for c in self.cells if c.cell_type=='markdown')
+        sub = re.search(r'^> (.+)$', top, re.M)
+        return re.search(r'^# (.+)$', top, re.M)[1],sub[1] if sub else ''
+
     def md(self):
         "The page in Markdown."
         blocks = [o for c in self.cells for o in self.cell_md(c)]
@@ -212,9 +251,28 @@ def _escaped(s): return re.sub(r'([][*_`$<])', r'\\\1', s)
 
 def _listed(o): return o if isinstance(o, list) else [o]
 
+def _known(o): return '' if o in (None, inspect.Parameter.empty) else o
+
+def _ticked(s): return f'`{s}`' if '`' not in s else f'`` {s} ``'
+
+def _cell(s): return s.replace('\n', ' ').replace('|', r'\|')
+
+def _signature(name, d):
+    "A parameter with type and default, on one line and with the bars of a table escaped."
+    kind = _known(d.get('anno'))
+    kind = getattr(kind, '__name__', None) or str(kind) if kind!='' else ''
+    default = d.get('default', inspect.Parameter.empty)
+    res = name + (f':{kind}' if kind and kind!='NoneType' else '')
+    if default is not inspect.Parameter.empty: res += f'={default.__name__ if callable(default) and hasattr(default, "__name__") else repr(default)}'
+    return _cell(res if len(res)<120 else f'{res[:117]}...')
+
 def _wrap(s): return _raw(f'<div class="output">\n{s}\n</div>') if s.strip() else ''
 
 def _pre(s): return _wrap(f"<pre>{html.escape(s.removeprefix('```text').removesuffix('```').strip(chr(10)), quote=False)}</pre>") if s else ''
+
+# Guides in the order in which a reader needs them; those that are not named here follow
+guides = ('my_folder', 'csv_labels', 'few_rare_wrong', 'which_method', 'backbones', 'accuracy_per_hour', 'speed_memory', 'several_gpus', 'resume',
+    'predict_folder', 'onnx', 'web_page', 'share', 'from_fastai', 'own_method', 'reproduce_paper', 'troubleshooting')
 
 captions = {'howto':'How to', 'course':'Course', 'studies':'Studies', '.':'Reference'} # folder of notebooks to its part of the navigation
 
@@ -241,10 +299,32 @@ class Site:
         file.write_bytes(data if isinstance(data, bytes) else data.encode())
         return name
 
+    def parts(self):
+        "Pages of each part of the navigation, in the order in which one reads them."
+        def _place(p): return (guides.index(p.nb.stem) if p.nb.stem in guides else len(guides)-1, not p.nb.stem[0].isdigit() and p.nb.parent.name=='course')
+        pages = [p for p in self.pages.values() if p.nb.as_posix()!='index.ipynb']
+        return {name: sorted((p for p in pages if p.nb.parent.as_posix()==folder), key=_place) for folder,name in captions.items()}
+
+    def finder(self):
+        "Markdown of the front page's list: each guide and lesson with the line below its title."
+        lines = []
+        for name in ('How to', 'Course'):
+            if pages := self.parts()[name]: lines += [f'## {name}', '\n'.join(f'- [{t}]({p.html.as_posix()})\\\n  {sub}' for p in pages for t,sub in [p.title()])]
+        return '\n\n'.join(lines)
+
+    def front(self, page):
+        "Markdown of the first page: the README without badges and tables, and with the list of guides and lessons after its picture."
+        blocks = [o for c in page.cells if c.cell_type=='markdown' for o in page.cell_md(c)]
+        md = '\n\n'.join(o for o in blocks if not o.startswith('## The course'))
+        md = re.sub(r'(?m)^\[!\[.*\n?|^\[test\].*\n?', '', md) # badges
+        md = re.sub(r'(?m)^\|.*\n?', '', md)
+        first,sep,rest = md.partition('\n## ')
+        return '\n\n'.join([first, self.finder(), sep.strip('\n')+rest, ''])
+
     def toc(self):
         "The navigation: a part for each folder, and the reference last."
+        parts = self.parts()
         pages = [p for p in self.pages.values() if p.nb.as_posix()!='index.ipynb']
-        parts = {name: [p for p in pages if p.nb.parent.as_posix()==folder] for folder,name in captions.items()}
         if left := [str(p) for p in pages if p.nb.parent.as_posix() not in captions]: raise DocsError(f'{left[0]} is in a folder that has no part in the navigation: name it in `captions`.')
         lines = {k: '\n'.join(p.html.with_suffix('').as_posix() for p in v) for k,v in parts.items() if v}
         return '\n\n'.join(f'```{{toctree}}\n:hidden:\n:maxdepth: 1\n:caption: {k}\n\n{v}\n```' for k,v in lines.items())
@@ -253,9 +333,9 @@ class Site:
         out, # folder for the site
     ):
         "Write the pages and let Sphinx make the site; raises `DocsError` at the first fault."
-        for p in self.pages.values(): self.write(p.html.with_suffix('.md'), p.md() + (self.toc() if p.nb.as_posix()=='index.ipynb' else ''))
+        for p in self.pages.values(): self.write(p.html.with_suffix('.md'), self.front(p)+self.toc() if p.nb.as_posix()=='index.ipynb' else p.md())
         for o in self.assets: self.write(o, (self.nbs/o).read_bytes())
-        self.write('_static/site.css', (root/'tools'/'docs.css').read_text(encoding='utf-8'))
+        for name,o in (('site.css', 'docs.css'), ('tables.js', 'docs_tables.js')): self.write(f'_static/{name}', (root/'tools'/o).read_text(encoding='utf-8'))
         self.write('_static/icon.svg', icon)
         self.write('_static/math.woff', math_font())
         said = StringIO()
@@ -305,7 +385,7 @@ def _missing(out, pages, name, link):
 
 conf = dict(project='cekd_fastai', html_title='cekd_fastai', language='en', extensions=['myst_parser', 'docs'], smartquotes=False,
     myst_enable_extensions=['dollarmath'], myst_all_links_external=True, html_math_renderer='mathml', suppress_warnings=['myst.header', 'misc.highlighting_failure', 'image.not_readable'],
-    html_theme='furo', html_static_path=['_static'], html_css_files=['site.css'], html_favicon='_static/icon.svg', html_copy_source=False, html_show_copyright=False)
+    html_theme='furo', html_static_path=['_static'], html_css_files=['site.css'], html_js_files=['tables.js'], html_favicon='_static/icon.svg', html_search_scorer=str(root/'tools'/'docs_search.js'), html_copy_source=False, html_show_copyright=False)
 
 def main(
     args, # command line: the folder of the site, `_docs` by default

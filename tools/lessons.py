@@ -214,7 +214,7 @@ def main(
     args, # paths of lessons; none for all of them
 ):
     "Print the breaches; 1 if there are any."
-    found = [o for p in map(Path, args or sorted(course.glob('*.ipynb'))) for o in faults(p)]
+    found = [o for p in map(Path, args or sorted(course.glob('[0-9]*.ipynb'))) for o in faults(p)]
     print('\n'.join(found) or 'No faults.')
     return int(bool(found))
 

@@ -3,6 +3,7 @@
     python benchmarks/cekd/birds.py prepare --data-dir DIR --bundle BUNDLE
     python benchmarks/cekd/birds.py run --bundle BUNDLE --out OUT --seconds 500
     python benchmarks/cekd/birds.py table --out OUT
+    python benchmarks/cekd/birds.py run --bundle BUNDLE --out OUT --config birds200 # all 200 species, a step of the kit in benchmarks/gpu
 
 `prepare` puts pictures, weights and the package into one folder, for a machine without network; DIR holds `CUB_200_2011.tgz` and
 `weights-efficientnet-lite.tgz`. `run` chooses settings on a held-out part of train, then reads the official test part; it goes on from
@@ -23,7 +24,13 @@ import numpy as np
 from fastcore.script import call_parse
 
 here = Path(__file__).resolve().parent
-config = json.loads((here/'birds.json').read_text())
+
+def read_config(name):
+    "A study by the name of its file; one that has a `base` says only what differs from it"
+    c = json.loads((here/f'{name}.json').read_text())
+    return (read_config(c['base']) if 'base' in c else {}) | c | dict(name=name)
+
+config = read_config('birds')
 
 # What to run
 
@@ -53,9 +60,9 @@ def trials(c, epochs):
         best={o:[one(r, i) for i in s['seeds']] for o,r in s['best']['rows'].items()})
 
 def choose(tried, done):
-    "The option with the highest mean accuracy over its runs, the first of equal ones; None while runs are missing"
+    "The option with the highest mean accuracy over its runs, the first of equal ones or where none is asked for; None while runs are missing"
     if not all(key(j) in done for runs in tried.values() for j in runs): return None
-    mean = {o: sum(done[key(j)].get('accuracy', 0.) for j in runs)/len(runs) for o,runs in tried.items()}
+    mean = {o: sum(done[key(j)].get('accuracy', 0.) for j in runs)/max(len(runs), 1) for o,runs in tried.items()}
     return max(mean, key=mean.get)
 
 def jobs(c, epochs, done):
@@ -81,22 +88,24 @@ def cost(c, j, n):
 
 # The bundle
 
+FILES = ('birds.py','birds_train.py','birds.json','birds200.json') # What a machine needs of this folder
+
 def unpack(file, to):
     with tarfile.open(file) as f: f.extractall(to, filter='data')
 
-def square(file, size, quality):
-    "The middle square of a picture as JPEG of `size` pixels"
+def square(file, size, quality, form='JPEG'):
+    "The middle square of a picture, `size` pixels wide, as JPEG or WEBP"
     from PIL import Image
     im = Image.open(file).convert('RGB')
     (w,h),s = im.size,min(im.size)
     x,y = (w-s)//2,(h-s)//2
     out = io.BytesIO()
     im = im.crop((x,y,x+s,y+s)).resize((size,size), Image.LANCZOS)
-    im.save(out, 'JPEG', quality=quality, optimize=True, progressive=True)
+    im.save(out, form, quality=quality, **(dict(optimize=True, progressive=True) if form=='JPEG' else dict(method=4)))
     return out.getvalue()
 
-def prepare(c, data_dir, bundle):
-    "Pictures, weights with the counters that the file leaves out, and the code, in one folder"
+def pack(c, data_dir, bundle):
+    "Pictures, and weights with the counters that the file leaves out, in one folder; the number of pictures"
     import timm,torch
     bundle.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as tmp:
@@ -105,7 +114,7 @@ def prepare(c, data_dir, bundle):
         read = lambda f: dict(o.split(' ', 1) for o in (tmp/'CUB_200_2011'/f).read_text().splitlines())
         names,labels,train = (read(o) for o in ('images.txt','image_class_labels.txt','train_test_split.txt'))
         ids = [i for i in names if int(labels[i])<=c['classes']]
-        jpegs = [square(tmp/'CUB_200_2011'/'images'/names[i], c['stored'], c['quality']) for i in ids]
+        jpegs = [square(tmp/'CUB_200_2011'/'images'/names[i], c['stored'], c['quality'], c.get('form', 'JPEG')) for i in ids]
         label,test = np.array([int(labels[i])-1 for i in ids], np.int16),np.array([train[i]=='0' for i in ids])
         blob,ends = np.frombuffer(b''.join(jpegs), np.uint8),np.cumsum([len(o) for o in jpegs])
         np.savez(bundle/'birds.npz', jpegs=blob, ends=ends, label=label, test=test)
@@ -115,17 +124,27 @@ def prepare(c, data_dir, bundle):
         lost = [k for k in missing if not k.endswith('num_batches_tracked')]
         if lost: sys.exit(f'birds: {c["weights"]} lacks {lost[0]}.')
         torch.save({k:sd.get(k, v) for k,v in net.state_dict().items()}, bundle/c['weights'])
-    root = here.parents[1]
+    note_commit(bundle)
+    return len(ids)
+
+def note_commit(bundle):
+    "Write which code the folder was made with"
+    git = lambda *o: subprocess.run(['git',*o], cwd=here, capture_output=True, text=True).stdout.strip()
+    commit = git('rev-parse','HEAD') + '+'*bool(git('status','--porcelain','../../cekd_fastai','.'))
+    (bundle/'info.json').write_text(json.dumps(dict(commit=commit)))
+    return commit
+
+def prepare(c, data_dir, bundle):
+    "Pictures, weights and the code in one folder"
+    n,root = pack(c, data_dir, bundle),here.parents[1]
     ignore = shutil.ignore_patterns('__pycache__')
     for o in ('cekd_fastai','cekd'): shutil.rmtree(bundle/'src'/o, ignore_errors=True)
     shutil.copytree(root/'cekd_fastai', bundle/'src'/'cekd_fastai', ignore=ignore)
     (bundle/'src'/'cekd').mkdir()
-    for o in ('birds.py','birds_train.py','birds.json'): shutil.copy(here/o, bundle/'src'/'cekd'/o)
-    git = lambda *o: subprocess.run(['git',*o], cwd=root, capture_output=True, text=True).stdout.strip()
-    commit = git('rev-parse','HEAD') + '+'*bool(git('status','--porcelain','cekd_fastai','benchmarks/cekd'))
-    (bundle/'info.json').write_text(json.dumps(dict(commit=commit)))
+    for o in FILES: shutil.copy(here/o, bundle/'src'/'cekd'/o)
+    commit = note_commit(bundle)
     size = sum(o.stat().st_size for o in bundle.rglob('*') if o.is_file())
-    print(f'{len(ids)} pictures, {size/2**20:.1f} MiB in {bundle}, commit {commit[:8]}')
+    print(f'{n} pictures, {size/2**20:.1f} MiB in {bundle}, commit {commit[:8]}')
 
 def decode(bundle, classes, file):
     "Write the pictures of the first classes as one array; labels, and which are test pictures"
@@ -312,9 +331,9 @@ def said(r):
 
 def run(c, bundle, out, seconds, device, workers, begin):
     "All of it, until the time is up"
-    deadline,file,gpu = begin+seconds-3,out/'birds.jsonl',device=='cuda'
+    deadline,file,gpu = begin+seconds-3,out/f"{c['name']}.jsonl",device=='cuda'
     out.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(bundle/'birds.jsonl', file)
+    rows = read_rows(bundle/file.name, file)
     info = json.loads((bundle/'info.json').read_text())
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
@@ -442,21 +461,23 @@ def forward_gmacs(c):
 
 def table(c, out):
     "Write tables and figure where the documentation finds them"
-    rows = read_rows(out/'birds.jsonl')
+    name = c['name']
+    rows = read_rows(out/f'{name}.jsonl')
     full = [r for r in rows if 'accuracy' in r]
-    if not full: return print(f'No rows yet in {out/"birds.jsonl"}.')
+    if not full: return print(f'No rows yet in {out/f"{name}.jsonl"}.')
     info = {k:full[-1][k] for k in ('versions','machine')}
     tables = dict(select=('candidates on a held-out fifth of train',select_table(rows)),
         final=('official test part',final_table(rows, forward_gmacs(c))))
-    for name,(what,text) in tables.items():
+    for part,(what,text) in tables.items():
+        if text.count('\n')<2: continue # nothing was chosen in this study
         on = f", on one {info['machine']['gpu']}" if info['machine']['gpu'] else ''
-        res = dict(title=f"{c['title']}: {what}{on}", command='python benchmarks/cekd/birds.py run', **info, table=text)
-        res |= dict(rows='benchmarks/cekd/results/birds.jsonl')
-        (here.parent/'results'/f'cekd_birds_{name}.json').write_text(json.dumps(res, indent=1)+'\n')
+        res = dict(title=f"{c['title']}: {what}{on}", command='python benchmarks/cekd/birds.py run' + f' --config {name}'*(name!='birds'), **info, table=text)
+        res |= dict(rows=f'benchmarks/cekd/results/{name}.jsonl')
+        (here.parent/'results'/f'cekd_{name}_{part}.json').write_text(json.dumps(res, indent=1)+'\n')
         print(text, end='\n\n')
     for r in rows:
         if 'error' in r: print('error:', r['row'], r['seed'], r['error'])
-    figure(rows, here/'birds.png')
+    figure(rows, here/f'{name}.png')
 
 @call_parse
 def main(
@@ -469,9 +490,10 @@ def main(
     workers:int=None, # Processes
     classes:int=None, # Fewer classes, to try it out
     epochs:int=None, # These epochs, to try it out
+    config:str='birds', # The study: birds, or birds200
 ):
     "Prepare, run or show the study on real birds"
-    begin,c = time.time(),dict(config)
+    begin,c = time.time(),read_config(config)
     if classes: c['classes'] = classes
     if epochs: c['epochs'] = c['epochs']|{'from':epochs,'to':epochs}
     bundle,out = Path(bundle),Path(out)

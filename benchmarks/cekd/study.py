@@ -12,6 +12,7 @@ Finish the first stage before the second, which reads its choices from the rows.
 The test split is read by the final stage only, after the last epoch of each run; nothing is chosen by it. CEKD has more candidates to choose from than the others have, on small held-out parts:
 the selection table shows all of them."""
 import json,sys,time
+from functools import lru_cache
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pandas as pd,torch
@@ -128,11 +129,16 @@ def forward_macs(f, x):
     with torch.no_grad(), FlopCounterMode(display=False) as count: out = f(x)
     return count.get_total_flops()/2,out
 
+@lru_cache
+def parts_macs(arch, size, args):
+    "Multiply-adds of the trunk, and of a branch with its head, for one image; `args` is JSON"
+    net = branch_net(arch, 50, 1, pretrained=False, **json.loads(args)).eval()
+    t,m = forward_macs(net.trunk, torch.zeros(1,3,size,size))
+    return t,forward_macs(lambda o: net.heads[0](net.branches[0](o)), m)[0]
+
 def step_macs(s, j):
     "Multiply-adds of a training step per image: a pass that trains costs three times its forward, one that does not once"
-    net = branch_net(s['arch'], 50, 1, pretrained=False, **s['arch_args']).eval()
-    t,m = forward_macs(net.trunk, torch.zeros(1,3,s['size'],s['size']))
-    b,_ = forward_macs(lambda o: net.heads[0](net.branches[0](o)), m)
+    t,b = parts_macs(s['arch'], s['size'], json.dumps(s['arch_args']))
     n,mix,cekd = j['branches'],config['mixes'][j['mix']] if j['mix'] else dict(prob=0, mix=None),j['cekd']
     trained = (1 if s['freeze_trunk'] else 3)*t + 3*n*b
     if cekd is None: return trained + (mix['prob']*(t+n*b) if mix['mix']=='snapmix' else 0)

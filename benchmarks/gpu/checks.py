@@ -30,8 +30,15 @@ class Run:
     def __init__(self, stage, out, seconds, dry):
         self.stage,self.out,self.dry = stage,Path(out),dry
         self.end = time.time()+seconds
+        self.begun = self.out/f'{stage}.begun' # names the item that runs now
+        if self.begun.exists(): self.died()
         rows = done_rows(self.out)
-        self.done = {r['item'] for r in rows if r['stage']==stage and r.get('ok') is not False}
+        self.done = {r['item'] for r in rows if r['stage']==stage and (r.get('ok') is not False or r.get('died'))}
+
+    def died(self):
+        "The process before this one ended within an item: that is its result, and it is not run again"
+        self.note(self.begun.read_text(), ok=False, died=True, error='the process ended while this ran')
+        self.begun.unlink()
 
     def note(self, item, **row):
         "Write a result"
@@ -48,8 +55,10 @@ class Run:
     def do(self, item, f, *args):
         "Run one item and write what it returns"
         start = time.time()
+        self.begun.write_text(item)
         try: row = f(*args)
         except Exception as e: row = failure(e)
+        self.begun.unlink(missing_ok=True)
         self.note(item, **(dict(ok=True)|(row or {})), seconds=round(time.time()-start, 2))
 
 def done_rows(out):
@@ -395,6 +404,47 @@ def mixing(run):
         med = {k:statistics.median(v) for k,v in times.items()}
         return dict(ms={k:round(1000*v, 4) for k,v in med.items()}, over_ours={k:round(v/med['ours'], 3) for k,v in med.items()})
     for op in run.each(list(dict.fromkeys(o for o,_,_ in ms))): run.do(op, measure, op)
+
+# --- the study on all 200 species
+
+def birds_room():
+    "The study's own script"
+    sys.path.insert(0, str(here.parent/'cekd'))
+    import birds
+    return birds
+
+def tiny_birds(birds, folder, n_species=4):
+    "In the place of the 200 species a few drawn ones, and a tiny network with random weights; the study's settings for them"
+    import numpy as np,timm,torch
+    import names
+    c = birds.read_config('birds200') | dict(classes=n_species, stored=48, size=32, bs=8, arch='test_efficientnet', weights='tiny.pth', workers=1)
+    c |= dict(epochs={'from':2,'to':2,'waves':1}, layouts=['channels_first'])
+    where = names.make_birds(folder/'drawn', n_species=n_species, n_images=6, n_train=4, size=48, n_workers=0, progress=False)
+    files = sorted((where/'images').rglob('*.jpg'))
+    kinds = sorted({o.parent.name for o in files})
+    jpegs = [birds.square(o, 48, 75, 'WEBP') for o in files]
+    np.savez(folder/'birds.npz', jpegs=np.frombuffer(b''.join(jpegs), np.uint8), ends=np.cumsum([len(o) for o in jpegs]),
+        label=np.array([kinds.index(o.parent.name) for o in files], np.int16), test=np.arange(len(files))%6>3)
+    torch.save(timm.create_model(c['arch']).state_dict(), folder/c['weights'])
+    birds.note_commit(folder)
+    return c
+
+@stage
+def study(run):
+    "One seed of the whole-network study on all 200 species: each of its runs is a row of `birds200.jsonl`, and is not run again"
+    birds,bundle = birds_room(),here.parents[2]/'data'/'birds'
+    if not run.dry and not bundle.is_dir(): return run.note('(all)', ok=None, note='the kit was prepared without the archive of CUB-200-2011')
+    with tempfile.TemporaryDirectory() as tmp:
+        c = tiny_birds(birds, (bundle := Path(tmp))) if run.dry else birds.read_config('birds200')
+        file = run.out/f"{c['name']}.jsonl"
+        wanted = {o['row'] for o in birds.jobs(c, c['epochs']['from'], {})}
+        had = {r['row'] for r in birds.read_rows(file) if 'accuracy' in r}
+        if not wanted<=had: birds.run(c, bundle, run.out, run.end-time.time(), device(run), c['workers'], time.time())
+    for r in birds.read_rows(file):
+        if 'error' in r and r['row'] not in had: run.note(r['row'], ok=False, error=r['error'])
+        if 'accuracy' in r and r['row'] not in had: run.note(r['row'], ok=True, accuracy=r['accuracy'], seconds=r['seconds'])
+        had |= {r['row']} if 'accuracy' in r else set()
+    if left := sorted(wanted-had): run.note('(rest)', ok=None, note=f"not run: {', '.join(left)}; start again to go on")
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)

@@ -1,13 +1,16 @@
 """Gather what a bare machine with Python, torch and timm needs to run the checks: `python benchmarks/gpu/prepare.py`.
 
 It writes `.gpu/wheels` (fastai and its small dependencies), `.gpu/kit` (the library, the checks, the cells of notebooks,
-tests, a few small photographs where an archive of CIFAR-100 is at hand) and `.gpu/kit/run.sh`, which installs and runs."""
+tests, a few small photographs where an archive of CIFAR-100 is at hand, all 200 species of CUB at 128 px and the weights of
+EfficientNet-Lite0 where their archives are) and `.gpu/kit/run.sh`, which installs and runs. Both are under 60 MB together."""
 import argparse,json,os,shutil,subprocess,sys,tarfile
 from importlib import metadata
 from pathlib import Path
 from cells import all_cuda_cells,cuda_tests,missing_names
 
 repo = Path(__file__).resolve().parents[2]
+MOST = 60 # MB of wheels and kit
+STUDY = repo/'benchmarks'/'cekd' # the study on birds
 CARRIED = ['fastai','fastcore','fasttransform','fastdownload','fastprogress','python-fasthtml','plum-dispatch','beartype','starlette','itsdangerous','python-multipart',
     'httpx2','httpcore2','truststore']
 # What the machine has; the check below lets nothing else be imported.
@@ -67,6 +70,13 @@ def photographs(archive, dest, n_classes=20, n_train=20, n_test=5):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(f.extractfile(o).read())
 
+def species(folder, dest):
+    "All 200 species and the weights for the study, if `folder` has their archives; packed once"
+    sys.path.insert(0, str(STUDY))
+    import birds
+    if (dest/'birds.npz').exists(): return birds.note_commit(dest)
+    if all((folder/f'{o}.tgz').is_file() for o in ('CUB_200_2011','weights-efficientnet-lite')): birds.pack(birds.read_config('birds200'), folder, dest)
+
 def copy(src, dest): shutil.copytree(src, dest, ignore=shutil.ignore_patterns('__pycache__','*.pyc'))
 
 if __name__=='__main__':
@@ -75,12 +85,17 @@ if __name__=='__main__':
     p.add_argument('--out', type=Path, default=repo/'.gpu'/'kit')
     p.add_argument('--wheels', type=Path, default=repo/'.gpu'/'wheels')
     p.add_argument('--pictures', type=Path, default=data/'cifar100-mini.tgz', help='archive with train/CLASS/*.png and test/CLASS/*.png')
+    p.add_argument('--birds', type=Path, default=data, help='folder with CUB_200_2011.tgz and weights-efficientnet-lite.tgz')
     a = p.parse_args()
     wheels(a.wheels)
+    packed = a.out.parent/'birds200'
+    species(a.birds, packed)
     shutil.rmtree(a.out, ignore_errors=True)
     src = a.out/'src'
     copy(repo/'cekd_fastai', src/'cekd_fastai')
     copy(repo/'benchmarks'/'gpu', src/'benchmarks'/'gpu')
+    (src/'benchmarks'/'cekd').mkdir()
+    for o in ('birds.py','birds_train.py','birds.json','birds200.json'): shutil.copy(STUDY/o, src/'benchmarks'/'cekd'/o)
     (src/'tests').mkdir()
     for o in {o.partition('::')[0] for o in cuda_tests(repo/'tests')}|{'conftest.py'}: shutil.copy(repo/'tests'/o, src/'tests'/o)
     parts = all_cuda_cells(repo/'nbs')
@@ -88,9 +103,11 @@ if __name__=='__main__':
         if lost := missing_names(o): print(f"WARNING: {o['notebook']}: its `#| cuda` cells cannot run, for want of {lost}")
     (src/'benchmarks'/'gpu'/'cells.json').write_text(json.dumps(parts, indent=1))
     if a.pictures.is_file(): photographs(a.pictures, a.out/'data'/'pictures')
+    if packed.is_dir(): shutil.copytree(packed, a.out/'data'/'birds')
     (a.out/'run.sh').write_text(RUN)
     (a.out/'run.sh').chmod(0o755)
     env = dict(os.environ, PYTHONPATH=f"{src}{os.pathsep}{src/'benchmarks'/'gpu'}")
     subprocess.run([sys.executable, '-W', 'ignore', '-c', IMPORTS, ','.join(CARRIED+GIVEN)], check=True, env=env)
     size = lambda d: sum(o.stat().st_size for o in d.rglob('*') if o.is_file())/2**20
+    if (total := size(a.out)+size(a.wheels))>MOST: sys.exit(f'prepare: wheels and kit have {total:.1f} MB, more than {MOST}.')
     print(f'{a.out}: {size(a.out):.1f} MB; {a.wheels}: {size(a.wheels):.1f} MB; {len(parts)} notebooks with cells for a GPU')

@@ -1,14 +1,18 @@
 """Run the checks on a GPU within a budget: `python benchmarks/gpu/run.py [--seconds 150] [--dry]`.
 
 What a GPU can disprove runs first, in parallel: cells and tests that ask for one, short runs, synchronisations of a step,
-numbers in half precision and compiled. Then, alone on the device, times and peak memory. Each result is a line of
-`results.jsonl` in the output folder; a second start goes on where the first ended."""
+numbers in half precision and compiled. Then, alone on the device, times and peak memory, and last, with a limit of its own
+(`--study`), one seed of the study on 200 species. Each result is a line of `results.jsonl` in the output folder; a second
+start goes on where the first ended. A process that ends before its time is started again: the item that ended it is its
+result, and the next one runs."""
 import argparse,json,os,shutil,signal,subprocess,sys,time
 from pathlib import Path
 from checks import STAGES,done_rows,here
 
 TOGETHER = [['cells','tests','fit'],['sync'],['numbers'],['compiled']]
 ALONE = ['peaks','mixing','steps']
+LAST = ['study']
+RETRIES = 3 # of a process that ends before its time
 LIMIT = 540 # seconds that `--then` and the checks may take together
 
 def start(stages, a, seconds, log):
@@ -17,16 +21,26 @@ def start(stages, a, seconds, log):
     env = dict(os.environ, PYTHONUNBUFFERED='1', TOKENIZERS_PARALLELISM='false')
     return subprocess.Popen(cmd, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
 
-def finish(procs, end):
-    "Wait for processes until `end`; those that are late are ended, with what they started"
-    late = []
-    for stages,p in procs:
-        try: p.wait(max(end-time.time(), .1))
-        except subprocess.TimeoutExpired:
-            os.killpg(p.pid, signal.SIGKILL)
-            p.wait()
-            late += stages
-    return late
+def finish(procs, end, again, out):
+    "Wait for `[stages, process]` until `end`; `again` starts those that broke off, and those that are late are ended, with what they started"
+    tries,broken = {},[]
+    while time.time()<end and any(p.poll()!=0 for _,p in procs):
+        for o in [o for o in procs if o[1].poll()]: # a code that is not 0
+            k = tries[id(o)] = tries.get(id(o), 0)+1
+            if k<=RETRIES: o[1] = again(o[0], end-time.time())
+            else:
+                broken.append(o)
+                procs.remove(o)
+        time.sleep(.2)
+    late = [o for o in procs if o[1].poll() is None]
+    for stages,p in late:
+        os.killpg(p.pid, signal.SIGKILL)
+        p.wait()
+        for s in stages: (out/f'{s}.begun').unlink(missing_ok=True) # time ended it, not the item
+    for stages,_ in late:
+        for s in stages: note(out, stage=s, item='(process)', ok=None, note='ended at its time limit; start again to go on')
+    for stages,p in broken:
+        for s in stages: note(out, stage=s, item='(process)', ok=False, error=f'ended with code {p.returncode} {RETRIES+1} times; log.txt has why')
 
 def note(out, **row):
     with open(out/'results.jsonl', 'a') as f: f.write(json.dumps(row)+'\n')
@@ -57,6 +71,7 @@ def summary(rows):
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seconds', type=float, default=150, help='budget of the checks')
+    p.add_argument('--study', type=float, default=330, help='seconds that the study on 200 species may take after them; 0: without it')
     p.add_argument('--out', type=Path, default=Path(os.environ.get('OUT') or 'gpu-results'), help='folder of the results')
     p.add_argument('--dry', action='store_true', help='without a GPU: tiny sizes, and a GPU that knows shapes only')
     p.add_argument('--resume', type=Path, help='results.jsonl of an earlier run to go on from')
@@ -65,18 +80,20 @@ if __name__=='__main__':
     a = p.parse_args()
     begin = time.time()
     a.out.mkdir(parents=True, exist_ok=True)
-    if a.resume and a.resume.exists() and not (a.out/'results.jsonl').exists(): shutil.copy(a.resume, a.out/'results.jsonl')
+    for o in ('results.jsonl','birds200.jsonl') if a.resume else (): # the study's rows lie beside the results
+        if a.resume.with_name(o).exists() and not (a.out/o).exists(): shutil.copy(a.resume.with_name(o), a.out/o)
     wanted = lambda stages: [s for s in stages if not a.only or s in a.only]
     end = begin+a.seconds
     with open(a.out/'log.txt', 'a') as log:
         share = .55 if wanted(ALONE) else 1.
         first = end-(1-share)*a.seconds
-        procs = [(s,start(s, a, share*a.seconds-5, log)) for s in map(wanted, TOGETHER) if s]
-        late = finish(procs, first)
-        if wanted(ALONE):
-            left = end-time.time()
-            late += finish([(wanted(ALONE),start(wanted(ALONE), a, left-5, log))], end)
-    for s in late: note(a.out, stage=s, item='(process)', ok=None, note='ended at its time limit; start again to go on')
+        again = lambda s,seconds: start(s, a, seconds-5, log)
+        procs = [[s,again(s, share*a.seconds)] for s in map(wanted, TOGETHER) if s]
+        finish(procs, first, again, a.out)
+        if wanted(ALONE): finish([[wanted(ALONE),again(wanted(ALONE), end-time.time())]], end, again, a.out)
+        if wanted(LAST) and a.study:
+            stop = time.time()+min(a.study, LIMIT-(time.time()-begin))
+            finish([[LAST,again(LAST, stop-time.time())]], stop, again, a.out)
     text = summary(done_rows(a.out))
     (a.out/'summary.md').write_text(text+'\n')
     print(text, flush=True)

@@ -11,6 +11,7 @@ __all__ = ['joint_loss', 'css_losses', 'css_ratios', 'CSS']
 from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
 from ..core import check_above,check_share
+from ..steps import step_pct
 from ..mix.core import MixRecord
 from ..losses import mixed_loss,ramp_up,soft_kl,soft_log_probs
 from ..distill import Distill
@@ -87,7 +88,7 @@ class CSS(Distill):
     def weights(self):
         "The ratios of the two task losses, on the ramp"
         ratios = css_ratios(self.parts['ce_1'], self.parts['ce_2'], self.detach_ratio)
-        r = ramp_up(self.learn.pct_train, self.ramp)
+        r = ramp_up(step_pct(self.learn), self.ramp)
         return {k:r*v for k,v in ratios.items()}
 
 # %% ../../nbs/41_css.callback.ipynb #cs-check

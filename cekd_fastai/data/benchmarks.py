@@ -65,12 +65,12 @@ def _smallest(table):
 # %% ../../nbs/11_data.benchmarks.ipynb #registry
 # chkstyle: off
 _OXFORD = 'https://www.robots.ox.ac.uk/~vgg/data/'
-_DOGS = 'http://vision.stanford.edu/aditya86/ImageNetDogs/'
+_DOGS = 'https://vision.stanford.edu/aditya86/ImageNetDogs/'
 _CINIC = 'https://datashare.ed.ac.uk/bitstream/handle/10283/3192/CINIC-10.tar.gz'
-_SVHN = 'http://ufldl.stanford.edu/housenumbers/'
+_SVHN = 'https://ufldl.stanford.edu/housenumbers/'
 
 _FILES = dict( # (url, md5, folder to put it into)
-    aircraft=[(f'{_OXFORD}fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz', None, '')],
+    aircraft=[(f'{_OXFORD}fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz', 'd4acdd33327262359767eeaa97a4f732', '')],
     dogs=[
         (f'{_DOGS}images.tar', '1bb1f2a596ae7057f99d7d75860002ef', ''),
         (f'{_DOGS}lists.tar', 'edbb9f16854ec66506b5f09b583e0656', '')],
@@ -84,7 +84,7 @@ _FILES = dict( # (url, md5, folder to put it into)
     cifar10=[(tvd.CIFAR10.url, tvd.CIFAR10.tgz_md5, '')],
     cifar100=[(tvd.CIFAR100.url, tvd.CIFAR100.tgz_md5, '')],
     cinic10=[(_CINIC, '6ee4d0c996905fe93221de577967a372', '')],
-    svhn=[(url, md5, '') for url,_,md5 in (tvd.SVHN.split_list['train'],tvd.SVHN.split_list['test'])])
+    svhn=[(url.replace('http:', 'https:'), md5, '') for url,_,md5 in (tvd.SVHN.split_list['train'],tvd.SVHN.split_list['test'])])
 
 STATS = dict( # Mean and standard deviation of the training part
     cifar10=([0.4914,0.4822,0.4465], [0.2470,0.2435,0.2616]),

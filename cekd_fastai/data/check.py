@@ -12,10 +12,11 @@ import math,shutil
 from fastai.vision.all import *
 from scipy.io import savemat
 from ..core import check_count,whole_folder
+from .safe import check_inside,read_mats
 from .table import ImageTable
 from .image import ResizeShort,_in_threads,open_image,unreadable
 from .folders import images_of
-from .readers import _CARS_CORNERS,_cars_corners,_folder,_id_lines,_mat_rows
+from .readers import _CARS_CORNERS,_cars_corners,_folder,_id_lines
 from .benchmarks import BENCHMARKS,read_table
 
 # %% ../../nbs/14_data.check.ipynb #verify
@@ -89,14 +90,15 @@ def _scale_aircraft(src, dst, ratio):
 
 def _scale_cars(src, dst, ratio):
     "Write corners of Cars, scaled by the ratio of each picture"
-    rows = _mat_rows(src, 'annotations').copy()
+    rows = read_mats([(src,'annotations')])[0]
     in_devkit = src.parent.name=='devkit'
     folder = src.parent.parent/'cars_train' if in_devkit else src.parent/'cars_test'
     for o in rows:
         r = ratio.get(folder/str(o['fname']), 1)
         scaled = _scale_corners(_cars_corners(o), r)
         for k,v in zip(_CARS_CORNERS, scaled): o[k] = v
-    savemat(dst, dict(annotations=rows))
+    struct = np.array([tuple(o.values()) for o in rows], dtype=[(k,object) for k in rows[0]])
+    savemat(dst, dict(annotations=struct))
 
 _SCALE = {'bounding_boxes.txt':_scale_cub, 'images_box.txt':_scale_aircraft}
 _SCALE |= dict.fromkeys(('cars_train_annos.mat','cars_test_annos_withlabels.mat'), _scale_cars)
@@ -157,6 +159,8 @@ def presize(
     if dest.exists():
         if _is_copy(dest, what): return dest
         raise FileExistsError(f'{dest} exists and is not this copy: delete it, or choose another dest')
+    check_inside(t.files, t.root, source, links=False)
+    check_inside(t.sources, t.root, source)
     with whole_folder(dest) as tmp:
         def new(files): return {o: tmp/o.relative_to(t.root) for o in files}
         ratio = _shrink_all(new(t.files), size, quality, n_workers)

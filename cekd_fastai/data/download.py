@@ -8,11 +8,12 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/data.download.html.md"""
 __all__ = ['unpack', 'fetch_files', 'fetch_url', 'fetch_by_hand']
 
 # %% ../../nbs/08_data.download.ipynb #imports
-import fastai.data,hashlib,shutil,stat,tarfile,tempfile,zipfile
+import bz2,fastai.data,gzip,hashlib,lzma,shutil,stat,tarfile,tempfile,zipfile
 from fastai.vision.all import *
 from fastdownload import FastDownload,download_url
 from pathlib import PurePosixPath
 from ..core import whole_folder
+from .safe import _is_below
 
 # %% ../../nbs/08_data.download.ipynb #hash
 def _first_line(e): return f'{type(e).__name__}: {e}'.splitlines()[0]
@@ -31,13 +32,28 @@ def _check_md5(file, md5):
     if has!=md5: raise OSError(f'its md5 is {has}, and should be {md5}')
 
 # %% ../../nbs/08_data.download.ipynb #get
+def _addresses(url, md5):
+    "Where to get a file: over https first, over http only from this machine or with a hash to compare"
+    scheme,_,rest = url.partition('://')
+    host = re.split('[:/]', rest)[0]
+    if host in ('localhost','127.0.0.1') or scheme not in ('http','https'): return [url]
+    return [f'https://{rest}'] + [f'http://{rest}']*(md5 is not None)
+
+def _download(urls, file):
+    "Download `file` from the first address that has it"
+    *others,last = urls
+    for o in others:
+        try: return download_url(o, file, timeout=60)
+        except Exception: file.unlink(missing_ok=True)
+    return download_url(last, file, timeout=60)
+
 def _get(url, arch, md5=None):
     "Download `url` to file `arch`, whole and with the published hash, or not at all; a file that is there is used"
     if arch.exists(): return arch
     arch.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix='.partial-', dir=arch.parent))
     try:
-        new = download_url(url, tmp/arch.name, timeout=60)
+        new = _download(_addresses(url, md5), tmp/arch.name)
         published = FastDownload(fastai_cfg(), module=fastai.data)
         if not published.check(url, new): raise OSError('size or hash are not those that fastai publishes')
         _check_md5(new, md5)
@@ -59,32 +75,84 @@ def _check_member(
     link=None,  # Target of a link
     plain=True, # Is it a file, a folder or a link?
 ):
-    "Refuse a member that could write outside the folder"
+    "Refuse a member that could write outside the folder, or that leads back into it"
     if _escapes(name): bad = 'reaches'
     elif link and _escapes(link): bad = f'is a link to {link!r}, which may reach'
     elif not plain: bad = 'is a device, not a file, and may reach'
+    elif link is not None and not PurePosixPath(link).parts: bad = f'is a link to {link!r}, its own folder, and not'
     else: return
     raise ValueError(f'its member {name!r} {bad} outside the folder')
 
 # %% ../../nbs/08_data.download.ipynb #extract
-def _extract_tar(arch, dest):
+_SMALL = 100*2**20 # Bytes that any archive may grow to: lists and labels alone shrink more than pictures
+
+class _Bounds:
+    "Counts the members and bytes of an archive, and refuses one too many"
+    def __init__(self, arch, max_gb, max_ratio, max_files):
+        size = max(os.path.getsize(arch)*max_ratio, _SMALL)
+        self.most,self.files = min(size, max_gb*2**30),max_files
+        self.n,self.bytes = 0,0
+
+    def add(self, size):
+        "Count one more member"
+        self.n,self.bytes = self.n+1,self.bytes+size
+        if self.n>self.files: raise ValueError(f'it holds more than {self.files:,} files: if you trust it, raise max_files')
+        if self.bytes<=self.most: return
+        raise ValueError(f'it would grow to more than {self.most/2**20:,.0f} MiB: if you trust it, raise max_ratio or max_gb')
+
+class _Stream:
+    "A file of which a part is read at a time, up to an end"
+    def __init__(self, f, most): self.f,self.most = f,most
+    def tell(self): return self.f.tell()
+    def read(self, n):
+        "The next `n` bytes"
+        if not 0<=n<=2**20: raise ValueError('it has a note about a member of more than 1 MiB')
+        return self.f.read(n)
+    def seek(self, to):
+        "Go to a place"
+        if to>self.most: raise ValueError('its members end behind the end of the archive')
+        return self.f.seek(to)
+
+# %% ../../nbs/08_data.download.ipynb #extract-tar
+_PACKED = {b'\x1f\x8b':gzip.open, b'BZh':bz2.open, b'\xfd7zXZ':lzma.open}
+
+def _open_stream(arch):
+    "The tar file in an archive, compressed or not"
+    with open(arch, 'rb') as f: head = f.read(5)
+    f = first(v for k,v in _PACKED.items() if head.startswith(k)) or open
+    return f(arch, 'rb')
+
+def _check_link(o, dest):
+    "Refuse a link that is written already and leads out, or a second name of a file that has yet to come"
+    if o.islnk() and not (dest/o.linkname).exists(): raise ValueError(f'its member {o.name!r} is a link to a later one')
+    real,home = os.path.realpath(dest/o.name),os.path.realpath(dest)
+    if not _is_below(real, home): raise ValueError(f'its member {o.name!r} reaches outside the folder')
+
+def _extract_tar(arch, dest, bounds):
     safe = dict(filter='data') if hasattr(tarfile, 'data_filter') else {}
-    with tarfile.open(arch) as f:
+    with _open_stream(arch) as raw, tarfile.open(fileobj=_Stream(raw, 2*bounds.most+2**30), mode='r:') as f:
         for o in f:
             is_link = o.issym() or o.islnk()
             plain = o.isfile() or o.isdir() or is_link
             _check_member(o.name, o.linkname if is_link else None, plain)
+            bounds.add(0 if is_link else o.size)
+            _check_link(o, dest)
             f.extract(o, dest, **safe)
+            if is_link: _check_link(o, dest)
+            f.members = [] # which it would keep for later, each
 
-def _extract_zip(arch, dest):
+# %% ../../nbs/08_data.download.ipynb #extract-all
+def _extract_zip(arch, dest, bounds):
     with zipfile.ZipFile(arch) as f:
-        for o in f.infolist(): _check_member(o.filename, plain=not stat.S_ISLNK(o.external_attr>>16))
+        for o in f.infolist():
+            _check_member(o.filename, plain=not stat.S_ISLNK(o.external_attr>>16))
+            bounds.add(o.file_size)
         f.extractall(dest)
 
-def _extract(arch, dest):
+def _extract(arch, dest, max_gb=500, max_ratio=100, max_files=5_000_000):
     "Extract tar or zip file `arch` into folder `dest`; `OSError` names an archive that cannot be"
     f = _extract_zip if zipfile.is_zipfile(arch) else _extract_tar
-    try: f(arch, dest)
+    try: f(arch, dest, _Bounds(arch, max_gb, max_ratio, max_files))
     except Exception as e:
         remedy = 'replace it, or delete it to download it again'
         raise OSError(f'{arch} cannot be extracted ({_first_line(e)}): {remedy}') from e
@@ -101,13 +169,16 @@ def _flatten(path):
 def unpack(
     arch:Path, # Tar (plain or compressed) or zip file
     dest:Path, # Folder to make
-    flat=False # Leave out a single folder at the top of the archive
+    flat=False, # Leave out a single folder at the top of the archive
+    max_gb=500,    # Most that the files may take
+    max_ratio=100, # Most times that they may be as large as the archive, once they take 100 MiB
+    max_files=5_000_000 # Most files, folders and links
 )->Path:       # `dest`
-    "Extract an archive in full or not at all; `OSError` if it is damaged or would write outside of `dest`"
+    "Extract an archive in full or not at all; `OSError` if it is damaged, too large, or would write outside of `dest`"
     arch,dest = Path(arch),Path(dest)
     if dest.exists(): raise FileExistsError(f'{dest} exists: delete it, or choose another dest')
     with whole_folder(dest) as tmp:
-        _extract(arch, tmp)
+        _extract(arch, tmp, max_gb, max_ratio, max_files)
         if flat: _flatten(tmp)
     return dest
 

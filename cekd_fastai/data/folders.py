@@ -1,4 +1,4 @@
-"""Which pictures lie in a folder, which of its folders are classes, and which are parts; what is left out is said
+"""Which pictures lie in a folder, which of its folders are classes, and which are parts; what is left out is reported
 
 Docs: https://cekd-fastai.github.io/cekd_fastai/data.folders.html.md"""
 
@@ -12,6 +12,7 @@ import warnings
 from fastai.vision.all import *
 from ..core import few
 from .words import part_of_name
+from .safe import _is_below
 from .image import HEIF_SUFFIXES,IMAGE_SUFFIXES
 from .table import ImageTable,_split
 
@@ -42,7 +43,7 @@ class FolderTree:
 
     def _is_new(self, real):
         "Whether a real folder was not read yet, nor one in it"
-        return real not in self.seen and not any(o.startswith(f'{real}{os.sep}') for o in self.seen)
+        return real not in self.seen and not any(_is_below(o, real) for o in self.seen)
 
     def _walk(self, top):
         "Read the real folders from `top` downwards; returns the links to folders"

@@ -241,7 +241,7 @@ def fine_grained_dls(
     verify=False,      # Decode every image once, warn of those that cannot be read, and leave them out
     num_workers=None,  # Processes that load images; one for each CPU if None, up to 16
     root=None,         # Folder with the files of a named benchmark; fastai's data folder if None
-    path=None,         # Where a `Learner` saves models; the folder of the data set if None
+    path='.',          # Where a `Learner` saves and exports models: the folder you work in, not that of the pictures
     in_memory=False,   # Read every picture once and keep it in memory; with the recipe's item transforms only
     item_tfms=None,    # To replace those of the same class in `recipe_tfms`, or to add
     batch_tfms=None,   # To replace `Normalize`, or to add
@@ -263,7 +263,7 @@ def fine_grained_dls(
         kwargs.setdefault('dl_type', MemoryDL)
         num_workers = 0 # Processes would each copy the store
     elif balanced: kwargs['dl_type'] = BalancedDL
-    dls = block.dataloaders(t, bs=bs, num_workers=num_workers, path=ifnone(path, t.root), **kwargs)
+    dls = block.dataloaders(t, bs=bs, num_workers=num_workers, path=path, **kwargs)
     dls.table = t
     recipe = recipe or t.recipe
     if in_memory: _fill(dls, size or RECIPES[recipe], recipe, block.boxes)

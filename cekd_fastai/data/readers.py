@@ -8,11 +8,12 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/data.readers.html.md"""
 __all__ = ['cub_folder', 'read_cub', 'read_cars', 'read_aircraft', 'read_pets', 'read_flowers', 'read_dogs', 'read_small']
 
 # %% ../../nbs/10_data.readers.ipynb #imports
+import math
 from fastai.vision.all import *
-from scipy.io import loadmat
 from torchvision import datasets as tvd
 from ..core import few,whole_folder
 from .words import _all_there,not_there,read_text
+from .safe import check_inside,read_mats
 from .table import ImageTable
 from .folders import images_of,read_folders
 
@@ -46,8 +47,9 @@ def _column(path, name, ids, ok):
 
 def _floats(line):
     "The numbers of a line, none if it holds anything else"
-    try: return [float(v) for v in line.split()]
+    try: res = [float(v) for v in line.split()]
     except ValueError: return []
+    return res if all(map(math.isfinite, res)) else []
 
 def _numbers(file, ids, n=4):
     "The `n` numbers after each of `ids` in `file`, or None if there is no such file"
@@ -108,6 +110,7 @@ def read_cub(
     labels = [names[o] for o in ys]
     is_valid = [o=='0' for o in _column(root, 'train_test_split.txt', images, ['0','1'])]
     files = [root/'images'/o for o in images.values()]
+    check_inside(files, root, root/'images.txt')
     _all_there(files, root/'images.txt', _AGAIN)
     boxes = _numbers(root/'bounding_boxes.txt', images)
     sources = [o for o in root.glob('*.txt') if o.stem in _CUB_FILES]
@@ -120,26 +123,42 @@ def _above(path, name):
     if path.name==name and path.is_dir(): return path.parent
     return _folder_with(path, name)
 
-def _tv_items(root, base, cls, part, **kwargs):
-    "Pairs of file and class number of one part of a torchvision data set, and its class names"
-    try: ds = cls(root, split=part, **kwargs)
-    except (RuntimeError,OSError) as e:
-        what = f'{root/base} lacks files of {cls.__name__} or they were changed ({e})'
-        raise FileNotFoundError(f'{what}: extract the archive again') from e
-    if cls is tvd.OxfordIIITPet: items = zip(ds._images, ds._labels) # It has no `loader`, and would open every picture
-    else: items = [ds[i] for i in range(len(ds))]
-    return items,ds.classes
-
-def _read_tv(path, base, cls, sources, train=('train',), boxes=None, recipe='crop', **kwargs):
-    "The table of torchvision data set `cls`, whose files lie in folder `base`"
+def _root_above(path, base):
+    "As `_above`; `FileNotFoundError` if there is none"
     root = _above(path, base)
     if root is None: raise FileNotFoundError(f'no folder {base} in {path}: pass the folder that holds it')
+    return root
+
+# %% ../../nbs/10_data.readers.ipynb #tv-rows
+def _part_rows(root, cls, part, **kwargs):
+    "Rows (file, class, is it for the test) of one part of a torchvision data set, and its class names"
+    ds = cls(root, split=part, **kwargs)
+    if cls is tvd.OxfordIIITPet: items = zip(ds._images, ds._labels) # It has no `loader`, and would open every picture
+    else: items = [ds[i] for i in range(len(ds))]
+    names = dict(enumerate(ds.classes)) # A list takes negative numbers too
+    return [(Path(f), names[y], part=='test') for f,y in items],ds.classes
+
+def _tv_rows(root, base, cls, parts, **kwargs):
+    "Columns files, classes and is_valid of a torchvision data set, and its class names"
+    rows,classes = [],{}
+    try:
+        for part in parts:
+            new,names = _part_rows(root, cls, part, **kwargs)
+            rows += new
+            classes |= dict.fromkeys(names)
+    except Exception as e: # torchvision's readers trust their files
+        what = f'{root/base} lacks files of {cls.__name__} or they were changed ({type(e).__name__}: {e})'
+        raise FileNotFoundError(f'{what}: extract the archive again') from e
+    if not rows: raise ValueError(f'{root/base} lists no pictures: extract the archive again')
+    return *zip(*rows),list(classes)
+
+# %% ../../nbs/10_data.readers.ipynb #tv-read
+def _read_tv(path, base, cls, sources, train=('train',), boxes=None, recipe='crop', **kwargs):
+    "The table of torchvision data set `cls`, whose files lie in folder `base`"
+    root = _root_above(path, base)
     if cls is not tvd.OxfordIIITPet: kwargs['loader'] = Path
-    rows = []
-    for part in (*train,'test'):
-        items,classes = _tv_items(root, base, cls, part, **kwargs)
-        rows += [(Path(f), classes[y], part=='test') for f,y in items]
-    files,labels,is_valid = zip(*rows)
+    files,labels,is_valid,classes = _tv_rows(root, base, cls, (*train,'test'), **kwargs)
+    check_inside(files, root/base, f'a list of {cls.__name__}')
     _all_there(files, cls.__name__, _AGAIN)
     found = [o for s in sources for o in sorted((root/base).glob(s))]
     boxes = boxes and boxes(root/base, files)
@@ -156,26 +175,45 @@ def _as_boxes(corners):
     start = corners[:,:2]-1
     return np.hstack([start, corners[:,2:]-start])
 
-def _mat_rows(file, key):
-    "The rows of an array or a structure in a MATLAB file"
-    return np.atleast_1d(loadmat(file, squeeze_me=True)[key])
-
-# %% ../../nbs/10_data.readers.ipynb #boxes2
 def _aircraft_boxes(base, files):
     corners = _numbers(base/'data'/'images_box.txt', [o.stem for o in files])
     return None if corners is None else _as_boxes(corners)
 
+# %% ../../nbs/10_data.readers.ipynb #boxes2
 def _cars_corners(row): return [int(row[o]) for o in _CARS_CORNERS]
 
-def _cars_boxes(base, files):
-    rows = [o for f in _CARS_MATS for o in _mat_rows(base/f, 'annotations')]
-    return _as_boxes([_cars_corners(o) for o in rows])
+def _cars_row(row, names, where):
+    "File, class and corners of a row of Cars; `ValueError` names one that has none"
+    fault = f'{where} has no file, class and box: {_AGAIN}'
+    try: return str(row['fname']),dict(enumerate(names, 1))[row['class']],_cars_corners(row)
+    except (TypeError,KeyError,ValueError,OverflowError) as e: raise ValueError(fault) from e
+
+def _cars_rows(base):
+    "Rows (file, class, corners, is it for the test) of Cars, and its class names"
+    items = [(base/'devkit'/'cars_meta.mat','class_names'), *((base/o,'annotations') for o in _CARS_MATS)]
+    gone = [str(f.relative_to(base)) for f,_ in items if not f.exists()]
+    if gone: raise FileNotFoundError(f'{base} lacks files of StanfordCars ({few(gone)}): {_AGAIN}')
+    names,*parts = read_mats(items)
+    names = [str(o) for o in names]
+    rows = []
+    for folder,(file,_),part in zip(('cars_train','cars_test'), items[1:], parts):
+        new = [_cars_row(o, names, f'{file}, row {i}') for i,o in enumerate(part)]
+        rows += [(base/folder/f, o, corners, folder=='cars_test') for f,o,corners in new]
+    return rows,names
 
 # %% ../../nbs/10_data.readers.ipynb #readers
 def read_cars(path): # `ImageTable`
     "Read Stanford Cars: folder `stanford_cars` with devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat"
-    kwargs = dict(boxes=_cars_boxes, recipe='squeeze')
-    return _read_tv(path, 'stanford_cars', tvd.StanfordCars, ('devkit/*.mat','*.mat'), **kwargs)
+    root = _root_above(path, 'stanford_cars')
+    base = root/'stanford_cars'
+    rows,names = _cars_rows(base)
+    if not rows: raise ValueError(f'{base} lists no pictures: {_AGAIN}')
+    files,labels,corners,is_valid = zip(*rows)
+    check_inside(files, base, 'a list of StanfordCars')
+    _all_there(files, 'StanfordCars', _AGAIN)
+    sources = [o for s in ('devkit/*.mat','*.mat') for o in sorted(base.glob(s))]
+    kwargs = dict(boxes=_as_boxes(corners), recipe='squeeze', sources=sources, must_exist=False)
+    return ImageTable(files, labels, is_valid, names, root, **kwargs)
 
 def read_aircraft(path, level='variant'): # `ImageTable`
     "Read FGVC-Aircraft: folder `fgvc-aircraft-2013b`; `level` is 'variant', 'family' or 'manufacturer'"
@@ -204,9 +242,9 @@ def read_dogs(path): # `ImageTable`
     if root is None:
         remedy = 'pass the folder that holds it, with test_list.mat and Images/'
         raise FileNotFoundError(f'no train_list.mat in {path}: {remedy}')
-    def listed(name): return [root/'Images'/str(o) for o in _mat_rows(root/name, 'file_list')]
-    train = listed('train_list.mat')
-    test = listed('test_list.mat')
+    lists = read_mats([(root/f'{o}_list.mat','file_list') for o in ('train','test')])
+    train,test = ([root/'Images'/str(o) for o in names] for names in lists)
+    check_inside(train+test, root, 'train_list.mat or test_list.mat')
     _all_there(train+test, 'train_list.mat and test_list.mat', _AGAIN)
     return _train_test(train, test, root, sources=sorted(root.glob('*_list.mat')))
 

@@ -12,6 +12,7 @@ import random
 from fastai.vision.all import *
 from ..core import check_count,few,near_hint
 from .words import PART_WORDS,_all_there,_is_blank,_paths,read_sheet
+from .safe import check_inside
 
 # %% ../../nbs/06_data.table.ipynb #recipes
 RECIPES = dict(crop=224, squeeze=224, pad=32, digits=32)
@@ -266,13 +267,15 @@ def from_df(cls:ImageTable,
     **kwargs        # Further arguments of `ImageTable`
 )->ImageTable:
     "Read a table of files and labels; `ValueError` and `FileNotFoundError` name the column, row or file at fault"
-    if not isinstance(df, pd.DataFrame):
-        folder = ifnone(folder, Path(df).parent)
-        df = read_sheet(df)
+    sheet = None if isinstance(df, pd.DataFrame) else Path(df)
+    if sheet:
+        folder = ifnone(folder, sheet.parent)
+        df = read_sheet(sheet)
     root = Path(ifnone(folder, '.'))
     names = _column(df, fn_col, 'file', 0)
     labels = _column(df, label_col, 'label', 1)
     files = _listed_files(names, root, suff)
+    if sheet: check_inside(files, root, sheet)
     labels = [o if _is_blank(o) else str(o) for o in labels]
     is_valid,is_test = _parts(df, valid_col)
     if is_valid is None: is_valid = _draw(labels, _column(df, group_col, None), valid_pct, seed)

@@ -12,9 +12,10 @@ __all__ = ['paint_tail', 'paint_legs', 'paint_body', 'paint_breast', 'paint_wing
 import colorsys,math,numpy as np
 from PIL import Image,ImageChops,ImageDraw,ImageFilter
 from .species import BirdSpec
-from .shapes import Anatomy,Canvas,Pose,SS,ellipse,landmarks,leaf,spline,tone
-from .shapes import _BILLS,_HEAD,_ON_HEAD,_PLUMAGE,_TAIL,_WING,_both_sides,_flat,_quill,_scales
-from .shapes import _breast_mark,_eye_mark,_tail_mark,_wing_mark
+from .shapes import Canvas,SS,ellipse,leaf,spline,tone,_flat
+from .anatomy import Anatomy,Pose,landmarks,_BILLS,_ON_HEAD
+from .marks import _HEAD,_PLUMAGE,_TAIL,_WING,_both_sides,_quill,_scales
+from .marks import _breast_mark,_eye_mark,_tail_mark,_wing_mark
 
 # %% ../../nbs/03_drawing.bird.ipynb #colours
 _RGB = dict( # Colour of each option of a mark that paints something

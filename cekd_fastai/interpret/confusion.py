@@ -163,8 +163,8 @@ def plot_branch_agreement(
         color = 'k' if v>.6 else 'w' # dark on the bright end of the colours
         ax.text(j, i, f'{v:.2f}', ha='center', va='center', color=color, fontsize=8)
     ax.set(title='same predicted class', xticks=range(n), yticks=range(n))
-    ax.set_xticklabels(agreement.columns, fontsize=7)
-    ax.set_yticklabels(agreement.index, fontsize=7)
+    ax.set_xticklabels(agreement.columns, fontsize=8)
+    ax.set_yticklabels(agreement.index, fontsize=8)
     return agreement
 
 # %% ../../nbs/49_interpret.confusion.ipynb #report-code

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from ..core import show_panel,eval_mode,decode_images,unwrap_model
 from ..mix.core import box_share
 from ..cam import cam,map_and_head,semantic_map
-from ..mix.noise import find_evidence
+from ..mix.evidence import find_evidence
 from ..branches import BranchNet,branch_preds
 from ..css.net import joint_label
 from .history import _axes,_labels,_pictures,_vocab

@@ -10,7 +10,7 @@ __all__ = ['KINDS', 'align', 'similarity', 'block_weights', 'BlockLoss', 'stages
 # %% ../../nbs/32_meal.align.ipynb #imports
 from fastai.vision.all import *
 from ..core import check_above,eval_mode,near_hint,one_of
-from ..losses import soft_log_probs,soft_probs
+from ..losses import soft_log_probs,soft_probs,z_scores
 from ..branches import BranchNet
 
 # %% ../../nbs/32_meal.align.ipynb #al-code
@@ -78,18 +78,20 @@ class BlockLoss:
         gammas:list=None, # Weights of maps and logits, from shallow to deep; None: `block_weights`
         kind:str='ce',    # One of `KINDS`
         T:float=1.,       # Temperature, above 0
+        standardise:bool=False, # Compare `z_scores` of the logits
     ):
         one_of('MEAL', KINDS, kind=kind)
         check_above('MEAL', T=T)
         self.gammas = block_weights(n_maps) if gammas is None else list(gammas)
         _check_len('gammas', self.gammas, n_maps+1, 'feature map, and one for the logits')
-        self.kind,self.T = kind,T
+        self.kind,self.T,self.standardise = kind,T,standardise
 
     def each_block(self, maps, z, answer, multi):
         "The weighted similarity of each block to one answer, summed over the branches"
         *answer_maps,answer_z = answer.blocks
         def over_branches(s, t, *args): return sum(similarity(o, t, self.kind, self.T, *args) for o in s)
         for w,s,t in zip(self.gammas, maps, answer_maps): yield w*over_branches(s, t)
+        if self.standardise: z,answer_z = z_scores(z),z_scores(answer_z)
         yield self.gammas[-1]*over_branches(z, answer_z, multi, answer.p)
 
     def __call__(self,

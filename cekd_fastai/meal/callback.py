@@ -9,13 +9,17 @@ __all__ = ['MEAL']
 
 # %% ../../nbs/36_meal.callback.ipynb #imports
 from fastai.vision.all import *
-from ..core import amp_context,check_count,check_not_negative,data_vocab,eval_mode,one_of
+from ..core import amp_context,check_count,check_not_negative,data_stats,data_vocab,eval_mode,one_of
+from ..steps import step_share
+from ..data.rows import batch_places
 from ..losses import mixed_loss
 from ..branches import PeerNet
 from ..distill import Distill
 from .align import BlockLoss,Taps,_check_len,map_sizes,pick_taps
-from .teachers import TappedTeachers,as_teacher,ensemble_accuracy,find_teacher_taps,peek,place_teachers
+from .teachers import HEADS,as_teacher,fit_teachers,peek,place_teachers
+from .several import TappedTeachers,ensemble_accuracy,find_teacher_taps,other_view
 from .adversary import Adversary,DISC_STYLES
+from .project import FEATS,FeatureTap,Projection
 from .targets import TargetCache,UnlabeledBatches,_mix_key,_teacher_key,unlabeled_dl
 
 # %% ../../nbs/36_meal.callback.ipynb #mc-init
@@ -24,13 +28,14 @@ class MEAL(Distill):
     teachers = ()            # Frozen, each a `Teacher`; an exported learner has none
     unlabeled = None         # Where images without labels come from
     student_taps = None      # Taps on the student, while it trains
+    student_feat = None      # Tap on its features, with `w_feat`
     tapped_teachers = None   # The teachers with their taps, while the student trains
     targets = None           # Answers of the teachers in this step
     unlabeled_batches = None # Batches from `unlabeled`
     target_cache = None      # Stored answers, with `cache_targets`
     ready_model = None       # The network that `setup` was done for
     ready_dls = None         # The data that unlabelled images and stored answers belong to
-    _stateattrs = Distill._stateattrs + ('teachers','unlabeled','student_taps','tapped_teachers','targets',
+    _stateattrs = Distill._stateattrs + ('teachers','unlabeled','student_taps','student_feat','tapped_teachers','targets',
         'unlabeled_batches','target_cache','ready_model','ready_dls')
     def __init__(self,
         teachers,                  # Teachers, each as for `as_teacher`
@@ -42,6 +47,10 @@ class MEAL(Distill):
         gammas:list=None,          # Weights of maps and logits, from shallow to deep; None: `block_weights`
         kind:str='ce',             # Similarity, one of `KINDS`
         T:float=1.,                # Temperature of the similarity, above 0
+        w_feat:float=0.,           # Weight of the features, compared through a learned projection, 0 or above
+        feat:str='pooled',         # Which features: 'pooled', of an image, or 'tokens', of its places
+        view=None,                 # Transforms of a batch, e.g. `aug_transforms()`, for another view of the images for the teachers
+        standardise:bool=False,    # Compare z-scores of the logits, see `z_scores`
         space:str='avg',           # Pooling of places in the alignment, 'avg' or 'max'
         channels:str='mean',       # Joining of channels in the alignment, 'mean' or 'max'
         w_adv:float=1.,            # Weight of the discriminators' part in the student's loss, 0 or above
@@ -54,9 +63,10 @@ class MEAL(Distill):
         cache_targets:bool=False,  # Store the teachers' answers as they come, and read them in later epochs
         views:int=1,               # Different epochs that `cache_targets` stores
         seed:int=42,               # Seed of the augmentation that `cache_targets` repeats
-        cache_dir=None,            # Folder of `cache_targets`; None: `meal_targets` in the learner's path
+        cache_dir=None,            # Folder of `cache_targets`, by default `meal_targets` in the learner's path, and of fitted heads
         batch_stats:bool=False,    # Teachers normalise by the statistics of the batch, as in the official code
         trust:bool=False,          # Unpickle exported learners
+        head:str='auto',           # A head for teachers of other classes: 'auto', 'match' or 'fit', as for `fit_teachers`
     ):
         one = isinstance(teachers, (str,Path,nn.Module,Learner))
         teachers = [teachers] if one else list(teachers or [])
@@ -66,8 +76,8 @@ class MEAL(Distill):
         self.set_blocks()
         self.teachers = [as_teacher(o, trust) for o in teachers]
 
-    def part_names(self): return ['sim'] + ['adv','disc']*bool(self.adversarial) + ['hard']*bool(self.w_hard)
-    def weights(self): return dict(disc=0., hard=self.w_hard)
+    def part_names(self): return ['sim'] + ['adv','disc']*bool(self.adversarial) + ['hard']*bool(self.w_hard) + ['feat']*bool(self.w_feat)
+    def weights(self): return dict(disc=0., hard=self.w_hard, feat=self.w_feat)
     def loss_divisor(self): return self.net.n_branches
 
 # %% ../../nbs/36_meal.callback.ipynb #mc-args
@@ -82,11 +92,18 @@ def check_args(self:MEAL, teachers):
     one_of('MEAL', ['avg','max'], space=self.space)
     one_of('MEAL', ['mean','max'], channels=self.channels)
     one_of('MEAL', [*DISC_STYLES], disc=self.disc)
-    check_not_negative('MEAL', w_adv=self.w_adv, w_hard=self.w_hard, lr_disc=self.lr_disc or 0)
+    one_of('MEAL', HEADS, head=self.head)
+    one_of('MEAL', FEATS, feat=self.feat)
+    check_not_negative('MEAL', w_adv=self.w_adv, w_hard=self.w_hard, w_feat=self.w_feat, lr_disc=self.lr_disc or 0)
     if self.lr_disc is not None and DISC_STYLES[self.disc].share is not None:
         found = f'`lr_disc` is {self.lr_disc}, but the discriminators of disc={self.disc!r} follow the student'
         raise ValueError(f"MEAL: {found}: leave `lr_disc` out, or train them with disc='own'.")
     check_count(reduce=self.reduce, views=self.views)
+    if self.w_feat and self.cache_targets:
+        raise ValueError("MEAL: `cache_targets` stores answers, not the features that `w_feat` compares: leave one of them out.")
+    if self.w_feat and self.feat=='tokens' and self.view is not None:
+        found = "feat='tokens' compares place by place, but `view` shows the teachers other places"
+        raise ValueError(f"MEAL: {found}: use feat='pooled'.")
 
 @patch
 def set_blocks(self:MEAL):
@@ -96,7 +113,7 @@ def set_blocks(self:MEAL):
     one_size = self.dims is None or isinstance(self.dims, int)
     self.asked_sizes = [self.dims]*n if one_size else list(self.dims)
     _check_len('dims', self.asked_sizes, n, 'feature map')
-    self.block_loss = BlockLoss(n, self.gammas, self.kind, self.T)
+    self.block_loss = BlockLoss(n, self.gammas, self.kind, self.T, self.standardise)
 
 # %% ../../nbs/36_meal.callback.ipynb #mc-taps
 @patch
@@ -106,15 +123,22 @@ def add_taps(self:MEAL):
     place_teachers(self.teachers, self.learn)
     how = dict(space=self.space, channels=self.channels)
     self.student_taps = Taps(self.net, self.paths, self.sizes, **how)
-    how |= dict(choose=self.choose, T=self.T, multi=self.multi, batch_stats=self.batch_stats)
+    how |= dict(choose=self.choose, T=self.T, multi=self.multi, standardise=self.standardise, batch_stats=self.batch_stats)
+    if self.w_feat: how['feat_taps'] = self.tap_features(peek(self.learn.dls)[0].to(next(self.net.parameters()).device))
     self.tapped_teachers = TappedTeachers(self.teachers, self.teacher_paths, self.sizes, **how)
+
+@patch
+def tap_features(self:MEAL, x)->list:
+    "Put taps on the features of the student and, as a list, of the teachers"
+    self.student_feat = FeatureTap(self.net, self.feat, x)
+    return [FeatureTap(t.model, self.feat, t.prepare(x), t.head is not None) for t in self.teachers]
 
 @patch
 def remove_taps(self:MEAL):
     "Take all taps off"
-    for o in (self.student_taps,self.tapped_teachers):
+    for o in (self.student_taps,self.student_feat,self.tapped_teachers):
         if o is not None: o.remove()
-    self.student_taps = self.tapped_teachers = None
+    self.student_taps = self.student_feat = self.tapped_teachers = None
 
 # %% ../../nbs/36_meal.callback.ipynb #mc-setup
 @patch
@@ -130,14 +154,25 @@ def tap_blocks(self:MEAL, model, x):
     with eval_mode(model), torch.no_grad(): self.n_out = model(x).shape[1]
     self.paths = pick_taps(model, self.taps, x)
     self.sizes = map_sizes(model, self.paths, self.asked_sizes, x)
+    self.teachers = fit_teachers(self.teachers, self.learn.dls, self.head, self.cache_dir, self.n_out, x.device)
     place_teachers(self.teachers, self.learn)
     asked = self.taps if self.teacher_taps is None else self.teacher_taps
     self.teacher_paths = find_teacher_taps(self.teachers, asked, x, self.n_out, len(self.paths))
     self.add_taps()
     with torch.no_grad(), amp_context(self.learn):
-        for i in range_of(self.teachers): self.tapped_teachers.query_teacher(i, x)
+        answers = [self.tapped_teachers.query_teacher(i, x) for i in range_of(self.teachers)]
+        if self.w_feat: self.set_projection(model, x, [a.feats[0][1] for a in answers])
     self.remove_taps()
 
+@patch
+def set_projection(self:MEAL, model, x, feats):
+    "Projections from the student's features to `feats` of each teacher"
+    self.student_feat.on = True
+    with eval_mode(model): model(x)
+    d = self.student_feat.read().shape[2]
+    model.projection = Projection(d, [o.shape[1] for o in feats]).to(x.device)
+
+# %% ../../nbs/36_meal.callback.ipynb #mc-setup2
 @patch
 def setup(self:MEAL):
     "Fit student and teachers together: once per network, when the learner is built"
@@ -148,9 +183,11 @@ def setup(self:MEAL):
         raise ValueError(f"MEAL: `w_hard` is {self.w_hard}, but the training images have no labels: leave `w_hard` at 0.")
     x = x.to(next(model.parameters()).device)
     self.multi = isinstance(getattr(loss_func, 'func', loss_func), nn.BCEWithLogitsLoss)
+    if self.multi and self.standardise:
+        raise ValueError("MEAL: `standardise` is for one class an image, but the loss is for several labels: leave it out.")
+    model.adversary = model.projection = None
     self.tap_blocks(model, x)
     self.set_data()
-    model.adversary = None
     if self.adversarial:
         dims = [*self.sizes,self.n_out]
         lr = 1e-3 if self.lr_disc is None else self.lr_disc
@@ -166,6 +203,9 @@ def check(self:MEAL):
     if peers and isinstance(self.taps, int) and self.taps:
         remedy = 'pass `taps=0`, which compares their outputs'
         raise ValueError(f"MEAL: `taps` is {self.taps}, but peers have no stages in common: {remedy}.")
+    if peers and self.w_feat:
+        found = '`w_feat` compares features through one projection, but peers have features of their own'
+        raise ValueError(f"MEAL: {found}: leave it out.")
     mix = self.mixer
     if self.cache_targets and mix is not None and mix.stop_at<1:
         found = f'`cache_targets` repeats its epochs, but `{mix}` stops at {mix.stop_at} of the run'
@@ -198,7 +238,7 @@ def reset_step(self:MEAL):
     "Let go of the tensors of the step"
     Distill.reset_step(self)
     self.targets = None
-    if self.student_taps is not None: self.student_taps.clear()
+    for o in filter(None, (self.student_taps,self.student_feat)): o.clear()
 
 # %% ../../nbs/36_meal.callback.ipynb #mc-cache
 @patch
@@ -208,6 +248,8 @@ def open_cache(self:MEAL)->TargetCache:
     teachers = [_teacher_key(t, p) for t,p in zip(self.teachers, self.teacher_paths)]
     key = dict(seed=self.seed, choose=self.choose, T=self.T, multi=self.multi, teachers=teachers)
     key |= dict(space=self.space, channels=self.channels, sizes=self.sizes)
+    if self.view is not None: key['view'] = [type(o).__name__ for o in L(self.view)]
+    if self.standardise: key['standardise'] = True
     if self.batch_stats: key['batch_stats'] = True # files of answers in evaluation mode have no such entry
     key |= dict(vocab=data_vocab(self.learn.dls), rank=rank_distrib(), mix=_mix_key(self.mixer))
     folder = self.cache_dir or Path(self.learn.path)/'meal_targets'
@@ -232,7 +274,7 @@ def before_train(self:MEAL):
         raise ValueError("`MEAL` has no teachers here, since an exported learner holds the student alone: "
             "make a new learner with its teachers, or remove the callback.")
     self.add_taps()
-    if self.adversarial: self.net.adversary.share()
+    for o in filter(None, (self.net.adversary,self.net.projection)): o.share()
     if self.ready_dls is not self.learn.dls: self.set_data() # other data than before, of another size perhaps
     if self.unlabeled_batches is not None: self.unlabeled_batches.restart()
     if self.cache_targets: self.start_view()
@@ -249,13 +291,16 @@ def query_teachers(self:MEAL,
     x:Tensor, # Images, shape (B, 3, H, W)
 )->list:      # One `Answer`, or one for each teacher with `choose='each'`
     "The answers of the teachers of this step, in the learner's precision"
+    if self.view is not None: x = other_view(x, self.view, data_stats(self.learn.dls))
     with torch.no_grad(), amp_context(self.learn): return self.tapped_teachers(x)
 
 @patch
 def get_targets(self:MEAL, x)->list:
     "The teachers' answers, from the cache if there is one"
     if not self.cache_targets: return self.query_teachers(x)
-    answers = self.target_cache.cached_answers(x, self.query_teachers)
+    extra = self.unlabeled_batches
+    places = batch_places(self.learn, self.learn.dls.train.bs + (0 if extra is None else extra.dl.bs), len(x))
+    answers = self.target_cache.cached_answers(x, self.query_teachers, places)
     self.target_cache.restore_rng() # what the student draws, for dropout for example, is not repeated
     return answers
 
@@ -269,7 +314,7 @@ def before_batch(self:MEAL):
     if self.unlabeled_batches is not None: x = torch.cat([x, self.unlabeled_batches.next_batch().to(x.device)])
     self.learn.xb = (x, *self.learn.xb[1:])
     self.targets = self.get_targets(x)
-    self.student_taps.on = True
+    for o in filter(None, (self.student_taps,self.student_feat)): o.on = True
 
 # %% ../../nbs/36_meal.callback.ipynb #mc-after
 @patch
@@ -302,8 +347,11 @@ def losses(self:MEAL)->dict:
     if self.adversarial:
         answered = [torch.stack(o) for o in zip(*[t.blocks for t in self.targets])]
         self.net.adversary.follow(self.learn.opt.hypers[-1]['lr']) # the rate that the recorder writes down
-        parts['adv'],parts['disc'] = self.net.adversary.update([*maps,z], answered, self.adversarial, self.w_adv)
+        parts['adv'],parts['disc'] = self.net.adversary.update([*maps,z], answered, self.adversarial, self.w_adv, step_share(self.learn))
     if self.w_hard: parts['hard'] = self.label_loss(z)
+    if self.w_feat:
+        self.net.projection.follow(self.learn.opt.hypers[-1]['lr'])
+        parts['feat'] = self.net.projection.update(self.student_feat.read(), [o for a in self.targets for o in a.feats], step_share(self.learn))
     return parts
 
 # %% ../../nbs/36_meal.callback.ipynb #v2-code

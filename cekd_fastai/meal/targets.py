@@ -11,7 +11,8 @@ __all__ = ['unlabeled_dl', 'UnlabeledBatches', 'fingerprint', 'TargetCache']
 import json,zlib
 from fastai.vision.all import *
 from ..core import write_whole
-from .teachers import Answer
+from .heads import checksum
+from .several import Answer
 
 # %% ../../nbs/35_meal.targets.ipynb #un-code
 def unlabeled_dl(
@@ -70,19 +71,12 @@ def _alike(a, b):
     return (a-b).abs() <= 1e-3*(1+b.abs())
 
 # %% ../../nbs/35_meal.targets.ipynb #on-key
-def _checksum(model):
-    "Checksum of a model's weights"
-    res = 0
-    for v in model.state_dict().values():
-        data = v.cpu().contiguous().flatten().view(torch.uint8)
-        res = zlib.crc32(data.numpy().tobytes(), res)
-    return res
-
 def _teacher_key(teacher, paths):
     "What a teacher's answers depend on: its weights, its taps, and how it was matched to the data"
     def plain(o): return None if o is None else o.flatten().tolist()
     matched = [plain(teacher.order), plain(teacher.scale), plain(teacher.shift)]
-    return [_checksum(teacher.model), paths, matched]
+    if teacher.size is not None: matched.append(list(teacher.size))
+    return [checksum(teacher), paths, matched] # a fitted head is part of the teacher
 
 def _mix_key(mix):
     "Name and arguments of a mix, those of its parts included, None without one"
@@ -91,6 +85,18 @@ def _mix_key(mix):
     return [type(mix).__name__, args, [_mix_key(o) for o in getattr(mix, 'mixes', ())]]
 
 # %% ../../nbs/35_meal.targets.ipynb #on-file
+def _is_whole(file, shape):
+    "Whether a file holds an array of answers of this shape, to its last byte"
+    try: a = np.lib.format.open_memmap(file, mode='r') # to write, it would fill up a file that is too short with zeros
+    except Exception: return False
+    return a.shape==shape and a.dtype==np.float32 and a.flags.c_contiguous
+
+def _views_done(note, views):
+    "Which views a note has as complete; none if it is no such note"
+    try: done = json.loads(note.read_text())['done']
+    except (ValueError,KeyError,TypeError,OSError): return []
+    return [o for o in range(views) if isinstance(done, list) and o in done]
+
 class TargetCache:
     "A memory-mapped file with the teachers' answers, one row for each image of each repeated epoch, a *view*"
     student_rng = None # State of the generators for all that is not repeated; None outside an epoch
@@ -109,10 +115,12 @@ class TargetCache:
         self.folder = Path(folder)/f'{name:08x}'
         self.folder.mkdir(parents=True, exist_ok=True)
         file,self.note = self.folder/'answers.npy',self.folder/'answers.json'
-        exists = file.exists() and self.note.exists()
+        there = file.exists() and self.note.exists()
+        exists = there and _is_whole(file, shape)
+        if there and not exists: warn(f"MEAL: `{file}` was cut short or changed, so the teachers answer anew.")
         how = dict(mode='r+') if exists else dict(mode='w+', dtype=np.float32, shape=shape)
         self.data = np.lib.format.open_memmap(file, **how)
-        self.done = json.loads(self.note.read_text())['done'] if exists else []
+        self.done = _views_done(self.note, views) if exists else []
         self.save_note()
 
     def save_note(self):
@@ -141,7 +149,7 @@ def start_view(self:TargetCache,
 ):
     "Begin an epoch that can be repeated"
     self.view = epoch%self.views
-    self.next_row,self.n_batches = 0,0
+    self.n_batches = 0
     self.changed = None # on the device: whether pixels of this epoch differ from those on disk
     self.student_rng = get_random_states()
     self.seed_batch(0)
@@ -221,11 +229,12 @@ def starts_differently(self:TargetCache,
 def cached_answers(self:TargetCache,
     x:Tensor, # Images of the next batch, shape (B, 3, H, W)
     query,    # From images to answers, called if there are none on disk
+    rows:slice, # Places of the images in the order of the epoch, from `batch_places`
 )->list:      # Each an `Answer`
     "Read the teachers' answers for a batch, or get them from `query` and write them"
-    rows,prints = slice(self.next_row, self.next_row+len(x)),fingerprint(x)
+    prints = fingerprint(x)
     first_batch = self.n_batches==0
-    self.next_row,self.n_batches = rows.stop,self.n_batches+1
+    self.n_batches += 1
     if first_batch and self.view in self.done and self.starts_differently(rows, prints):
         found = f'the images are not those that the answers in `{self.folder}` were given for'
         warn(f"MEAL: {found}, so the teachers answer anew.")

@@ -10,8 +10,8 @@ __all__ = ['Mix', 'mix_only', 'MixUp', 'CutMix']
 # %% ../../nbs/20_mix.callback.ipynb #imports
 from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
-from ..figures import shown
 from ..core import check_above,check_share,decode_images,loss_owner,one_of,show_panel
+from ..steps import step_pct
 from .core import MixRecord,box_share,draw_lam,mix_pixels,rand_box
 from ..losses import mixed_loss
 from ..cam import model_cam,semantic_map
@@ -55,7 +55,7 @@ class Mix(Callback):
 @patch(as_prop=True)
 def over(self:Mix):
     "Whether training is past `stop_at`; a search for a learning rate is at its beginning all the time"
-    pct = 0. if hasattr(self.learn, 'lr_finder') else self.learn.pct_train
+    pct = 0. if hasattr(self.learn, 'lr_finder') else step_pct(self.learn)
     return self.stop_at<1 and pct+1e-6>=self.stop_at
 
 @patch

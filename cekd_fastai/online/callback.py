@@ -10,6 +10,7 @@ __all__ = ['ONLINE', 'OnlineKD', 'DML', 'KDCL', 'ONE', 'OKDDip', 'FFL', 'FFMCD']
 # %% ../../nbs/38_online.callback.ipynb #imports
 from fastai.vision.all import *
 from ..core import check_above,check_not_negative,check_share,one_of
+from ..steps import step_pct
 from ..losses import kd_loss,mixed_loss,others_mean_kd,ramp_up
 from ..distill import Distill
 from .gates import CD_FORMS,GateNet,cd_loss,classifier_weight
@@ -28,6 +29,7 @@ class OnlineKD(Distill):
         T:float=3.,       # Temperature, above 0
         ramp:float=.27,   # Share of the run over which the distillation terms rise; 0: no ramp
         detach:bool=True, # Keep the gradient out of the targets
+        standardise:bool=False, # Distil z-scores of the logits, see `z_scores`
     ):
         name = type(self).__name__
         check_not_negative(name, w_kd=w_kd)
@@ -49,7 +51,7 @@ class OnlineKD(Distill):
 
     def kd(self, z, target):
         "Distillation of `z` towards the logits `target`"
-        return kd_loss(z, target, self.T, logit_target=True, detach=self.detach)
+        return kd_loss(z, target, self.T, logit_target=True, detach=self.detach, standardise=self.standardise)
 
 # %% ../../nbs/38_online.callback.ipynb #dv-cb2
 @patch
@@ -58,7 +60,7 @@ def soft(self:OnlineKD, z, e, net)->dict:
     raise NotImplementedError(f"{type(self).__name__} must define `soft(z, e, net)`.")
 
 @patch
-def weights(self:OnlineKD): return dict.fromkeys(self.terms, self.w_kd*ramp_up(self.learn.pct_train, self.ramp))
+def weights(self:OnlineKD): return dict.fromkeys(self.terms, self.w_kd*ramp_up(step_pct(self.learn), self.ramp))
 
 @patch
 def part_names(self:OnlineKD): return ['ce'] + ['ce_ens']*self.ce_ens + self.terms
@@ -84,12 +86,16 @@ def check(self:OnlineKD):
 # %% ../../nbs/38_online.callback.ipynb #dv-cb3
 class DML(OnlineKD):
     "Deep mutual learning: every branch learns from each of the others (arXiv 1706.00384)"
-    def __init__(self, w_kd:float=1., T:float=3., ramp:float=0., detach:bool=False): super().__init__(w_kd, T, ramp, detach)
-    def soft(self, z, e, net): return dict(kd=others_mean_kd(z, self.T, self.detach))
+    def __init__(self, w_kd:float=1., T:float=3., ramp:float=0., detach:bool=False, standardise:bool=False):
+        super().__init__(w_kd, T, ramp, detach, standardise)
+
+    def soft(self, z, e, net): return dict(kd=others_mean_kd(z, self.T, self.detach, self.standardise))
 
 class KDCL(OnlineKD):
     "Every branch learns from the mean of all, itself included: inferred from KDCL (CVPR 2020), its simplest target"
-    def __init__(self, w_kd:float=1., T:float=3., ramp:float=.27): super().__init__(w_kd, T, ramp)
+    def __init__(self, w_kd:float=1., T:float=3., ramp:float=.27, standardise:bool=False):
+        super().__init__(w_kd, T, ramp, standardise=standardise)
+
     def soft(self, z, e, net): return dict(kd=self.kd(z, z.mean(0).expand_as(z)))
 
 class ONE(OnlineKD):
@@ -105,14 +111,15 @@ class OKDDip(OnlineKD):
     branches = 4
     gates = ('leader',)
     terms = ['kd','kd_lead']
-    def __init__(self, w_kd:float=1., T:float=3., ramp:float=.27, detach:bool=False): super().__init__(w_kd, T, ramp, detach)
+    def __init__(self, w_kd:float=1., T:float=3., ramp:float=.27, detach:bool=False, standardise:bool=False):
+        super().__init__(w_kd, T, ramp, detach, standardise)
 
     def soft(self, z, e, net):
         feats,peers = self.feats,z[:-1]
         # the attention learns in any case: only what the branches put in is detached
         if self.detach: targets = net.gate.targets(z.detach(), [f.detach() for f in feats])
         else: targets = net.gate.targets(z, feats)
-        kd = kd_loss(peers, targets, self.T, logit_target=True, detach=False)
+        kd = kd_loss(peers, targets, self.T, logit_target=True, detach=False, standardise=self.standardise)
         return dict(kd=kd, kd_lead=self.kd(z[-1], peers.mean(0)))
 
 class FFL(OnlineKD):
@@ -142,8 +149,9 @@ class FFMCD(OnlineKD):
         T:float=3.,       # Temperature, above 0
         ramp:float=.27,   # Share of the run over which the distillation rises; 0: no ramp
         detach:bool=True, # Keep the gradient out of the targets
+        standardise:bool=False, # Distil z-scores of the logits, see `z_scores`
     ):
-        super().__init__(w_kd, T, ramp, detach)
+        super().__init__(w_kd, T, ramp, detach, standardise)
         check_not_negative('FFMCD', w_cd=w_cd)
         one_of('FFMCD', [*CD_FORMS], form=form)
         store_attr('w_cd,form')

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 course = Path(__file__).resolve().parents[2]/'nbs'/'course'
-lessons = '01_look_alikes','05_cekd_from_scratch'
+lessons = '01_look_alikes','02_your_photographs','05_cekd_from_scratch','08_out_of_the_notebook'
 
 cells_js = """() => {
   const cells = [...jupyterapp.shell.currentWidget.content.model.cells].filter(o => o.type=='code' && o.sharedModel.getSource().trim());
@@ -26,6 +26,12 @@ def run_all(page, timeout=600_000):
     page.wait_for_function(idle_js, timeout=60_000)
     return page.evaluate(cells_js)
 
+def figures(page, shots, name):
+    "Widths on the screen of the figures that are not folded, of each of which a screenshot is kept."
+    found = page.locator('.jp-RenderedImage img:visible').all()
+    for k,o in enumerate(found): o.screenshot(path=shots/f'lab_{name}_{k}.png')
+    return [o.bounding_box()['width'] for o in found]
+
 def test_lab_opens_the_first_lesson(lab, browser):
     "The address that `make lab` prints leads to the first lesson, with this environment's kernel."
     page = browser.new_page(viewport=dict(width=1280, height=900))
@@ -35,7 +41,7 @@ def test_lab_opens_the_first_lesson(lab, browser):
 
 @pytest.mark.parametrize('name', lessons)
 def test_run_all(lab, browser, shots, name):
-    "Every cell runs, none ends in an error or writes more than warnings of other libraries to stderr, and the file is as it was."
+    "Every cell runs, none ends in an error or writes to stderr, figures are wide enough to see, and the file is as it was."
     path = course/f'{name}.ipynb'
     if not path.exists(): pytest.skip(f'no {path.name} yet')
     before = path.read_bytes()
@@ -44,8 +50,10 @@ def test_run_all(lab, browser, shots, name):
     cells = run_all(page)
     page.screenshot(path=shots/f'lab_{name}.png')
     outs = [o for c in cells for o in c['outputs']]
+    widths = figures(page, shots, name)
     page.close()
     assert [f"{o['ename']}: {o['evalue']}" for o in outs if o['output_type']=='error']==[]
-    assert [o['text'] for o in outs if o.get('name')=='stderr' and 'Warning' not in o['text']]==[]
+    assert [o['text'] for o in outs if o.get('name')=='stderr']==[]
+    assert widths and min(widths)>=600
     assert [c['n'] for c in cells]==sorted(c['n'] for c in cells) and cells[-1]['n']
     assert path.read_bytes()==before

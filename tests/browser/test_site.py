@@ -2,7 +2,7 @@
 from urllib.parse import urljoin,urldefrag
 import pytest
 
-sizes = dict(phone=dict(width=375, height=812), desktop=dict(width=1280, height=900))
+sizes = dict(phone=dict(width=390, height=844), desktop=dict(width=1280, height=900))
 
 def names(dest): return sorted(p.relative_to(dest).as_posix() for p in dest.rglob('*.html'))
 
@@ -22,9 +22,12 @@ wide_js = "() => document.documentElement.scrollWidth - document.documentElement
 widest_js = """() => [...document.querySelectorAll('article *')].filter(o => o.getBoundingClientRect().right > innerWidth+1 &&
   !o.parentElement.closest('.output,pre,.table-wrapper,.math,.highlight')).slice(0, 3).map(o => o.outerHTML.slice(0, 120))"""
 
+scrolled_js = """() => [...document.querySelectorAll('.table-wrapper, .output')].filter(o => o.querySelector('table') && o.scrollWidth > o.clientWidth+1)
+  .map(o => o.innerText.slice(0, 60))"""
+
 @pytest.mark.parametrize('size', sizes)
 def test_pages(site, browser, shots, size):
-    "No page has a console error, a failed request, a picture that is broken or unnamed, or scrolls sideways."
+    "No page has a console error, a failed request, a picture that is broken or unnamed; it does not scroll sideways, nor does a table on a phone."
     url,dest = site
     page,faults = watched(browser, size)
     for name in names(dest):
@@ -33,6 +36,7 @@ def test_pages(site, browser, shots, size):
         page.wait_for_load_state('networkidle')
         faults += [f'broken: {o}' for o in page.evaluate(broken_js)] + [f'without alt: {o}' for o in page.evaluate(unnamed_js)]
         if wide := page.evaluate(wide_js): faults.append(f'{wide} px too wide: {page.evaluate(widest_js)}')
+        if size=='phone': faults += [f'table too wide: {o!r}' for o in page.evaluate(scrolled_js)]
         if name in ('index.html', 'mix.html', 'course/look_alikes.html'): page.screenshot(path=shots/f'site_{size}_{name.replace("/", "_")[:-5]}.png')
         assert faults==[], name
     page.close()
@@ -52,25 +56,55 @@ def test_links(site, browser):
     assert len(inner)>500
     assert [o for o in inner if o[1] not in ids or (o[2] and o[2] not in ids[o[1]])]==[]
 
-@pytest.mark.parametrize('size', sizes)
-def test_search(site, browser, shots, size):
-    "A search for CEKD finds pages, and the first of them opens."
-    url,_ = site
-    page,faults = watched(browser, size)
-    page.goto(f'{url}/index.html')
+def searched(page, words, size):
+    "Addresses of what the site's own search finds, best first, when a reader types the words into its box."
     if size=='phone': page.locator('label[for="__navigation"]:visible').first.click()
     box = page.locator('input.sidebar-search')
-    box.fill('CEKD')
+    box.fill(words)
     box.press('Enter')
-    hits = page.locator('#search-results li a')
-    hits.first.wait_for(timeout=30_000)
+    page.locator('#search-results li a').first.wait_for(timeout=30_000)
     page.wait_for_function("() => /finished|found/i.test(document.querySelector('#search-results').innerText)", timeout=30_000)
-    page.screenshot(path=shots/f'site_{size}_search.png')
-    assert hits.count()>3 and 'cekd.html' in ' '.join(o.get_attribute('href') for o in hits.all())
-    hits.first.click()
-    page.locator('article h1').wait_for()
-    assert 'cekd' in page.locator('article').inner_text().lower() and faults==[]
+    return [o.get_attribute('href') for o in page.locator('#search-results li > a').all()]
+
+# What a reader types, and a page that answers it with words that are on it
+questions = [('my own folder', 'howto/my_folder', 'one folder for each class'), ('labels CSV', 'howto/csv_labels', 'label_col'),
+    ('which method', 'howto/which_method', 'The short answer'), ('imbalance', 'howto/few_rare_wrong', 'balanced=True'),
+    ('HEIC', 'howto/my_folder', 'pillow-heif'), ('early stopping', 'howto/few_rare_wrong', 'EarlyStoppingCallback'),
+    ('mixed precision', 'howto/speed_memory', 'to_fp16'), ('reproduce paper', 'howto/reproduce_paper', '--recipe'),
+    ('out of memory', 'howto/speed_memory', 'GradCheckpoint()')]
+words = [('class weights', 'howto/few_rare_wrong', 'weight='), ('focal loss', 'howto/few_rare_wrong', 'FocalLossFlat')]
+
+@pytest.mark.parametrize('size', sizes)
+def test_questions(site, browser, shots, size):
+    "Nine everyday questions and the words that people search for: a page among the first three results answers each."
+    url,_ = site
+    page,faults = watched(browser, size)
+    missed = []
+    for asked,name,answer in questions+words:
+        page.goto(f'{url}/index.html')
+        hits = searched(page, asked, size)[:3]
+        found = [o for o in hits if name in o]
+        if not found:
+            missed.append(f'{asked}: {hits}')
+            continue
+        page.screenshot(path=shots/f'site_{size}_search.png')
+        page.locator(f'#search-results li > a[href="{found[0]}"]').first.click()
+        page.locator('article h1').wait_for()
+        if answer.lower() not in page.locator('article').inner_text().lower(): missed.append(f'{asked}: {found[0]} lacks {answer}')
     page.close()
+    assert missed==[] and faults==[]
+
+def test_next(site, browser):
+    "A link at the end of each page leads to the next one, from the first page to the last."
+    url,dest = site
+    page,_ = watched(browser, 'desktop')
+    seen = ['index.html']
+    page.goto(f'{url}/index.html')
+    while page.locator('a.next-page').count():
+        page.goto(urljoin(page.url, page.locator('a.next-page').get_attribute('href')))
+        seen.append(page.url[len(url)+1:])
+    page.close()
+    assert len(set(seen))==len(seen) and set(names(dest))-set(seen)=={'genindex.html','search.html'}
 
 def test_lesson_to_reference(site, browser):
     "A name in a lesson leads to its definition in the reference."
