@@ -115,7 +115,7 @@ def test_teacher_without_network(dls, tmp_path):
     torch.save(dict(model=net.state_dict(), opt=None, epoch=3), tmp_path/'inside.pth')
     torch.save(OrderedDict(net.state_dict()), tmp_path/'bare.pkl')
     for f,trust in (('bare.pth',False), ('bare.pth',True), ('inside.pth',False), ('inside.pth',True), ('bare.pkl',True)):
-        with pytest.raises(ValueError, match=rf'{f}` holds weights without their network .*`load_weights`'): as_teacher(tmp_path/f, trust)
+        with pytest.raises(ValueError, match=rf'{f}` holds weights alone .*`load_weights'): as_teacher(tmp_path/f, trust)
     torch.save([1,2], tmp_path/'list.pkl')
     (tmp_path/'junk.pkl').write_bytes(b'junk')
     (tmp_path/'old.pkl').write_bytes(pickle.dumps([1]))

@@ -139,23 +139,11 @@ def refuse_bare_weights(
         "fill it with `load_weights(net, file)`, and pass `net` as the teacher, or ask for a file written by `deploy`.")
 
 # %% ../../nbs/33_meal.teachers.ipynb #as-weights
-def _refuse_weights(o, file):
-    "Refuse weights that come without the network that they are for"
-    inner = [o,*o.values()] if isinstance(o, dict) else []
-    if not any(isinstance(v, dict) and v and all(isinstance(w, Tensor) for w in v.values()) for v in inner): return
-    raise ValueError(f"`{file}` holds weights without their network (a state dict): build the network, load them with "
-        "`load_weights`, and pass the network, or ask for a file written by `deploy`.")
-
-def _plain_data(file):
-    "What can be read from a file without running code, None if nothing can"
-    try: return torch.load(file, map_location='cpu', weights_only=True)
-    except Exception: return None
-
 def _unpickled(file):
-    "What a pickle holds, as a teacher; `ValueError` if it is neither a learner nor a network"
+    "What a trusted pickle holds, as a teacher; `ValueError` if it is neither a learner nor a network"
+    refuse_bare_weights(file)
     try: o = torch.load(file, map_location='cpu', weights_only=False)
     except Exception as e: raise ValueError(f"`{file}` cannot be opened ({one_sentence(e)}): ask for a file written by `deploy`.") from e
-    _refuse_weights(o, file)
     if isinstance(o, Learner): return _from_learner(load_learner(file), file.stem, copy=False)
     if isinstance(o, nn.Module): return Teacher(o, file.stem, stats=_cfg_stats(o), copy=False)
     raise ValueError(f"`{file}` holds a `{type(o).__name__}`, which is no learner: ask for a file written by `deploy` or `learn.export`.")
@@ -172,7 +160,7 @@ def _from_file(file, trust):
     if not trust:
         remedy = 'pass `trust=True` if you trust its author, or ask for a file written by `deploy`'
         raise ValueError(f"`{file}` is a pickle, which can run any code when it is opened: {remedy}.")
-    return _from_learner(load_learner(file), file.stem, copy=False)
+    return _unpickled(file)
 
 _ONLINE = ('hf-hub:','hf_hub:','torchvision/','timm/') # what a name may begin with
 
