@@ -201,7 +201,7 @@ def _start(args, said):
     from cekd_fastai.job import experiment
     from cekd_fastai.core import one_sentence
     try: experiment(args, _defaults(), said)
-    except (ValueError,OSError) as e: sys.exit(f'cekd-train: {one_sentence(e)}')
+    except (ValueError,OSError) as e: sys.exit(f'cekd-train: {as_options(one_sentence(e), _defaults())}')
 
 def _in_script(frame):
     "Whether this is the top of a file that was started, as the installed command is"
