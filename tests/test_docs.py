@@ -111,6 +111,11 @@ def test_entries(project):
     assert 'n:int=2' in more and 'How often; see <a' in more
     assert '>x:int<' in core.replace('<span class="pre">', '').replace('</span>', '') and 'Type' not in core
 
+def test_no_entry(project):
+    "A public name without an entry is no page."
+    (project/'minidocs'/'core.py').write_text(source.replace("'more']", "'more','bare']") + '\ndef bare(): pass\n')
+    with pytest.raises(docs.DocsError, match='minidocs.core exports bare, which has no entry'): build(project)
+
 def test_front_page(project):
     "The first page lists the lessons with the line below their titles, and has no tables and no badges."
     write(project/'nbs'/'index.ipynb', ('markdown', '# Mini\n\n> small\n\n[![t](https://w.example/b.svg)](https://w.example)\n\nWords.'),

@@ -160,7 +160,10 @@ class Page:
         "Is `name` public, with a docstring of its own?"
         return not any(o[0]=='_' for o in name.split('.')) and bool(self.symbol(name).__doc__)
 
-    def heading(self, name): return [_raw(f'<span id="{name.lower()}" class="symbol"></span>'), f"{'#'*min(self.depth+1, 6)} `{name}`"]
+    def heading(self, name):
+        "Heading of the entry of a name, with the anchor that nbdev links to."
+        self.site.entries.setdefault(self.mod, set()).add(name)
+        return [_raw(f'<span id="{name.lower()}" class="symbol"></span>'), f"{'#'*min(self.depth+1, 6)} `{name}`"]
 
     def card(self, name, node=None):
         "Heading, docstring, parameters and methods of a symbol, whose definition is `node`."
@@ -287,7 +290,7 @@ class Site:
         repo='https://none.invalid', # address of the repository's files
     ):
         self.nbs,self.src,self.lib,self.url,self.repo = Path(nbs),Path(src),lib,url,repo
-        self.lookup,self.pages,self.assets = lookup or Lookup(),{},set()
+        self.lookup,self.pages,self.assets,self.entries = lookup or Lookup(),{},set(),{}
         found = sorted(p.relative_to(self.nbs) for p in self.nbs.rglob('*.ipynb'))
         for p in found:
             if not any(o[0] in '._' for o in p.parts): self.pages[p.as_posix()] = Page(self, p)
@@ -334,6 +337,8 @@ class Site:
     ):
         "Write the pages and let Sphinx make the site; raises `DocsError` at the first fault."
         for p in self.pages.values(): self.write(p.html.with_suffix('.md'), self.front(p)+self.toc() if p.nb.as_posix()=='index.ipynb' else p.md())
+        for mod,seen in self.entries.items():
+            if left := [o for o in getattr(mod, '__all__', ()) if o not in seen]: raise DocsError(f'{mod.__name__} exports {left[0]}, which has no entry on its page: give it a docstring.')
         for o in self.assets: self.write(o, (self.nbs/o).read_bytes())
         for name,o in (('site.css', 'docs.css'), ('tables.js', 'docs_tables.js')): self.write(f'_static/{name}', (root/'tools'/o).read_text(encoding='utf-8'))
         self.write('_static/icon.svg', icon)

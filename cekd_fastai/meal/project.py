@@ -10,7 +10,7 @@ __all__ = ['FEATS', 'FeatureTap', 'Projection']
 # %% ../../nbs/34b_meal.project.ipynb #imports
 from fastai.vision.all import *
 from ..steps import StepShare
-from ..arch import _classifiers
+from ..weights import classifier_names
 from ..branches import BranchNet
 from ..cam import map_kind,to_map
 from .align import pick_taps
@@ -21,10 +21,10 @@ FEATS = ('pooled','tokens')
 
 def _classifier_paths(model):
     "Path of the layer that classifies, one for each branch"
-    if isinstance(model, BranchNet): return [f'heads.{i}.{_classifiers(h)[0]}' for i,h in enumerate(model.heads)]
+    if isinstance(model, BranchNet): return [f'heads.{i}.{classifier_names(h)[0]}' for i,h in enumerate(model.heads)]
     own = L(model.get_classifier()) if hasattr(model, 'get_classifier') else []
     names = [k for k,m in model.named_modules() if any(m is o for o in own)]
-    return (names or _classifiers(model))[:1]
+    return (names or classifier_names(model))[:1]
 
 def _pool(f): return f if f.ndim==2 else f.flatten(2).mean(2)
 
