@@ -7,6 +7,7 @@ wide_js = "() => document.documentElement.scrollWidth - document.documentElement
 
 MAKE = """import sys
 from pathlib import Path
+from PIL import Image
 from cekd_fastai.all import *
 from cekd_fastai.explain import add_examples
 tmp = Path(sys.argv[1])
