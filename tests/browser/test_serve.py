@@ -30,8 +30,9 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope='module')
 def address(photos):
     "Address of a server in a process of its own, bound as the command binds it."
-    code = 'from cekd_fastai.serve import cekd_serve; cekd_serve()'
-    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(photos/'birds.pt'), '--port', '0'], stdout=subprocess.PIPE, text=True)
+    script = photos/'serve_script.py' # as the console script starts it
+    script.write_text("from cekd_fastai.serve import cekd_serve\nif __name__=='__main__': cekd_serve()\n")
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', script, photos/'birds.pt', '--port', '0'], stdout=subprocess.PIPE, text=True)
     try: yield p.stdout.readline().split()[0]
     finally:
         p.send_signal(signal.SIGINT)
