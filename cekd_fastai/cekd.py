@@ -10,6 +10,7 @@ __all__ = ['TEACHERS', 'TARGETS', 'FUSES', 'teacher_logits', 'label_shares', 'la
 # %% ../nbs/29_cekd.ipynb #imports
 from fastai.vision.all import *
 from dataclasses import replace
+from fastai.callback.mixup import MixHandler
 from torch.func import functional_call
 from .core import amp_context,check_above,check_not_negative,check_share,eval_mode,one_of,unwrap_model
 from .steps import step_pct
@@ -175,6 +176,10 @@ def check(self:CEKD):
             'pass `Compile()` in `cbs` instead, which compiles its parts.')
     loss = getattr(self.learn.loss_func, 'func', self.learn.loss_func)
     n_branches = unwrap_model(self.learn.model).n_branches
+    foreign = first(type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler))
+    if foreign:
+        raise ValueError(f"`CEKD` needs to know what was mixed with what, but this `{foreign}` is fastai's: "
+            f"import `cekd_fastai.all` after `fastai.vision.all`, or take `{foreign}` from `cekd_fastai.mix.callback`.")
     if self.mixer is None:
         raise ValueError("`CEKD` distils from clean to mixed images, but nothing mixes: "
             "add `SnapMix()`, `CutMix()` or `MixUp()` to `cbs`.")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated,get_args
 from fastcore.docments import docments
 from . import __version__
+from .options import as_options
 from .recipes import PAPER_RUNS
 
 # %% ../nbs/57_cli.ipynb #names-code
@@ -45,12 +46,22 @@ def _nearest(what, name, names):
     raise ValueError(f"There is no {what} {name!r}; {remedy}")
 
 # %% ../nbs/57_cli.ipynb #check-where
+def _near_folders(name):
+    "Folders whose last part is like that of `name`, or like the first part of it that is not there"
+    path = Path(name).expanduser()
+    there = next(o for o in path.parents if o.is_dir())
+    wanted = path.relative_to(there).parts[0]
+    names = sorted(o.name for o in there.iterdir() if o.is_dir() and o.name[0]!='.')
+    return [str(there/o) for o in get_close_matches(wanted, names, cutoff=.6)]
+
 def _check_data(name, dry_run):
     "Refuse data that are neither a benchmark nor there"
     if dry_run or not isinstance(name, (str,Path)): return # from Python it may be a table
     if name in _DATA or Path(name).expanduser().exists(): return
-    if len(Path(name).parts)==1: _nearest('benchmark or folder', str(name), _DATA)
-    raise FileNotFoundError(f"There is no folder {str(name)!r}: check --data.")
+    near,path = _near_folders(name),Path(name)
+    if len(path.parts)==1: _nearest('benchmark or folder', str(name), [*near,*_DATA])
+    hint = f"did you mean --data {' or '.join(near)}?" if near else 'check --data.'
+    raise FileNotFoundError(f"There is no folder {str(name)!r}: {hint}")
 
 def _check_out(out, folder):
     "Refuse to write among the pictures"
@@ -190,7 +201,7 @@ def _start(args, said):
     from cekd_fastai.job import experiment
     from cekd_fastai.core import one_sentence
     try: experiment(args, _defaults(), said)
-    except (ValueError,OSError) as e: _leave(f'cekd-train: {one_sentence(e)}')
+    except (ValueError,OSError) as e: _leave(f'cekd-train: {as_options(one_sentence(e), _defaults())}')
 
 def _leave(sentence):
     "End with a sentence; of several processes the first says it, and another only if the first does not"

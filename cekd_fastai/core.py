@@ -136,12 +136,18 @@ def one_of(
     for k,v in values.items():
         if v not in choices: raise ValueError(f"{who}: `{k}` is {v!r}, but it is one of {', '.join(map(repr, choices))}.")
 
+def _check_number(who, k, v):
+    "Refuse what is no number, such as a word from the command line"
+    if isinstance(v, (int,float,np.number)) or isinstance(v, (Tensor,ndarray)) and v.ndim==0: return
+    raise ValueError(f"{who}: `{k}` is {v!r}, but it is a number.")
+
 def check_above(
     who,        # What refuses
     **values    # Numbers by their names
 ):
     "Refuse a number that is not above 0"
     for k,v in values.items():
+        _check_number(who, k, v)
         if not v>0: raise ValueError(f"{who}: `{k}` is {v}, but it must be above 0.")
 
 def check_not_negative(
@@ -150,6 +156,7 @@ def check_not_negative(
 ):
     "Refuse a number below 0, or one that is not a number"
     for k,v in values.items():
+        _check_number(who, k, v)
         if not v>=0: raise ValueError(f"{who}: `{k}` is {v}, but it cannot be negative.")
 
 # %% ../nbs/00_core.ipynb #checks-share
@@ -160,6 +167,7 @@ def check_share(
 ):
     "Refuse a number that is no share, from 0 to 1"
     for k,v in values.items():
+        _check_number(who, k, v)
         if not 0<=v<=1: raise ValueError(f"{who}: `{k}` is {v}, but it is a share of {of}, from 0 to 1.")
 
 def check_count(

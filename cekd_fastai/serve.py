@@ -11,6 +11,7 @@ __all__ = ['serve_app', 'cekd_serve']
 import base64,socket,sys,threading,warnings
 from fastai.vision.all import *
 from fastcore.script import call_parse
+from .options import as_options
 from .core import check_above,check_count,one_sentence
 from .onnx_file import _need
 from .explain import _jpeg,_seen,_similar,_where
@@ -18,15 +19,15 @@ from .page import PAGE,SCRIPT,STYLE
 from .predict import open_net
 
 # %% ../nbs/52b_serve.ipynb #sv-open
-_FORMATS = 'JPEG MPO PNG WEBP GIF BMP TIFF AVIF HEIF'.split()
+_FORMATS = 'JPEG PNG WEBP GIF BMP TIFF AVIF HEIF'.split()
 
 def _opened(data, max_pixels):
     "The picture in `data`, not decoded yet; `ValueError` if it is none, or too large"
-    known = set(Image.registered_extensions().values()) # HEIF comes with pillow-heif
+    Image.init()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # Pillow warns of sizes that are looked at right here
-            im = Image.open(io.BytesIO(data), formats=[o for o in _FORMATS if o in known])
+            im = Image.open(io.BytesIO(data), formats=[o for o in _FORMATS if o in Image.OPEN]) # HEIF comes with pillow-heif
     except Image.DecompressionBombError as e: raise ValueError(f'The picture has more than {max_pixels:,} pixels.') from e
     except Exception as e: raise ValueError('This is not a picture, or it is broken.') from e
     w,h = im.size
@@ -189,6 +190,8 @@ def _only_here(app, host):
     if host in ('127.0.0.1','localhost'): app.add_middleware(TrustedHostMiddleware, allowed_hosts=['127.0.0.1','localhost'])
     return app
 
+_OPTIONS = 'host port top device max_mb max_pixels max_files'.split()
+
 @call_parse
 def cekd_serve(
     model:str, # File of `deploy` or `export_onnx`
@@ -205,7 +208,7 @@ def cekd_serve(
         uvicorn, = _need('uvicorn', who='The page', install='starlette uvicorn python-multipart')
         app = _only_here(serve_app(model, top, device, max_mb, max_pixels, max_files), host)
         sock = _listen(host, port)
-    except (ValueError,OSError,ImportError) as e: sys.exit(f'cekd-serve: {one_sentence(e)}')
+    except (ValueError,OSError,ImportError) as e: sys.exit(f'cekd-serve: {as_options(one_sentence(e), _OPTIONS)}')
     print(f'http://{host}:{sock.getsockname()[1]} (Ctrl+C ends it)', flush=True)
     config = uvicorn.Config(app, log_level='warning', limit_concurrency=16, server_header=False)
     try: uvicorn.Server(config).run(sockets=[sock])

@@ -138,6 +138,16 @@ def refuse_bare_weights(
     raise ValueError(f"`{file}` holds weights alone ({len(o)} tensors), not the network that they belong to: build that network, "
         "fill it with `load_weights(net, file)`, and pass `net` as the teacher, or ask for a file written by `deploy`.")
 
+# %% ../../nbs/33_meal.teachers.ipynb #as-weights
+def _unpickled(file):
+    "What a trusted pickle holds, as a teacher; `ValueError` if it is neither a learner nor a network"
+    refuse_bare_weights(file)
+    try: o = torch.load(file, map_location='cpu', weights_only=False)
+    except Exception as e: raise ValueError(f"`{file}` cannot be opened ({one_sentence(e)}): ask for a file written by `deploy`.") from e
+    if isinstance(o, Learner): return _from_learner(load_learner(file), file.stem, copy=False)
+    if isinstance(o, nn.Module): return Teacher(o, file.stem, stats=_cfg_stats(o), copy=False)
+    raise ValueError(f"`{file}` holds a `{type(o).__name__}`, which is no learner: ask for a file written by `deploy` or `learn.export`.")
+
 # %% ../../nbs/33_meal.teachers.ipynb #as-file
 def _from_file(file, trust):
     "The teacher in a file"
@@ -150,7 +160,7 @@ def _from_file(file, trust):
     if not trust:
         remedy = 'pass `trust=True` if you trust its author, or ask for a file written by `deploy`'
         raise ValueError(f"`{file}` is a pickle, which can run any code when it is opened: {remedy}.")
-    return _from_learner(load_learner(file), file.stem, copy=False)
+    return _unpickled(file)
 
 _ONLINE = ('hf-hub:','hf_hub:','torchvision/','timm/') # what a name may begin with
 

@@ -10,6 +10,7 @@ __all__ = ['Mix', 'mix_only', 'MixUp', 'CutMix']
 # %% ../../nbs/20_mix.callback.ipynb #imports
 from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
+from ..figures import shown_once
 from ..core import check_above,check_share,decode_images,loss_owner,one_of,show_panel
 from ..steps import step_pct
 from .core import MixRecord,box_share,draw_lam,mix_pixels,rand_box
@@ -223,5 +224,4 @@ def show(self:Mix,
         label = f'{rec.lam_a[i]:.2f} {names[i]}\n{rec.lam_b[i]:.2f} {names[j]}'
         show_panel(row[-1], mixed[i], label)
     fig.tight_layout()
-    plt.close(fig)
-    return fig
+    return shown_once(fig)

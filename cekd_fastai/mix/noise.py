@@ -10,6 +10,7 @@ __all__ = ['noise_table', 'label_noise', 'plot_label_noise']
 # %% ../../nbs/22_mix.noise.ipynb #imports
 from contextlib import contextmanager
 from fastai.vision.all import *
+from ..figures import shown_once
 from .evidence import evidence_batches,oracle_weights
 
 # %% ../../nbs/22_mix.noise.ipynb #noise-rows
@@ -108,5 +109,4 @@ def plot_label_noise(
         ax.set(title=f'{name}: error {noise.error[name]:.2f}', xlabel='weight in the evidence')
     axs[0,0].set_ylabel('weight in the label')
     fig.tight_layout()
-    plt.close(fig)
-    return fig
+    return shown_once(fig)

@@ -10,6 +10,7 @@ __all__ = ['Diversity', 'diversity']
 # %% ../../nbs/39_online.diversity.ipynb #imports
 import pandas as pd
 from fastai.vision.all import *
+from ..figures import shown_once
 from ..core import eval_mode,unwrap_model
 from ..branches import BranchNet,branch_accuracy,branch_preds
 
@@ -144,5 +145,4 @@ def plot(self:Diversity,
     right.bar(names, [*self.branches,self.ensemble], color=['C0']*n+['C1'])
     right.set(title='accuracy', xlabel='branch', ylim=(0,1))
     fig.tight_layout()
-    plt.close(fig) # the notebook shows what is returned
-    return fig
+    return shown_once(fig)
