@@ -19,7 +19,7 @@ def table(rows, seconds=False):
 def result_table(
     name,    # Of a result file, in benchmarks/results
     only=(), # Keep the rows that begin with one of these words
-    having='', # Keep the rows that hold this text
+    having='', # Keep the rows that hold this text, or one of several
     cols=(), # Keep these columns
 ):
     "The table of a committed result file, with the command and machine that it came from"
@@ -29,7 +29,7 @@ def result_table(
     where = f"{res['machine']['cores']} CPU cores, torch {res['versions']['torch']}"
     head,rule,*rows = (res['table'] if 'table' in res else table(res['runs'])).split('\n')
     if only: rows = [o for o in rows if o.startswith(tuple(f'| {k}' for k in only))]
-    rows = [o for o in rows if having in o]
+    rows = [o for o in rows if any(k in o for k in ([having] if isinstance(having, str) else having))]
     lines = [head,rule,*rows]
     if cols: # of a file with one table; some have two, of different columns
         names = [o.strip() for o in head.strip('|').split('|')]

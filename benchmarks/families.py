@@ -1,6 +1,7 @@
 """Which families of timm become a network with branches: the smallest model of each, with random weights, at 96 px or the size that it asks for.
 
-    python benchmarks/families.py
+    python benchmarks/families.py          # every check
+    python benchmarks/families.py --quick  # does it build, and are the logits those of the model
 
 For each family it asks: does it build, and what does it say if not; does the network with one branch and the same classifier give
 the logits of the model to 1e-4, also where it is split in the middle and at the head; are private stages equal copies that share nothing
@@ -15,11 +16,11 @@ from timm.models import list_models,list_modules
 from cekd_fastai.core import write_whole
 from cekd_fastai.train import about
 from cekd_fastai.arch import chain,make_arch,trial_images
-from cekd_fastai.branches import branch_net,load_net,save_net
-from cekd_fastai.cam import model_cam
+from cekd_fastai.branches import branch_net,branch_splitter,load_net,save_net
+from cekd_fastai.cam import Mapped,model_cam
 from cekd_fastai.cekd import CEKD
-from cekd_fastai.graph import divide,last_layer
-from cekd_fastai.learner import branch_learner
+from cekd_fastai.graph import divide
+from cekd_fastai.distill import BranchLoss,Components
 from cekd_fastai.mix.snapmix import SnapMix
 from common import here
 
@@ -38,14 +39,6 @@ def smallest(family):
     known = {k:v for k,v in sizes.items() if v}
     return min(known, key=known.get) if known else first(sizes)
 
-def with_head_of(model, net):
-    "`model` with the classifier of the only branch of `net`"
-    names = getattr(net.heads[0], 'classifiers', None)
-    new = [net.heads[0].get_submodule(o) for o in names] if names else [last_layer(net.heads[0])]
-    old = [last_layer(o) for o in L(model.get_classifier())] if names else [last_layer(model)]
-    for a,b in zip(old, new): a.load_state_dict(b.state_dict())
-    return model.eval()
-
 def distance(a, b): return (a-b).abs().max().item()/max(1, b.abs().max().item())
 
 def middle(model):
@@ -58,8 +51,8 @@ def middle(model):
 
 def whole(parts, x): return parts[2](parts[1](parts[0](x)))
 
-def check_step(model, x):
-    "Loss of a step of SnapMix and CEKD, and how many parameters have no finite gradient"
+def check_step(net, x):
+    "Loss of a step of SnapMix and CEKD, and the parameters that have no finite gradient"
     bad,losses = [],[]
     class Gradients(Callback):
         def after_backward(self):
@@ -67,55 +60,73 @@ def check_step(model, x):
             ps = list(self.model.named_parameters())
             bad.extend(n for n,p in ps if p.requires_grad and (p.grad is None or not p.grad.isfinite().all()))
     dl = DataLoader(list(zip(torch.cat([x,x.flip(-1)]), tensor([0,1,2,0]))), bs=4)
-    dls = DataLoaders(dl, dl)
-    dls.c = 3
-    learn = branch_learner(dls, model, cbs=[SnapMix(),CEKD(),Gradients()], loss_func=CrossEntropyLossFlat(), path=here)
+    cbs = [BranchLoss(),Components(),SnapMix(),CEKD(),Gradients()]
+    learn = Learner(DataLoaders(dl, dl), net, CrossEntropyLossFlat(), splitter=branch_splitter, cbs=cbs, path=here)
     with learn.no_bar(),learn.no_logging(): learn.fit(1, 1e-4)
     return losses[0],bad
 
 def build(name, **kwargs):
     "The model `name`; networks that take pictures of any size get small ones"
     model = make_arch(name, pretrained=False, **kwargs)[0].eval()
-    if not kwargs and not model.default_cfg.get('fixed_input_size'): model.default_cfg = dict(model.default_cfg, input_size=(3,128,128))
+    if not kwargs and not model.default_cfg.get('fixed_input_size'): model.default_cfg = dict(model.default_cfg, input_size=(3,96,96))
     return model
 
-def check(name, **kwargs):
-    "What is true of the model `name`, as a row"
-    row = dict(chain=True)
-    model = build(name, **kwargs)
-    row['params'] = sum(o.numel() for o in model.parameters())
-    x = trial_images(model)
-    try: chain(model)
-    except ValueError: row['chain'] = False
-    if getattr(model, 'output_fmt', 'NCHW')=='NHWC': row['chain'] = False # no class activation map
+def check_one(model, x):
+    "Logits of one branch with the classifier of the model against those of the model, as entries of a row, and the logits"
     with torch.no_grad():
-        one = branch_net(deepcopy(model), 7, 1).eval()
-        row['builds'] = True
-        model.reset_classifier(7)
-        want = with_head_of(model, one)(x)
-        row['equal'] = distance(one(x), want)
+        want = model(x)
+        one = branch_net(deepcopy(model), want.shape[1], 1, keep_head=True).eval()
+        return dict(builds=True, chain=not isinstance(one.heads[0], Mapped), equal=distance(one(x), want)),want
+
+def check_same(model, name, x):
+    "Logits of one branch, and of the parts of two other splits, against those of the model, as entries of a row"
+    row,want = check_one(model, x)
+    with torch.no_grad():
         row['middle'] = middle(model)
         parts = [divide(model, name, o) for o in (row['middle'],'head')]
         for o in parts: o[2].eval()
-        row['split'] = max(distance(whole(o, x), want) for o in parts)
-    two = branch_net(deepcopy(model), 7, 2)
-    a,b = [list(o.parameters()) for o in two.branches]
-    ids = [id(o) for m in (two.trunk,*two.branches) for o in m.parameters()]
-    row['private'] = len(set(ids))==len(ids) and all(torch.equal(p, q) for p,q in zip(a, b))
-    row['share'] = sum(o.numel() for o in a)/row['params']
-    cam = model_cam(two, x, tensor([0,1]))
+        return row|dict(split=max(distance(whole(o, x), want) for o in parts))
+
+def check_two(net, x):
+    "Private stages, class activation maps and a file of a network with two branches, as entries of a row"
+    a,b = [list(o.parameters()) for o in net.branches]
+    ids = [id(o) for m in (net.trunk,*net.branches) for o in m.parameters()]
+    row = dict(private=len(set(ids))==len(ids) and all(torch.equal(p, q) for p,q in zip(a, b)))
+    row['share'] = sum(o.numel() for o in a)/sum(o.numel() for m in (net.trunk,net.branches[0],net.heads[0]) for o in m.parameters())
+    cam = model_cam(net.train(), x, tensor([0,1]), training=True) # features of deep random networks vanish in evaluation mode
+    net.eval()
     row['places'] = list(cam.shape[1:])
     row['cam'] = cam.shape[1]*x.shape[3]==cam.shape[2]*x.shape[2] and bool(cam.isfinite().all()) and cam.std((1,2)).min().item()>0
-    net = branch_net(name, 3, 2, pretrained=False, **kwargs).eval()
     with tempfile.TemporaryDirectory() as tmp, torch.no_grad():
         save_net(net, Path(tmp)/'net.pt')
         row['file'] = torch.equal(load_net(Path(tmp)/'net.pt')[0](x), net(x))
-    loss,bad = check_step(model, x)
-    return row | dict(size=x.shape[-1], step=math.isfinite(loss) and not bad, without_gradient=bad[:8])
+    return row
+
+def check(name, quick, **kwargs):
+    "What is true of the model `name`, as a row"
+    model = build(name, **kwargs)
+    x = trial_images(model)
+    row = dict(params=sum(o.numel() for o in model.parameters()), size=x.shape[-1])
+    if quick: return row|check_one(model, x)[0]
+    row |= check_same(model, name, x)
+    net = branch_net(name, 3, 2, pretrained=False, **kwargs).eval()
+    row |= check_two(net, x)
+    loss,bad = check_step(net, x)
+    return row|dict(step=math.isfinite(loss) and not bad, without_gradient=bad[:8])
+
+def same_alone(r):
+    "Has a row passed the first check only, as nothing else was tried?"
+    return 'step' not in r and r.get('equal', 1)<1e-4
 
 def works(r):
     "Does a row pass every check?"
     return all(k in r for k in CHECKS) and max(r['equal'], r['split'])<1e-4 and r['private'] and r['step'] and r['cam'] and r['file']
+
+def status(r):
+    "A word for a row"
+    if works(r): return 'yes'
+    if same_alone(r): return 'same logits'
+    return 'refused' if 'builds' in r else 'not tried'
 
 def table(rows):
     "All families as a table, those that are out first"
@@ -126,7 +137,7 @@ def table(rows):
         private = f"{r['share']:.0%}" if 'share' in r else ''
         params = f"{r['params']/1e6:.1f}" if 'params' in r else ''
         yes = ['no','yes']
-        cells.append([r['family'],r['model'],params,yes[r.get('chain', False)],'yes' if works(r) else 'refused' if 'builds' in r else 'not tried',private,places,'' if works(r) else reason(r)])
+        cells.append([r['family'],r['model'],params,yes[r.get('chain', False)],status(r),private,places,'' if works(r) or same_alone(r) else reason(r)])
     return '\n'.join(f"| {' | '.join(o)} |" for o in cells)
 
 def reason(r):
@@ -137,29 +148,30 @@ def reason(r):
 
 def save(rows):
     n = sum(map(works, rows))
-    tried = sum('builds' in r for r in rows)
-    title = f'{n} of {tried} families tried (of {len(rows)}) of timm {timm.__version__} become a network with branches'
+    built = n+sum(map(same_alone, rows))
+    title = f'{built} of the {len(rows)} families of timm {timm.__version__} become a network with branches, and {n} have passed every check'
     about_it = dict(title=title, command='python benchmarks/families.py', **about({}))
     text = json.dumps(about_it | dict(runs=rows, table=table(rows)), indent=1)
     write_whole(out, lambda f: Path(f).write_text(text))
 
 @call_parse
 def main(
-    families:str='', # Families to try again, separated by commas; empty: all that have no row yet
+    families:str='', # Families to try again, separated by commas; empty: all that have not been tried in full yet
+    quick:bool=False, # Only build them and compare the logits
 ):
     "Try the smallest model of each family"
     warnings.simplefilter('ignore')
     defaults.use_cuda = False
     def known(): return {r['family']:r for r in json.loads(out.read_text())['runs']} if out.exists() else {}
     rows = known()
-    again = families.split(',') if families else [o for o in sorted(list_modules()) if 'builds' not in rows.get(o, {})]
+    again = families.split(',') if families else [o for o in sorted(list_modules()) if not rows.get(o, {}).get('error') and 'step' not in rows.get(o, {})]
     for family in again:
         start,old = time.time(),rows.get(family, {})
         row = dict(family=family, model=old.get('model') or smallest(family))
         torch.manual_seed(0)
         try:
-            try: row |= check(row['model'], img_size=96) # faster, where a network can be made for it
-            except Exception: row |= check(row['model'])
+            try: row |= check(row['model'], quick, img_size=96) # faster, where a network can be made for it
+            except Exception: row |= check(row['model'], quick)
         except Exception as e: row |= dict(builds=False, error=f"{type(e).__name__}: {str(e).splitlines()[0][:300]}")
         row['seconds'] = round(time.time()-start)
         rows = known() | {family:row} # two runs may share the work

@@ -17,14 +17,14 @@ common = dict(data='synthetic', arch='resnet10t', arch_args=[f'{k}={v}' for k,v 
 half = dict(mix='snapmix', mix_prob=.5)
 methods = {'plain': dict(method='plain', mix='none'), 'plain + SnapMix': dict(method='plain', **half), 'CEKD + SnapMix': dict(method='cekd', **half)}
 
-def backbone(epochs=15):
-    "Weights of a small network trained on drawn species other than the 20 of `synthetic`, made once"
-    file = here.parent/'runs'/'backbone.pth'
+def backbone(epochs=15, size=84):
+    "Weights of a small network trained on drawn species other than the 20 of `synthetic`, made once for each size of picture"
+    file = here.parent/'runs'/('backbone.pth' if size==84 else f'backbone{size}.pth')
     if file.exists(): return file
     print('A backbone first, on 28 other species', flush=True)
     birds = make_birds(here.parent/'runs'/'birds48', n_species=48, n_images=31, n_train=30, seed=7)
     set_seed(7)
-    dls = fine_grained_dls(birds, size=84, bs=32, classes=read_table(birds).classes[20:], in_memory=True)
+    dls = fine_grained_dls(birds, size=size, bs=32, classes=read_table(birds).classes[20:], in_memory=True)
     learn = branch_learner(dls, 'resnet10t', 1, pretrained=False, arch_args=net, wd=.05, metrics=accuracy, cbs=ChannelsLast())
     learn.fit_one_cycle(epochs, 3e-3)
     write_whole(file, lambda p: torch.save(learn.model.state_dict(), p))

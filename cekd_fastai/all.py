@@ -39,10 +39,11 @@ from .ema import ModelEMA
 from .distill import BranchLoss,Components,Distill
 from .cekd import CEKD,cekd_losses
 from .diagnose import Diagnose
-from .soft_labels import OnlineLabelSmoothing,PSKD,StoredTargets
+from .soft_labels import OnlineLabelSmoothing
+from .own_targets import PSKD,StoredTargets
 from .meal.teachers import Teacher,as_teacher
 from .meal.callback import MEAL
-from .online.gates import gate_net
+from .online.net import gate_net
 from .online.callback import DML,FFL,FFMCD,KDCL,OKDDip,ONE,OnlineKD
 from .online.diversity import Diversity,diversity
 from .css.net import css_net

@@ -15,8 +15,11 @@ from contextlib import nullcontext
 from torch.utils.checkpoint import checkpoint
 from .core import eval_mode,unwrap_model,write_whole
 from .cam import cam
+from .files import bounded_build,fill,net_sum,read_saved
+from .weights import Saved,load_branches
 from .arch import make_arch,new_head
 from .graph import divide
+from .tuning import added_params,layer_groups,note_backbone
 
 # %% ../nbs/25_branches.ipynb #bn-code
 class BranchNet(nn.Module):
@@ -134,10 +137,12 @@ def cam(self:BranchNet,
 
 # %% ../nbs/25_branches.ipynb #bn-splitter
 def branch_splitter(
-    model:BranchNet, # The network
+    model:BranchNet,    # The network
+    by_layer:bool=False # A group for each layer of the backbone, in place of one for the trunk and one for the branches
 )->L:
-    "Parameter groups of a `BranchNet`: trunk, branches, heads; every parameter once"
-    return L(params(m) for m in (model.trunk,model.branches,model.heads)).filter(len)
+    "Parameter groups of a `BranchNet`: trunk, branches, heads and what was added; every parameter once"
+    if by_layer: return layer_groups(model)
+    return L(params(model.trunk), params(model.branches), added_params(model)).filter(len)
 
 # %% ../nbs/25_branches.ipynb #build-recipe
 BUILDERS = {}
@@ -163,13 +168,13 @@ def _arguments(f, *args, **kwargs):
     return res
 
 def register_builder(
-    f, # A function that returns a `BranchNet`; its arguments `pretrained` and `weights` are not part of the recipe
+    f, # A function that returns a `BranchNet`; its arguments `pretrained`, `weights` and `vocab` are not part of the recipe
 ):
     "Register `f` by its name for `load_net`, and store its arguments in each network that it returns as `net.recipe`"
     @functools.wraps(f)
     def _f(*args, **kwargs):
         net = f(*args, **kwargs)
-        kw = {k:v for k,v in _arguments(f, *args, **kwargs).items() if k not in ('pretrained','weights')}
+        kw = {k:v for k,v in _arguments(f, *args, **kwargs).items() if k not in ('pretrained','weights','vocab')}
         try: net.recipe = dict(build=f.__name__, **_plain(kw))
         except ValueError: net.recipe = None
         return net
@@ -181,7 +186,9 @@ def _pieces(arch, n_out, split, **kwargs):
     "Name, trunk, stage after it and head of a backbone"
     model,name = make_arch(arch, **kwargs)
     if getattr(model, 'num_classes', None)==0: model.reset_classifier(n_out) # it came without a classifier
-    return name,*divide(model, name, split)
+    parts = divide(model, name, split)
+    note_backbone(model, name, *parts)
+    return name,*parts
 
 def _check_start(arch, pretrained=True, weights=None, **kwargs):
     "Refuse to draw weights for branches of a network that has its own"
@@ -201,19 +208,25 @@ def branch_net(
     freeze_bn:bool=False, # Keep the statistics of batch normalisation in training
     own_start:bool=False, # Random weights of its own for each branch, as in the papers; False: copies of one stage
     keep_head:bool=False, # Keep the classifier of the backbone, for one branch and data with its classes; False: a fresh one
+    vocab:list=None,      # Names of the classes; those that a file of `deploy` in `weights` has too keep their classifier
     **kwargs
 )->BranchNet:
     "A `BranchNet` around any backbone"
     if n_branches<1: raise ValueError(f"`n_branches` is {n_branches}, but a network needs at least one branch.")
     if keep_head and n_branches>1: raise ValueError("`keep_head` is for one branch: several with one head would stay equal.")
     if own_start: _check_start(arch, **kwargs)
+    saved = kwargs.get('weights') and Saved(kwargs['weights'])
+    ours = bool(saved) and saved.has_branches
+    if saved: kwargs |= dict(weights=None, pretrained=False) if ours else dict(weights=saved)
     name,trunk,stage,head = _pieces(arch, n_out, split, **kwargs)
     starts = [(stage,head)]
     for _ in range(n_branches-1):
         if own_start: starts.append(_pieces(arch, n_out, split, **kwargs)[2:])
         else: starts.append((deepcopy(stage),head))
     heads = [new_head(h, n_out, name, keep_head) for _,h in starts]
-    return BranchNet(trunk, [s for s,_ in starts], heads, freeze_bn)
+    net = BranchNet(trunk, [s for s,_ in starts], heads, freeze_bn)
+    if saved: trunk.facts['new'] = load_branches(net, saved, vocab) if ours else [] if keep_head else ['heads']
+    return net
 
 # %% ../nbs/25_branches.ipynb #bn-each
 def _ensemble_and_each(model, x):
@@ -273,21 +286,16 @@ def save_net(
     state = net.state_dict()
     state = {k:state[k].cpu() for k in _build(recipe).state_dict()} # without the optional parts of a run
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, partial(torch.save, dict(recipe=recipe, state_dict=state, info=info)))
+    saved = dict(recipe=recipe, state_dict=state, info=info, sum=net_sum(recipe, state, info))
+    write_whole(file, partial(torch.save, saved))
 
 def load_net(
     file, # Written by `save_net`
 )->tuple: # The network in evaluation mode, and a dict with what was kept beside it
-    "Build a network from its file, without unpickling code"
-    if not Path(file).is_file(): raise FileNotFoundError(f"There is no file `{file}`.")
-    try:
-        saved = torch.load(file, map_location='cpu', weights_only=True)
-        recipe,state,info = saved['recipe'],saved['state_dict'],saved['info']
-    except Exception as e:
-        why = str(e).splitlines()[0]
-        raise ValueError(f"`{file}` was not written by `save_net` or `deploy` ({why}).") from e
-    net = _build(recipe)
-    net.load_state_dict(state)
+    "Build a network from its file, without unpickling code; `ValueError` says what is wrong with a file"
+    recipe,state,info = read_saved(file)
+    with bounded_build(file, state): net = _build(recipe)
+    fill(net, state, file)
     return net.eval(),info
 
 # %% ../nbs/25_branches.ipynb #save-pick

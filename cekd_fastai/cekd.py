@@ -170,6 +170,9 @@ def _check_together(self:CEKD):
 def check(self:CEKD):
     "Refuse a learner that this method cannot train, in one sentence"
     Distill.check(self)
+    if self.needs_clean and hasattr(self.learn.model, '_orig_mod'):
+        raise ValueError('`CEKD` runs the parts of the network by themselves, but it is compiled as a whole: '
+            'pass `Compile()` in `cbs` instead, which compiles its parts.')
     loss = getattr(self.learn.loss_func, 'func', self.learn.loss_func)
     n_branches = unwrap_model(self.learn.model).n_branches
     if self.mixer is None:

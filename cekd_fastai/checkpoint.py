@@ -14,7 +14,8 @@ from fastai.vision.all import *
 from .core import check_count,check_not_negative,few,unwrap_model,write_whole
 from .mix.callback import Mix
 from .distill import Distill
-from .runstate import checkpoint_files,copy_plain,newest_checkpoint,write_checkpoint
+from .ranks import Later,meeting_place,over_all,together
+from .runstate import checkpoint_files,copy_plain,newest_checkpoint,state_bytes,state_of,write_checkpoint
 from .runstate import load_net_state,load_now_state,load_start_state,net_state,now_state,start_state
 
 # %% ../nbs/44_checkpoint.ipynb #about
@@ -46,6 +47,7 @@ def run_about(
     vocab = [str(o) for o in L(getattr(learn.dls, 'vocab', None))]
     res = dict(epochs=learn.n_epoch, batches=len(dl), bs=dl.bs, images=dl.n, classes=_short(vocab), network=_short(net))
     res |= dict(rates=[float(h['lr']) for h in learn.opt.hypers], schedule=_short(_schedule(learn)), args=args or {})
+    if together(): res['processes'] = num_distrib()
     return json.loads(json.dumps(res | {f'`{k}`':v for k,v in cbs.items()}, default=str))
 
 def run_difference(
@@ -105,7 +107,8 @@ class Checkpoint(Callback):
     resumer = None  # `Resume`, until there is nothing to skip any more
     signal = None   # Number of a signal that has come
     handlers = None # What took signals before
-    _stateattrs = ('state','start','at','resumer','handlers')
+    vote = None     # What all processes know of signals, on its way
+    _stateattrs = ('state','start','at','resumer','handlers','vote')
     def __init__(self,
         folder='checkpoints',      # Where to write, one folder for each run
         every:int=0,               # Write after so many batches too; 0: at the end of each epoch only
@@ -124,6 +127,7 @@ class Checkpoint(Callback):
 @patch
 def check_room(self:Checkpoint):
     "Refuse a folder that cannot be written to, or a disk without room for what is kept"
+    if rank_distrib(): return # the first process writes
     try:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder/'.can-write', lambda p: p.write_bytes(b' '))
@@ -137,6 +141,13 @@ def check_room(self:Checkpoint):
     raise OSError(f"{found}: make room, choose another folder, or keep fewer.")
 
 # %% ../nbs/44_checkpoint.ipynb #cb-write
+def _gather_bytes(state):
+    "What the other processes have of their own, each as a tensor of bytes; empty except in the first process"
+    if not together(): return []
+    res = [None]*num_distrib() if not rank_distrib() else None
+    torch.distributed.gather_object(state_bytes(state) if rank_distrib() else b'', res)
+    return [torch.frombuffer(bytearray(o), dtype=torch.uint8) for o in (res or [])[1:]]
+
 @patch
 def write(self:Checkpoint,
     epoch:int, # Place from which the file goes on
@@ -144,9 +155,11 @@ def write(self:Checkpoint,
     now:dict,  # From `now_state`
 ):
     "Write one checkpoint and let go of the oldest; a disk that refuses is a warning"
+    net = net_state(self.learn)
+    others = _gather_bytes(dict(start=self.start, now=now, notes=net['notes']))
     if rank_distrib(): return
     place = dict(fit=self.fit_no, epoch=epoch, batch=batch)
-    state = place | dict(about=self.about, best=self.best, start=self.start, now=now, net=net_state(self.learn))
+    state = place | dict(about=self.about, best=self.best, start=self.start, now=now, net=net, others=others)
     file = self.folder/f'checkpoint-{self.fit_no:02d}-{epoch:04d}-{batch:06d}.ckpt'
     try:
         write_checkpoint(file, state)
@@ -157,13 +170,33 @@ def write(self:Checkpoint,
     self.is_best = False
 
 # %% ../nbs/44_checkpoint.ipynb #cb-find
+def _agree(place):
+    "Refuse to go on if processes would go on from different places"
+    mine = torch.tensor(place, device=meeting_place())
+    low,high = over_all(mine.clone(), 'MIN'),over_all(mine.clone(), 'MAX')
+    if torch.equal(low, high): return
+    raise OSError("The processes have found different checkpoints: use a folder that all machines share.")
+
+@patch
+def newest(self:Checkpoint)->dict|None:
+    "The newest good checkpoint, with what belongs to this process; the same in all processes"
+    device = getattr(self.learn.dls, 'device', None) or 'cpu'
+    if together() and rank_distrib(): torch.distributed.barrier() # the first process sets bad files aside
+    state = newest_checkpoint(self.folder, device)
+    if not together(): return state
+    if not rank_distrib(): torch.distributed.barrier()
+    _agree([-1,-1,-1] if state is None else [state[o] for o in ('fit','epoch','batch')])
+    if state is None or not rank_distrib() or len(state['others'])+1!=num_distrib(): return state
+    own = state_of(bytes(state['others'][rank_distrib()-1].tolist()), device)
+    return state | dict(start=own['start'], now=own['now'], net=state['net'] | dict(notes=own['notes']))
+
 @patch
 def find(self:Checkpoint)->dict|None:
     "The checkpoint from which this fit goes on, None if it begins"
     if not self.resume:
         if not checkpoint_files(self.folder): return None
         raise ValueError(f"`{self.folder}` holds checkpoints of an earlier run: pass resume=True to go on, or choose another folder.")
-    state = newest_checkpoint(self.folder, getattr(self.learn.dls, 'device', None) or 'cpu')
+    state = self.newest()
     if state is None or state['fit']<self.fit_no: return None
     diff = run_difference(state['about'], self.about) if state['fit']==self.fit_no else []
     if not diff: return state
@@ -198,7 +231,7 @@ def go_on(self:Checkpoint):
 @patch
 def before_fit(self:Checkpoint):
     "Start clean, whatever an interrupted run has left"
-    self.fitting,self.start,self.at = False,None,None
+    self.fitting,self.start,self.at,self.vote = False,None,None,None
     self.deafen()
     self.go_on()
     if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
@@ -229,22 +262,34 @@ def after_epoch(self:Checkpoint):
         if not self.target[1]: load_start_state(self.learn, self.start)
     if not self.target[1]: self.go_on()
 
+# %% ../nbs/44_checkpoint.ipynb #cb-heard
+@patch
+def heard(self:Checkpoint)->int|None:
+    "The number of a signal that any process has taken, after the same batch in all of them"
+    if not (together() and self.signals): return self.signal
+    place = meeting_place()
+    sent = Later(over_all(torch.tensor(int(self.signal or 0), device=place)))
+    last,self.vote = self.vote or sent,sent
+    n = (sent if place.type=='cpu' else last).get()
+    if n: self.signal = n
+    return n or None
+
 # %% ../nbs/44_checkpoint.ipynb #cb-batch
 @patch
 def after_batch(self:Checkpoint):
     "Write, or give back, the end of a batch"
     if not self.fitting: return
-    if not self.learn.training: return self.leave() if self.signal else None
+    if not self.learn.training: return self.leave() if self.heard() else None
     done = self.learn.iter+1
     if self.resumer:
         self.resumer.wake()
         if done<self.target[1]: return
         load_now_state(self.learn, self.state['now'], replay=True)
         self.go_on()
-    due = self.every and done%self.every==0
-    if not due and not self.signal and done<self.learn.n_iter: return
+    due,signal = self.every and done%self.every==0,self.heard()
+    if not due and not signal and done<self.learn.n_iter: return
     self.at,self.place = now_state(self.learn),(self.learn.epoch,done)
-    if self.signal: self.leave()
+    if signal: self.leave()
     if due: self.write(*self.place, self.at)
 
 @patch

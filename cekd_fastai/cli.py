@@ -8,7 +8,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/cli.html.md"""
 __all__ = ['NAMES', 'LISTS', 'GROUPS', 'check_names', 'check_numbers', 'cli_parser', 'given', 'cekd_train']
 
 # %% ../nbs/57_cli.ipynb #imports
-import argparse,inspect,os,sys
+import argparse,inspect,os,sys,time
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated,get_args
@@ -190,13 +190,45 @@ def _start(args, said):
     from cekd_fastai.job import experiment
     from cekd_fastai.core import one_sentence
     try: experiment(args, _defaults(), said)
-    except (ValueError,OSError) as e: sys.exit(f'cekd-train: {one_sentence(e)}')
+    except (ValueError,OSError) as e: _leave(f'cekd-train: {one_sentence(e)}')
+
+def _leave(sentence):
+    "End with a sentence; of several processes the first says it, and another only if the first does not"
+    if os.environ.get('RANK', '0')=='0': sys.exit(sentence)
+    time.sleep(3) # long enough to be ended by the launcher, if the first process has failed too
+    sys.exit(f"{sentence} (process {os.environ['RANK']})")
 
 def _in_script(frame):
     "Whether this is the top of a file that was started, as the installed command is"
     g = frame.f_globals
     if g.get('__name__')!='__main__' or not g.get('__file__'): return False
     return frame.f_locals is g and Path(g['__file__']).resolve()==Path(frame.f_code.co_filename).resolve()
+
+# %% ../nbs/57_cli.ipynb #launch
+def _launch(said):
+    "Start the command that was typed in several processes, and end as they do"
+    n = said.pop('launch', None)
+    if n is None: sys.exit('cekd-train: `launch` starts a command; from Python use `notebook_launcher` of accelerate.')
+    if n<1: sys.exit(f'cekd-train: --launch is {n}, but it takes 1 process or more.')
+    if 'RANK' in os.environ: sys.exit('cekd-train: --launch within `torchrun` would start too many processes: leave one of them out.')
+    import logging
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL) # the first process has said it
+    logging.getLogger('torch.distributed.run').setLevel(logging.CRITICAL)
+    words = _without('--launch', sys.argv[1:])
+    try: run.main(['--standalone','--nproc-per-node',str(n),'-m','cekd_fastai.cli',*words])
+    except ChildFailedError as e: sys.exit(e.get_first_failure()[1].exitcode%256)
+    except run.SignalException as e: sys.exit(128+e.sigval)
+    sys.exit()
+
+def _without(flag, words):
+    "The words of a command line without an option and its value"
+    res,skip = [],False
+    for o in words:
+        if not (skip or o==flag or o.startswith(f'{flag}=')): res.append(o)
+        skip = o==flag
+    return res
 
 # %% ../nbs/57_cli.ipynb #cmd-code
 def cekd_train(
@@ -207,7 +239,7 @@ def cekd_train(
     valid_pct:float=None,       # Share of the training images to validate on, for choices that must not see the test images
     balanced:bool=False, # Draw every class equally often
     crop_to_box:bool=False, # Cut each image to the box around its object
-    size:int=None,              # Size of the image in pixels, by default 224, or 32 for small images
+    size:int=None,              # Size of the image in pixels, by default that of the pretraining, or 32 for small images
     num_workers:int=None,       # Processes that load images, one for each core by default; 0 is faster on two cores
     in_memory:bool=False, # Read every image once and keep it, for data that fits into memory
     verify:bool=False,    # Read every image first, list and skip those that cannot be read
@@ -231,16 +263,20 @@ def cekd_train(
     recipe:str=None,            # A published experiment (--list recipes), e.g. cekd-cub-resnet101; options given beside it win
     epochs:int=20,              # Number of epochs
     bs:int=32,                  # Images in a batch
-    lr:float=1e-3,              # Largest learning rate; more for the heads of a pretrained network, see head_lr
-    head_lr:float=10.,          # How many times faster the heads of a pretrained network learn
-    wd:float=1e-2,              # Weight decay
-    opt:str='adam',             # adam, sgd (with momentum 0.9) or nesterov
+    lr:float=None,              # Largest learning rate, by default as recommended for the backbone; more for heads, see head_lr
+    head_lr:float=None,         # How many times faster the heads of a pretrained network learn, by default 10
+    wd:float=None,              # Weight decay, by default 0.01, or 0.05 for a backbone without batch normalisation
+    opt:str=None,               # adam (the default), sgd (with momentum 0.9) or nesterov
     schedule:str='one-cycle',   # one-cycle, or steps: a tenth of the rate after each milestone
     milestones:Annotated[int,dict(nargs='+')]=(), # Epochs of steps: --milestones 80 150 180
     warmup:float=0.,            # Epochs of linear warm-up with steps
     stairs:bool=False, # Let the warm-up rise once an epoch
     precision:str='full',       # full, fp16 or bf16 (on a GPU)
     grad_checkpoint:bool=False, # Less memory, more time: compute the trunk's activations again in the backward pass
+    grad_accum:int=1,           # Batches in one step of the optimiser: a large step in little memory
+    compile:bool=False, # Compile the network: minutes at the beginning, then faster on a GPU
+    launch:int=None,            # Start so many processes on this machine, one for each GPU; with --device cpu, on its cores
+    device:str=None,            # cpu: train on the processor, with several processes too
     seed:int=42,                # Seed of everything random
     out:str='runs/cekd',        # Folder for result.json, history.csv, report.png, model.pkl and model.pt
     resume:bool=False,    # Go on with the run in --out, if it was killed; otherwise begin
@@ -252,6 +288,7 @@ def cekd_train(
     typed = args==_defaults() and _in_script(sys._getframe(1))
     try:
         said = given() if typed else {}
+        if (args|said)['launch'] is not None: _launch(said)
         _start(args|said, said)
     except KeyboardInterrupt:
         print('\ncekd-train: interrupted; a run that had begun to train goes on with --resume.', file=sys.stderr)

@@ -9,9 +9,10 @@ __all__ = ['PictureInput', 'deploy', 'Deployed']
 
 # %% ../nbs/50_deploy.ipynb #imports
 from fastai.vision.all import *
-from .core import data_stats,data_vocab,eval_mode,few,unwrap_model,write_whole
+from .core import data_stats,data_vocab,eval_mode,few,one_sentence,unwrap_model,write_whole
 from .data.image import ResizeShort,ResizeSquare,scaling_tfms,open_image,recipe_tfms
 from .data.loaders import OpenImage
+from .files import check_info
 from .branches import BranchNet,load_net,save_net
 
 # %% ../nbs/50_deploy.ipynb #dp-keeps
@@ -261,10 +262,14 @@ class Deployed:
 
     def set_info(self, info, file, device):
         "Take over what the file says beside the weights"
+        check_info(info, file)
         self.info,self.file,self.device = _complete(info, file),Path(file),device
         self.vocab,self.size,self.thresh = (self.info[o] for o in ('vocab','size','thresh'))
         self.activation = _ACTIVATIONS[self.info['activation']]
-        self.input = PictureInput(self.info, device)
+        try:
+            self.input = PictureInput(self.info, device)
+            self.pixels(Image.new('RGB', (8,8)))
+        except Exception as e: raise ValueError(f"`{file}` describes its pictures in a way that does not work ({one_sentence(e)}).") from e
         self.mean,self.std = self.input.mean,self.input.std
 
     @property

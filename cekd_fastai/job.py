@@ -92,7 +92,7 @@ def rehearse(
     small = _small_size(args)
     birds = make_birds(tmp/'birds', n_species=4, n_images=4, n_train=2, size=small+8, progress=False)
     res = args | dict.fromkeys(('weights','classes','valid_pct','per_class','root'))
-    res |= dict(data=birds, size=small, bs=8, num_workers=0, crop_to_box=False, out=tmp/'run', resume=False)
+    res |= dict(data=birds, size=small, bs=8//max(num_distrib(), 1), grad_accum=1, num_workers=0, crop_to_box=False, out=tmp/'run', resume=False)
     res |= dict(epochs=1, milestones=[], warmup=0., stairs=False, no_pretrained=True, head_lr=10.)
     res['learner_args'] = [o for o in args['learner_args'] if not o.startswith('keep_head')]
     if args['method']=='meal': res['teachers'] = _stand_ins(args, birds, small, tmp)
@@ -107,6 +107,7 @@ def rehearsal(
     with tempfile.TemporaryDirectory() as tmp:
         small = rehearse(args, Path(tmp))
         kept_run(small)
+    if rank_distrib(): return
     plan = {k:args[k] for k in 'data arch method mix size bs epochs lr wd opt schedule milestones'.split()}
     print(f"dry run done, nothing is kept; the experiment: {plan}, published: {args.get('published')}")
 

@@ -8,17 +8,101 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/learner.html.md"""
 __all__ = ['branch_learner', 'meal_learner', 'online_learner', 'css_learner', 'GradCheckpoint']
 
 # %% ../nbs/42_learner.ipynb #imports
-import inspect
+import inspect,timm
 from fastai.vision.all import *
-from .core import lookup,unwrap_model
+from .core import data_stats,data_vocab,few,lookup,unwrap_model
+from .data.loaders import with_stats
 from .branches import BranchNet,branch_net,branch_splitter,peer_net
-from .midlevel import mid_net,mid_splitter
+from .midlevel import mid_net
 from .distill import BranchLoss,Components
+from .meal.teachers import peek
 from .meal.callback import MEAL
-from .online.gates import gate_apart,gate_net,gate_splitter
+from .online.net import gate_apart,gate_net
 from .online.callback import ONLINE,OnlineKD
 from .css.net import css_net
 from .css.callback import CSS
+
+# %% ../nbs/42_learner.ipynb #le-input
+def _shape(dls):
+    "Channels, height and width of the images; None if they cannot be read now, which training will report"
+    try: return tuple(peek(dls)[0].shape[1:])
+    except Exception: return None
+
+def _takes(arch, size, args):
+    "Can the backbone be made for pictures of this size? Tried without memory"
+    args = args|dict(img_size=size)
+    try:
+        with torch.device('meta'):
+            model = timm.create_model(arch, pretrained=False, **args).eval()
+            return model(torch.empty(1, args.get('in_chans', 3), size, size)).ndim==2
+    except Exception: return False
+
+@contextmanager
+def _sizes_named(arch, shape, args):
+    "Turn the failure of a network that takes only some sizes of pictures into one sentence"
+    try: yield
+    except (AssertionError,ValueError,RuntimeError) as e:
+        own = _fixed_size(arch) if isinstance(arch, str) else None
+        made = _input_args(arch, shape, args)
+        if own is None or made.pop('img_size', own) in (own,(args or {}).get('img_size')) or _takes(arch, shape[1], made): raise
+        near = {o for k in (16,32) for o in (shape[1]//k*k,shape[1]//k*k+k)} - {0,own}
+        sizes = sorted([own, *(o for o in near if _takes(arch, o, made))])
+        raise ValueError(f"`{arch}` cannot be made for pictures of {shape[1]} pixels: of the sizes near, it takes {few(sizes, 5)}.") from e
+
+def _fixed_size(arch):
+    "The only size that a network of timm takes unless it is made for another, None where any will do"
+    name = arch.split('.')[0]
+    cfg = timm.get_pretrained_cfg(arch) if timm.is_model(name) else None
+    return cfg.input_size[-1] if cfg and cfg.fixed_input_size else None
+
+# %% ../nbs/42_learner.ipynb #le-input2
+def _input_args(arch, shape, args):
+    "Arguments of a backbone with the channels and the size of the data"
+    args = dict(args or {})
+    if not isinstance(arch, str) or shape is None: return args
+    c,h,w = shape
+    if 'n_in' in args: args['in_chans'] = args.pop('n_in')
+    if c!=3 and timm.is_model(arch.split('.')[0]): args.setdefault('in_chans', c)
+    own = _fixed_size(arch)
+    sized = {'img_size','dynamic_img_size'} & args.keys()
+    if own is None or sized or h==w==own: return args
+    return args | dict(img_size=h if h==w else (h,w))
+
+def _each_args(archs, shape, args):
+    "The same for several backbones"
+    each = args if isinstance(args, (list,tuple)) else [args]*len(archs)
+    res = [_input_args(a, shape, o) for a,o in zip(archs, each)]
+    return res if any(a!=(b or {}) for a,b in zip(res, each)) else args
+
+def _check_channels(net, shape):
+    "Refuse pictures of other channels than a backbone takes"
+    for facts in _facts(net):
+        n = facts['shape'][0]
+        if shape and shape[0]!=n:
+            raise ValueError(f"The pictures have {shape[0]} channels, but `{facts['name']}` takes {n}: pass `arch_args=dict(n_in={shape[0]})`.")
+
+def _facts(net):
+    "What is noted of the backbones of a network"
+    trunks = net.trunk if isinstance(net.trunk, nn.ModuleList) else [net.trunk]
+    return [o.facts for o in trunks if hasattr(o, 'facts')]
+
+# %% ../nbs/42_learner.ipynb #le-input3
+def _same_stats(a, b): return all(np.allclose(u, v, atol=1e-3) for u,v in zip(a, b))
+
+def _normalised(dls, net, pretrained):
+    "Loaders whose pictures are normalised as the backbone knows them, and a line on what its weights left new"
+    facts = _facts(net)
+    for o in facts:
+        if o.get('new'): print(f"New in `{o['name']}`, beside the weights of the file: {', '.join(o['new'])}")
+    wanted = first(o['stats'] for o in facts if o['stats'])
+    have = data_stats(dls)
+    if not (pretrained and wanted and have) or _same_stats(have, wanted): return dls
+    if getattr(dls, 'open_stats', False): return with_stats(dls, wanted)
+    if not hasattr(dls, 'open_stats'):
+        name,mean,std = facts[0]['name'],have[0],wanted[0]
+        warn(f"`{name}` was pretrained on images of mean {wanted[0]} and deviation {wanted[1]}, and these have been normalised otherwise: "
+            f"pass `Normalize.from_stats(*norm_stats('{name}'))`, or build them by `fine_grained_dls`.")
+    return dls
 
 # %% ../nbs/42_learner.ipynb #le-shared
 def _n_classes(dls):
@@ -27,8 +111,9 @@ def _n_classes(dls):
     if not n_out: raise ValueError("The number of classes cannot be told from `dls`: set `dls.c` to it.")
     return n_out
 
-def _learner(dls, net, method, cbs, splitter, freeze_bn, kwargs):
+def _learner(dls, net, method, cbs, splitter, freeze_bn, kwargs, pretrained=True):
     "A `Learner` of `net` with the callback `method` first; what the user passes in `kwargs` has priority"
+    dls = _normalised(dls, net, pretrained)
     kwargs = dict(splitter=splitter, train_bn=not freeze_bn) | kwargs
     cbs = [*L(method),Components(),*L(cbs)]
     return Learner(dls, net, cbs=cbs, **kwargs)
@@ -48,7 +133,7 @@ def branch_learner(
     n_branches:int=2,     # Number of branches, 1 or more; of peers, as many as there are names
     split:str=None,       # Name of the last part of the trunk, 'head' for private classifiers only; None: before the last stage
     pretrained:bool=True, # Download ImageNet weights; ignored with `weights` or a module
-    weights=None,         # Local checkpoint to load instead
+    weights=None,         # Local checkpoint to load instead, of a backbone, of `learn.save` or of `deploy`
     freeze_bn:bool=False, # Keep the statistics of batch normalisation in training
     own_start:bool=False, # Random weights of its own for each branch, as for `branch_net`
     keep_head:bool=False, # Keep the classifier of the backbone, as for `branch_net`
@@ -57,17 +142,19 @@ def branch_learner(
     cbs=None,             # Callbacks, e.g. `[SnapMix(), CEKD()]`
     **kwargs
 )->Learner:
-    "A `Learner` of a `BranchNet` around any convolutional backbone, or of peers"
-    n_out = _n_classes(dls)
+    "A `Learner` of a `BranchNet` around any backbone, or of peers"
+    n_out,shape = _n_classes(dls),_shape(dls)
     kw = dict(split=split, freeze_bn=freeze_bn, pretrained=pretrained, weights=weights)
+    learned = pretrained or weights is not None
     if is_listy(arch):
         given = [k for k,v in dict(own_start=own_start, keep_head=keep_head, mid=mid).items() if v]
         if given: raise ValueError(f"`{given[0]}` is for one network, but these are peers: leave it out.")
-        net = _peers(arch, n_branches, n_out, arch_args=arch_args, **kw)
-        return _learner(dls, net, BranchLoss(), cbs, branch_splitter, freeze_bn, kwargs)
-    kw |= dict(own_start=own_start, keep_head=keep_head) | (arch_args or {})
-    make,splitter = (mid_net,mid_splitter) if mid else (branch_net,branch_splitter)
-    return _learner(dls, make(arch, n_out, n_branches, **kw), BranchLoss(), cbs, splitter, freeze_bn, kwargs)
+        net = _peers(arch, n_branches, n_out, arch_args=_each_args(arch, shape, arch_args), **kw)
+        return _learner(dls, net, BranchLoss(), cbs, branch_splitter, freeze_bn, kwargs, learned)
+    kw |= dict(own_start=own_start, keep_head=keep_head, vocab=data_vocab(dls)) | _input_args(arch, shape, arch_args)
+    with _sizes_named(arch, shape, arch_args): net = (mid_net if mid else branch_net)(arch, n_out, n_branches, **kw)
+    _check_channels(net, shape)
+    return _learner(dls, net, BranchLoss(), cbs, branch_splitter, freeze_bn, kwargs, learned)
 
 # %% ../nbs/42_learner.ipynb #le-meal
 @delegates(branch_learner)
@@ -120,19 +207,22 @@ def online_learner(
     cbs=None,              # Further callbacks, e.g. `CutMix()`
     **kwargs
 )->Learner:
-    "A `Learner` of online distillation among the branches of any convolutional backbone"
+    "A `Learner` of online distillation among the branches of any backbone"
     method = _online_method(method)
-    n_out,splitter = _n_classes(dls),gate_splitter
+    n_out,shape,splitter = _n_classes(dls),_shape(dls),branch_splitter
     kw = dict(split=split, freeze_bn=freeze_bn, pretrained=pretrained, weights=weights)
+    learned = pretrained or weights is not None
     if is_listy(arch):
         if own_start or gate or wd_gate is not None:
             raise ValueError("Peers have no gate and share no trunk: leave `own_start`, `gate` and `wd_gate` out.")
-        net = _peers(arch, n_branches or len(arch), n_out, arch_args=arch_args, **kw)
-        return _learner(dls, net, method, cbs, branch_splitter, freeze_bn, kwargs)
-    kw |= dict(own_start=own_start) | (arch_args or {})
-    net = gate_net(arch, n_out, n_branches or method.branches, gate or method.gates[0], **kw)
+        net = _peers(arch, n_branches or len(arch), n_out, arch_args=_each_args(arch, shape, arch_args), **kw)
+        return _learner(dls, net, method, cbs, branch_splitter, freeze_bn, kwargs, learned)
+    kw |= dict(own_start=own_start, vocab=data_vocab(dls)) | _input_args(arch, shape, arch_args)
+    with _sizes_named(arch, shape, arch_args):
+        net = gate_net(arch, n_out, n_branches or method.branches, gate or method.gates[0], **kw)
+    _check_channels(net, shape)
     if wd_gate is not None: splitter,kwargs['wd'] = gate_apart,_decays(net, kwargs.get('wd'), wd_gate)
-    return _learner(dls, net, method, cbs, splitter, freeze_bn, kwargs)
+    return _learner(dls, net, method, cbs, splitter, freeze_bn, kwargs, learned)
 
 # %% ../nbs/42_learner.ipynb #cs-learn
 @delegates(Learner.__init__)
@@ -152,10 +242,12 @@ def css_learner(
     **kwargs
 )->Learner:
     "A `Learner` of the two networks of CSS"
+    if is_listy(archs): arch_args = _each_args(archs, _shape(dls), arch_args)
     net = css_net(archs, _n_classes(dls), n_branches, split, transform, seed, freeze_bn, pretrained, weights, arch_args,
         own_start=own_start)
     given = any(cb is CSS or isinstance(cb, CSS) for cb in L(cbs)) # fastai takes classes of callbacks too
-    return _learner(dls, net, [] if given else CSS(), cbs, branch_splitter, freeze_bn, kwargs)
+    return _learner(dls, net, [] if given else CSS(), cbs, branch_splitter, freeze_bn, kwargs,
+        pretrained or weights is not None)
 
 # %% ../nbs/42_learner.ipynb #le-ckpt
 class GradCheckpoint(Callback):
@@ -173,6 +265,8 @@ class GradCheckpoint(Callback):
             kind = type(unwrap_model(self.learn.model)).__name__
             raise ValueError(f"`GradCheckpoint` needs a network with a trunk, but the model is a `{kind}`: "
                 "build the learner with `branch_learner`.")
+        if hasattr(self.learn.model, '_orig_mod'): raise ValueError('`GradCheckpoint` wraps the trunk in contexts that torch cannot compile, '
+            'but the network is compiled as a whole: pass `Compile()` in `cbs` instead, which compiles its parts.')
         for m in self.nets: m.grad_checkpoint = True
 
     def after_fit(self):

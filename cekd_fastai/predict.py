@@ -14,11 +14,12 @@ from contextlib import redirect_stdout
 from fastcore.script import call_parse
 from typing import Annotated
 from .core import check_count,few,one_sentence,write_whole
+from .data.folders import FolderTree
 from .deploy import Deployed
 from .onnx_file import OnnxNet
 # a file may hold any network of the library, and each module registers how to build its own
 from .css.net import css_net # chkstyle: ignore
-from .online.gates import gate_net # chkstyle: ignore
+from .online.net import gate_net # chkstyle: ignore
 
 # %% ../nbs/52_predict.ipynb #pf-read
 class _Pictures(torch.utils.data.Dataset):
@@ -85,7 +86,7 @@ def _in_order(path, files, columns, model):
 # %% ../nbs/52_predict.ipynb #pf-folder
 def _files(source):
     "Pictures of a folder in the order of their names, or those of a list"
-    if isinstance(source, (str,Path)) and Path(source).is_dir(): files = sorted(get_image_files(source))
+    if isinstance(source, (str,Path)) and Path(source).is_dir(): files = FolderTree(source).images()
     else: files = [Path(o) for o in ([source] if isinstance(source, (str,Path)) else source)]
     if not files: raise ValueError(f"There are no pictures in `{source}`.")
     return list(dict.fromkeys(files))
@@ -161,7 +162,7 @@ def predict_folder(
 def _one_folder(source):
     "The folder among the arguments if it is the only one, else all files"
     if len(source)==1: return source[0]
-    return [f for o in source for f in (sorted(get_image_files(o)) if Path(o).is_dir() else [o])]
+    return [f for o in source for f in (FolderTree(o).images() if Path(o).is_dir() else [o])]
 
 @call_parse
 def cekd_predict(

@@ -17,7 +17,7 @@ GradientAccumulation.batches = 0 # in this window, before this batch
 
 def _n_images(learn):
     "Images of this batch, the mean over all processes"
-    size = getattr(learn.dl, 'mean_size', None)
+    size = getattr(learn.dl, 'rank_mean_size', None)
     return find_bs(learn.yb) if size is None else size(learn.iter)
 
 @patch
@@ -60,7 +60,7 @@ def step_share(
 )->StepShare:
     "The place of this batch in its optimiser step"
     acc = accumulation(learn)
-    if acc is None: return StepShare(getattr(learn.dl, 'weight', lambda i: 1.)(learn.iter))
+    if acc is None: return StepShare(getattr(learn.dl, 'rank_weight', lambda i: 1.)(learn.iter))
     return StepShare(find_bs(learn.yb)/acc.n_acc, acc.batches==0, acc.count+_n_images(learn)>=acc.n_acc)
 
 def forget_window(

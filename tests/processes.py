@@ -57,9 +57,11 @@ class Process:
         if late: raise subprocess.TimeoutExpired(self.p.name, timeout, self.stdout, self.stderr)
         return self.returncode
     def until(self, test, timeout=300):
-        "Wait until `test()`, or until the process has ended"
+        "Wait until `test()`, or until the process has ended; it is killed if that takes longer."
         end = time.monotonic()+timeout
-        while not (res := test()) and self.returncode is None and time.monotonic()<end: time.sleep(.01)
+        while not (res := test()) and self.returncode is None:
+            if time.monotonic()>end: self.kill()
+            time.sleep(.01)
         return res
 
 def start(script, *args, env=()):

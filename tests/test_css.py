@@ -14,7 +14,9 @@ from cekd_fastai.drawing.dataset import make_birds
 from cekd_fastai.cekd import CEKD
 from cekd_fastai.distill import BranchLoss
 from cekd_fastai.css.callback import CSS,css_losses,css_ratios,joint_loss
-from cekd_fastai.css.net import CSSBranchNet,CSSNet,aggregate,css_branch_net,css_net,joint_label,remove_corner,split_label
+from cekd_fastai.css.labels import aggregate,joint_label,remove_corner,split_label
+from cekd_fastai.css.branches import CSSBranchNet,css_branch_net
+from cekd_fastai.css.net import CSSNet,css_net
 from cekd_fastai.learner import css_learner
 
 pair = ('test_resnet','test_efficientnet')

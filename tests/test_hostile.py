@@ -1,8 +1,13 @@
 "Files from strangers: lists, links, archives, tables and pictures that reach out, never end, crash a parser, or ask for all memory."
-import contextlib,io,json,tarfile,zipfile
-import numpy as np,pandas as pd,pytest
+import contextlib,io,json,math,pickle,resource,sys,tarfile,zipfile
+from pathlib import Path
+from types import SimpleNamespace
+import numpy as np,pandas as pd,pytest,torch
 from PIL import Image
+from safetensors.torch import save_file
 from scipy.io import savemat
+from cekd_fastai.weights import load_weights
+from cekd_fastai.branches import branch_net,load_net,save_net
 from cekd_fastai.data.benchmarks import _FILES,BENCHMARKS,read_table
 from cekd_fastai.data.check import presize,verify
 from cekd_fastai.data.download import _addresses,_get,unpack
@@ -11,6 +16,12 @@ from cekd_fastai.data.image import LONGEST,open_image
 from cekd_fastai.data.readers import read_aircraft,read_cars,read_cub,read_dogs,read_pets
 from cekd_fastai.data.safe import _PARSE,read_mats
 from cekd_fastai.data.table import ImageTable
+from cekd_fastai.deploy import Deployed
+from cekd_fastai.files import read_saved
+from cekd_fastai.meal.targets import TargetCache,unlabeled_dl
+import cekd_fastai.predict # chkstyle: ignore
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'benchmarks'))
+import fuzz
 
 def picture(file, k=0, size=(40,30)):
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -283,3 +294,153 @@ def test_http_is_the_last_resort(tmp_path, monkeypatch):
     assert _get('http://a.org/x', tmp_path/'1', '9dd4e461268c8034f5c8564e155c67a6').exists()
     with fails(ConnectionError, 'its md5 is'): _get('http://a.org/x', tmp_path/'2', 'f'*32)
     assert seen==['https://a.org/x']*2+['http://a.org/x','https://a.org/x','http://a.org/x']
+
+# Files of weights
+
+@pytest.fixture(scope='module')
+def net_file(tmp_path_factory):
+    "A network in a file, as `deploy` writes it."
+    file = tmp_path_factory.mktemp('net')/'net.pt'
+    info = dict(vocab=['a','b','c'], mean=[.5]*3, std=[.2]*3, size=[32,32], steps=[['ResizeShort',dict(size=40)],['CropPad',dict(size=[32,32],pad_mode='zeros')]], batch_steps=[])
+    save_net(branch_net('cifar_resnet8', 3, 2, pretrained=False), file, **info)
+    return file
+
+def test_flipped_byte(net_file, tmp_path):
+    "Any byte of a file: what is read is what was written, or an error in one sentence."
+    raw,rng = net_file.read_bytes(),np.random.default_rng(0)
+    good,refused = load_net(net_file)[0].state_dict(),0
+    for at in rng.integers(len(raw), size=40):
+        (tmp_path/'b.pt').write_bytes(raw[:at] + bytes([raw[at] ^ 1<<rng.integers(8)]) + raw[at+1:])
+        try: read = read_saved(tmp_path/'b.pt')[1]
+        except ValueError as e:
+            refused += 1
+            assert 'b.pt` was not written by' in str(e) and '\n' not in str(e), str(e)
+        else: assert all(torch.equal(v, read[k]) for k,v in good.items())
+    assert refused>=30
+    (tmp_path/'w.pth').write_bytes(raw[:at//2] + bytes([raw[at//2]^1]) + raw[at//2+1:])
+    with fails(ValueError, 'is not a checkpoint that can be loaded safely', 'damaged'): load_weights(branch_net('cifar_resnet8', 3, 2, pretrained=False), tmp_path/'w.pth')
+
+def test_changed_and_packed_again(net_file, tmp_path):
+    "A weight that was changed before the file was packed has sound checksums of zip, and not ours."
+    saved = torch.load(net_file, weights_only=True)
+    saved['state_dict']['heads.0.1.bias'][0] += 1
+    torch.save(saved, tmp_path/'b.pt')
+    with fails(ValueError, 'it is damaged: its checksum differs'): load_net(tmp_path/'b.pt')
+
+@pytest.mark.parametrize('value', [math.nan,math.inf])
+def test_weights_that_are_not_finite(net_file, tmp_path, value):
+    saved = torch.load(net_file, weights_only=True)
+    saved['state_dict']['heads.0.1.bias'][0] = value
+    torch.save(saved, tmp_path/'b.pt')
+    with fails(ValueError, 'heads.0.1.bias holds numbers that are not finite'): load_net(tmp_path/'b.pt')
+    save_file(saved['state_dict'], tmp_path/'w.safetensors')
+    for o in ('b.pt','w.safetensors'):
+        with fails(ValueError, o, 'holds numbers that are not finite, in heads.0.1.bias'): load_weights(branch_net('cifar_resnet8', 3, 2, pretrained=False), tmp_path/o)
+
+def recipe(**kw): return lambda o: o['recipe'].update(kw)
+def state(f): return lambda o: f(o['state_dict'])
+WRONG = dict(
+    no_dict=lambda o: o.clear(), a_list=lambda o: o.update(recipe=[1]), no_builder=recipe(build='evil'), a_number=recipe(build=3),
+    states=lambda o: o.update(state_dict=[1]), words=state(lambda o: o.update({'heads.0.1.bias':'x'})),
+    less=state(lambda o: o.pop('heads.0.1.bias')), more=state(lambda o: o.update(x=torch.ones(1))),
+    shape=recipe(n_out=4), own=recipe(pretrained=True), path=recipe(checkpoint_path='x.pt'),
+    hub=recipe(arch='hf-hub:evil/net'), local=recipe(arch='/etc/passwd'), arch=recipe(arch='resnet'), nothing=recipe(arch=None),
+    unknown=recipe(zzz=1), below=recipe(n_branches=-1), split=recipe(split='zzz'), info=lambda o: o.update(info=3),
+    deep=recipe(arch_args=[[[[[[1]]]]]]), tensor=recipe(n_out=torch.ones(3)),
+    classes=recipe(n_out=20_000_000), branches=recipe(n_branches=10**6), giant=recipe(n_out=10**12), wide=recipe(arch='resnet18', width_per_group=10**6),
+    claims=state(lambda o: o.update(x=torch.zeros(1).expand(10**9))),
+    sparse=state(lambda o: o.update(x=torch.ones(2).to_sparse())), meta=state(lambda o: o.update(x=torch.ones(2, device='meta'))))
+
+@pytest.mark.parametrize('how', WRONG)
+def test_network_that_is_none(net_file, tmp_path, how):
+    "Well-formed files with other content: an error that names the file, and no more memory than the file has."
+    saved = torch.load(net_file, weights_only=True)
+    WRONG[how](saved)
+    saved.pop('sum', None)
+    torch.save(saved, tmp_path/'b.pt')
+    was = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with fails(ValueError, 'b.pt'): load_net(tmp_path/'b.pt')
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-was < 700*2**10
+
+def test_other_files_are_no_networks(tmp_path):
+    for k,o in enumerate((b'', b'PK\x03\x04', b'no pickle', pickle.dumps(bytearray(9)), bytes(1000))):
+        (tmp_path/f'{k}.pt').write_bytes(o)
+        with fails(ValueError, f'{k}.pt` was not written by'): load_net(tmp_path/f'{k}.pt')
+    with zipfile.ZipFile(tmp_path/'z.pt', 'w', zipfile.ZIP_DEFLATED) as f: f.writestr('x/data/0', bytes(10**6))
+    with fails(ValueError, 'z.pt', 'torch does not pack them'): load_net(tmp_path/'z.pt')
+
+def test_older_network_is_read(net_file, tmp_path):
+    "Files from before there was a checksum."
+    saved = torch.load(net_file, weights_only=True)
+    del saved['sum']
+    torch.save(saved, tmp_path/'b.pt')
+    assert len(load_net(tmp_path/'b.pt')[1]['vocab'])==3
+
+INFO = [dict(size=[32,10**6]), dict(std=[0,1,1]), dict(mean=[math.nan]*3), dict(mean='x'), dict(vocab=7), dict(vocab=[]),
+    dict(steps=[['ResizeShort',dict(size=10**6)]]), dict(steps=3), dict(steps=[['x']]), dict(activation='evil'), dict(thresh='x'), dict(draft='x')]
+
+@pytest.mark.parametrize('kw', INFO)
+def test_description_that_is_none(net_file, tmp_path, kw):
+    saved = torch.load(net_file, weights_only=True)
+    saved['info'] |= kw
+    del saved['sum']
+    torch.save(saved, tmp_path/'b.pt')
+    with fails(ValueError, 'b.pt', f'no sound {next(iter(kw))}'): Deployed(tmp_path/'b.pt')
+
+def test_picture_for_a_network(net_file, tmp_path):
+    d = Deployed(net_file)
+    Image.new('RGB', (1,20_000)).save(tmp_path/'a.png')
+    with fails(OSError, 'a.png', 'too long'): d.predict(tmp_path/'a.png')
+    with fails(ValueError, 'too long'): d.predict(Image.open(tmp_path/'a.png'))
+
+# Answers of teachers
+
+def answers(folder, **kw):
+    c = TargetCache(folder, kw, [3], 1, 10)
+    return c,c.folder/'answers.npy'
+
+ROWS = np.ones((1,10,4), np.float32)
+SPOILT = [lambda f: f.write_bytes(f.read_bytes()[:-80]), lambda f: f.write_bytes(b''), lambda f: f.write_bytes(b'x'*500),
+    lambda f: np.save(f, np.ones((1,10,5), np.float32)), lambda f: np.save(f, ROWS.astype('f8')), lambda f: np.save(f, np.asfortranarray(ROWS+np.arange(4, dtype=np.float32)))]
+
+@pytest.mark.parametrize('spoil', SPOILT)
+def test_answers_that_were_cut_short(tmp_path, spoil):
+    c,file = answers(tmp_path)
+    c.data[:] = 1
+    c.mark(0)
+    del c
+    assert answers(tmp_path)[0].done==[0]
+    spoil(file)
+    with pytest.warns(UserWarning, match='was cut short or changed, so the teachers answer anew'): c,_ = answers(tmp_path)
+    assert c.done==[] and c.data.shape==(1,10,4)
+
+@pytest.mark.parametrize('note', ['','[]','{"done":7}','{"done":[9,-1,"x",0.0]}','{','\x00'])
+def test_odd_note_of_answers(tmp_path, note):
+    c,file = answers(tmp_path)
+    c.note.write_text(note)
+    assert [o for o in answers(tmp_path)[0].done if o!=0]==[]
+
+# Links that lead in circles, for whoever reads a folder of pictures
+
+def test_circles_of_links(net_file, tmp_path):
+    for k in range(3): picture(tmp_path/'a'/f'{k}.jpg')
+    for o in ('a/l0','a/l1'): (tmp_path/o).symlink_to('..')
+    assert len(Deployed(net_file).predict_folder(tmp_path, num_workers=0))==3
+    dls = SimpleNamespace(train=SimpleNamespace(dataset=None))
+    with fails(ValueError, 'data that can open files'): unlabeled_dl(dls, tmp_path)
+    with fails(ValueError, 'has no images'): unlabeled_dl(dls, tmp_path/'none')
+
+# A short round of benchmarks/fuzz.py
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', [o for o in fuzz.READERS if o!='matlab']) # which starts a process for each input
+def test_files_changed_at_random(tmp_path, name):
+    n = dict(networks=15, folders=30).get(name, 100)
+    res = dict(fuzz.run(name, range(n), tmp_path, limit=0))
+    assert {i:o for i,o in res.items() if o not in ('result','named')}=={} and len(res)==n
+
+def test_what_is_named():
+    "The campaign tells errors of the library from those of others."
+    def fail(e): raise e
+    assert fuzz.outcome(lambda: read_mats([('none.mat','a')]))=='named' and fuzz.outcome(lambda: 3)=='result'
+    for e in (KeyError('x'), ValueError('x'), OSError('x')): assert fuzz.outcome(lambda: fail(e)).startswith(type(e).__name__)

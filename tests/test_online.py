@@ -13,7 +13,9 @@ from cekd_fastai.learner import online_learner
 from cekd_fastai.losses import kd_loss
 from cekd_fastai.online.callback import FFMCD,ONE,ONLINE,OnlineKD
 from cekd_fastai.online.diversity import diversity
-from cekd_fastai.online.gates import CD_FORMS,FFMGate,LeaderGate,SafeBN,cd_loss,classifier_weight,gate_net
+from cekd_fastai.online.gates import FFMGate,LeaderGate,SafeBN
+from cekd_fastai.online.cd import CD_FORMS,cd_loss,classifier_weight
+from cekd_fastai.online.net import gate_net
 
 methods = list(ONLINE)
 

@@ -14,7 +14,8 @@ from cekd_fastai.losses import mixed_loss
 from cekd_fastai.mix.callback import CutMix,Mix,MixUp
 from cekd_fastai.mix.core import MixRecord
 from cekd_fastai.mix.snapmix import MixOneOf,SnapMix
-from cekd_fastai.soft_labels import OnlineLabelSmoothing,PSKD,StoredTargets,remembered_in,unmixed
+from cekd_fastai.soft_labels import OnlineLabelSmoothing,remembered_in,unmixed
+from cekd_fastai.own_targets import PSKD,StoredTargets
 from cekd_toys import Items,Raise,learner,quiet,tiny,toy_dls
 from processes import one_and_two
 

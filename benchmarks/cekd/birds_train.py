@@ -8,7 +8,8 @@ from torch import nn
 from fastai.basics import Callback,CancelFitException,CancelValidException,DataLoaders,OptimWrapper,partial,set_seed
 from cekd_fastai.all import branch_learner,branch_preds,branch_accuracy,ece,mixed_loss
 from cekd_fastai.all import soft_probs,kd_loss,Distill,CEKD,MixUp,CutMix,SnapMix
-from cekd_fastai.soft_labels import OnlineLabelSmoothing,PSKD,StoredTargets
+from cekd_fastai.soft_labels import OnlineLabelSmoothing
+from cekd_fastai.own_targets import PSKD,StoredTargets
 
 # Names and forms of the library that other versions of it may change
 MIXES = dict(MixUp=MixUp, CutMix=CutMix, SnapMix=SnapMix)

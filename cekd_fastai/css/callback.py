@@ -15,7 +15,8 @@ from ..steps import step_pct
 from ..mix.core import MixRecord
 from ..losses import mixed_loss,ramp_up,soft_kl,soft_log_probs
 from ..distill import Distill
-from .net import CSSNet,joint_label
+from .labels import joint_label
+from .net import CSSNet
 
 # %% ../../nbs/41_css.callback.ipynb #cs-joint
 def joint_loss(

@@ -6,14 +6,14 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/data.loaders.html.md"""
 
 # %% auto #0
 __all__ = ['TableLabeller', 'TableSplitter', 'OpenImage', 'FineGrainedBlock', 'fine_grained_block', 'PixelStore', 'BalancedDL',
-           'MemoryDL', 'fine_grained_dls', 'official_test_dl']
+           'MemoryDL', 'with_stats', 'fine_grained_dls', 'official_test_dl']
 
 # %% ../../nbs/12_data.loaders.ipynb #imports
 import multiprocessing,random
 from fastai.vision.all import *
-from ..core import check_count
+from ..core import check_count,data_stats
 from .table import RECIPES,_rows_by
-from .image import ResizeShort,_in_threads,_stats,open_image,recipe_tfms,scaling_tfms
+from .image import ResizeShort,_in_threads,_stats,norm_stats,open_image,recipe_tfms,scaling_tfms
 from .benchmarks import read_table
 
 # %% ../../nbs/12_data.loaders.ipynb #local
@@ -230,6 +230,32 @@ def _check_loading(table, bs, in_memory, balanced, item_tfms, kwargs):
 
 _SPREADSHEET = ('fn_col','label_col','valid_col','group_col','folder','suff')
 
+# %% ../../nbs/12_data.loaders.ipynb #stats-code
+def _stats_of(stats, arch):
+    "What `_stats` is to read: `stats`, or where they are 'auto' those of `arch` if it is known; None: the data set's"
+    if not (isinstance(stats, str) and stats=='auto'): return stats
+    if arch is None: return None
+    try: return norm_stats(arch)
+    except ValueError: return None # a network of your own
+
+def _with_norm(dl, norm):
+    "The loader with another `Normalize`"
+    res = dl.new()
+    res.after_batch.fs = L(norm if isinstance(o, Normalize) else o for o in res.after_batch.fs)
+    return res
+
+def with_stats(
+    dls,  # From `fine_grained_dls`
+    stats # Mean and standard deviation
+):        # `DataLoaders`
+    "The same loaders with other statistics"
+    old = first(o for o in dls.train.after_batch.fs if isinstance(o, Normalize))
+    norm = Normalize.from_stats(*stats, cuda=False)
+    norm.mean,norm.std = norm.mean.to(old.mean.device),norm.std.to(old.std.device)
+    res = copy(dls)
+    res.loaders = [_with_norm(dl, norm) for dl in dls.loaders]
+    return res
+
 # %% ../../nbs/12_data.loaders.ipynb #dls
 def fine_grained_dls(
     source,            # Name of a benchmark, path of a folder, `DataFrame` or CSV file, or `ImageTable`
@@ -249,7 +275,8 @@ def fine_grained_dls(
     balanced=False,    # Draw every class equally often in training; to predict the training images pass `ds_idx=0`
     crop_to_box=False, # Cut every picture to the box around its object
     recipe=None,       # One of `RECIPES`; the data set's if None
-    stats=None,        # Mean and standard deviation, or an architecture as for `norm_stats`; the data set's if None
+    stats='auto',      # Mean and standard deviation, or an architecture as for `norm_stats`; the data set's if None; 'auto': those of the backbone
+    arch=None,         # The backbone that will see the images, for `stats='auto'`; otherwise the learner's
     **kwargs           # Columns as for `read_table`, and arguments of `DataBlock.dataloaders` such as `val_bs`
 ):                     # `DataLoaders`
     "A benchmark, a folder or a spreadsheet of images as `DataLoaders`; an error names what is wrong with the data"
@@ -258,7 +285,7 @@ def fine_grained_dls(
     columns = {k: kwargs.pop(k) for k in _SPREADSHEET if k in kwargs}
     t = read_table(source, classes, valid_pct, seed, verify, root, per_class, **columns)
     _check_loading(t, bs, in_memory, balanced, item_tfms, kwargs)
-    block = fine_grained_block(t, size, item_tfms, batch_tfms, recipe, stats, crop_to_box)
+    block = fine_grained_block(t, size, item_tfms, batch_tfms, recipe, _stats_of(stats, arch), crop_to_box)
     if in_memory:
         kwargs.setdefault('dl_type', MemoryDL)
         num_workers = 0 # Processes would each copy the store
@@ -268,6 +295,7 @@ def fine_grained_dls(
     recipe = recipe or t.recipe
     if in_memory: _fill(dls, size or RECIPES[recipe], recipe, block.boxes)
     if balanced: _balance(dls.train, t, seed)
+    dls.open_stats = isinstance(stats, str) and stats=='auto' and arch is None
     return dls
 
 # %% ../../nbs/12_data.loaders.ipynb #official

@@ -12,7 +12,8 @@ from fastai.vision.all import *
 from ..core import show_panel,unwrap_model
 from ..branches import BranchNet
 from .history import _axes,_vocab,plot_history
-from .maps import _Look,_described,_in_item_order,_item_batch,_names,_preds,_shown_batch
+from .items import _item_batch
+from .maps import _Look,_described,_in_item_order,_names,_preds,_shown_batch
 from .calibration import _check_logits
 
 # %% ../../nbs/49_interpret.confusion.ipynb #conf-code

@@ -10,14 +10,15 @@ __all__ = ['map_place', 'box_mass', 'show_cam', 'item_cams']
 # %% ../../nbs/47_interpret.maps.ipynb #imports
 from fastai.vision.all import *
 from PIL import Image
-from types import SimpleNamespace
 from ..core import show_panel,eval_mode,decode_images,unwrap_model
 from ..mix.core import box_share
 from ..cam import cam,map_and_head,semantic_map
 from ..mix.evidence import find_evidence
 from ..branches import BranchNet,branch_preds
-from ..css.net import joint_label
-from .history import _axes,_labels,_pictures,_vocab
+from ..css.labels import joint_label
+from .history import _axes,_pictures,_vocab
+from .items import _item_batch
+from ..data.rows import n_rows
 
 # %% ../../nbs/47_interpret.maps.ipynb #look-code
 def _n_outputs(net, z):
@@ -102,68 +103,6 @@ class _Look:
         last = max(len(self.names)-2, 0) # the last branch
         raise ValueError(f"`which` is {which!r}: choose 'all', 'ensemble', "
             f"an index of a branch from 0 to {last}, or a list of them.")
-
-# %% ../../nbs/47_interpret.maps.ipynb #items-new
-def _new_picture(o):
-    "What fastai shall load: the path `o`, or a copy of the image `o`"
-    if isinstance(o, Image.Image): return o.copy()
-    if not isinstance(o, (str,Path)): return o
-    if not Path(o).is_file(): raise FileNotFoundError(f"There is no picture `{o}`.")
-    return Path(o)
-
-def _new_name(i, o):
-    "What the picture `o` is called, as number `i` of its batch"
-    return o.name if isinstance(o, Path) else f'picture {i}'
-
-def _new_batch(learn, items):
-    "A batch of pictures that are not in the learner's data, paths or images"
-    files = [_new_picture(o) for o in items]
-    names = [_new_name(i, o) for i,o in enumerate(files)]
-    dl = learn.dls.test_dl(files, bs=len(files), num_workers=0)
-    x,*_ = dl.one_batch()
-    return SimpleNamespace(names=names, dl=dl, x=x, truth=['']*len(files), files=files)
-
-# %% ../../nbs/47_interpret.maps.ipynb #items-valid
-def _check_index(learn, items):
-    "The indices `items`, if the validation set has them"
-    n = len(learn.dls.valid_ds)
-    remedy = f", from 0 to {n-1}." if n else "; pass paths of pictures instead."
-    for i in items:
-        if not 0<=i<n: raise ValueError(f"There is no item {i}: the validation set has {n} images{remedy}")
-    return items
-
-def _valid_files(learn, items):
-    "The files of the images `items` of the validation set, empty where they are not known"
-    files = getattr(learn.dls.valid_ds, 'items', None)
-    return [files[i] for i in items] if isinstance(files, (list,L)) else []
-
-def _valid_batch(learn, items):
-    "A batch of images of the validation set, by index"
-    items = _check_index(learn, [int(o) for o in items])
-    own = dict(bs=len(items), n=len(items), get_idxs=lambda: items)
-    dl = learn.dls.valid.new(num_workers=0, shuffle=False, drop_last=False, **own)
-    x,y,*_ = dl.one_batch()
-    truth = _labels(learn, y.as_subclass(Tensor))
-    return SimpleNamespace(names=items, dl=dl, x=x, truth=truth, files=_valid_files(learn, items))
-
-# %% ../../nbs/47_interpret.maps.ipynb #items-batch
-_ONE_ITEM = (int,np.integer,str,Path,Image.Image)
-
-def _is_index(o):
-    "Is `o` an index of the validation set?"
-    if isinstance(o, Tensor): return o.ndim==0
-    return isinstance(o, (int,np.integer))
-
-def _item_batch(learn, items):
-    "A batch of `items`: what they are called, their loader, pixels, true classes, and files where known"
-    items = [items] if isinstance(items, _ONE_ITEM) else list(items)
-    if not items: raise ValueError("`items` is empty: pass indices of the validation set, or pictures.")
-    is_index = [_is_index(o) for o in items]
-    if any(is_index)!=all(is_index):
-        raise ValueError("`items` mixes indices and pictures: "
-            "pass either indices of the validation set, or paths and images.")
-    batch = _valid_batch if all(is_index) else _new_batch
-    with no_random(): return batch(learn, items)
 
 # %% ../../nbs/47_interpret.maps.ipynb #boxes-code
 def _item_boxes(learn, files):

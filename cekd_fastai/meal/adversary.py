@@ -122,7 +122,9 @@ def follow(self:Adversary,
 def _save_to_state_dict(self:Aside, destination, prefix, keep_vars):
     if self.nets is None: return
     opt = self.opt.state_dict() if self.opt else None
-    destination._metadata[prefix[:-1]][self.key] = dict(nets=self.nets.state_dict(), opt=opt, style=self.style)
+    state = dict(nets=self.nets.state_dict(), opt=opt, style=self.style)
+    state['grads'] = [p.grad for p in self.nets.parameters()] # of a step that takes several batches
+    destination._metadata[prefix[:-1]][self.key] = state
 
 @patch
 def _load_from_state_dict(self:Aside, state_dict, prefix, local_metadata, *args):
@@ -132,6 +134,7 @@ def _load_from_state_dict(self:Aside, state_dict, prefix, local_metadata, *args)
     own_shapes = [v.shape for v in self.nets.state_dict().values()]
     if shapes!=own_shapes or saved.get('style', 'own')!=self.style: return warn(self.other)
     self.nets.load_state_dict(saved['nets'])
+    for p,g in zip(self.nets.parameters(), saved.get('grads', [])): p.grad = None if g is None else g.to(p, copy=True)
     if not self.opt: return
     lr = self.opt.param_groups[0]['lr']
     self.opt.load_state_dict(saved['opt'])
@@ -147,15 +150,18 @@ def _surrogate(values, grads, blocks):
 
 @patch
 def opt_step(self:Aside,
-    grads:list, # One gradient for each parameter
+    grads:list,      # One gradient for each parameter
+    at=StepShare(),  # The place of the batch in the student's step, from `step_share`
 ):
-    "Step the optimiser, with the mean gradient of all processes; one that is not finite counts as 0"
+    "Add a batch's gradient, 0 if it is not finite, and at the end of a step move by the mean of all processes"
     if not grads: return
-    if num_distrib()>1:
-        for g in grads: torch.distributed.all_reduce(g)
-        grads = [g/num_distrib() for g in grads]
     ok = torch.stack([g.abs().max() for g in grads]).max()<math.inf # stays on the device
-    for p,g in zip(self.nets.parameters(), grads): p.grad = torch.where(ok, g, 0.)
+    for p,g in zip(self.nets.parameters(), grads):
+        g = torch.where(ok, at.share*g, 0.)
+        p.grad = g if at.first or p.grad is None else p.grad+g
+    if not at.last: return
+    if num_distrib()>1:
+        for p in self.nets.parameters(): torch.distributed.all_reduce(p.grad.div_(num_distrib()))
     self.opt.step()
     self.opt.zero_grad()
 

@@ -10,6 +10,7 @@ __all__ = ['MEAL']
 # %% ../../nbs/36_meal.callback.ipynb #imports
 from fastai.vision.all import *
 from ..core import amp_context,check_count,check_not_negative,data_stats,data_vocab,eval_mode,one_of
+from ..steps import step_share
 from ..data.rows import batch_places
 from ..losses import mixed_loss
 from ..branches import PeerNet
@@ -346,11 +347,11 @@ def losses(self:MEAL)->dict:
     if self.adversarial:
         answered = [torch.stack(o) for o in zip(*[t.blocks for t in self.targets])]
         self.net.adversary.follow(self.learn.opt.hypers[-1]['lr']) # the rate that the recorder writes down
-        parts['adv'],parts['disc'] = self.net.adversary.update([*maps,z], answered, self.adversarial, self.w_adv)
+        parts['adv'],parts['disc'] = self.net.adversary.update([*maps,z], answered, self.adversarial, self.w_adv, step_share(self.learn))
     if self.w_hard: parts['hard'] = self.label_loss(z)
     if self.w_feat:
         self.net.projection.follow(self.learn.opt.hypers[-1]['lr'])
-        parts['feat'] = self.net.projection.update(self.student_feat.read(), [o for a in self.targets for o in a.feats])
+        parts['feat'] = self.net.projection.update(self.student_feat.read(), [o for a in self.targets for o in a.feats], step_share(self.learn))
     return parts
 
 # %% ../../nbs/36_meal.callback.ipynb #v2-code

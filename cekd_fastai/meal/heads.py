@@ -17,7 +17,7 @@ from torch.nn.utils import skip_init
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from ..core import write_whole
-from ..arch import _classifiers
+from ..weights import classifier_names
 from ..branches import BranchNet
 
 # %% ../../nbs/32b_meal.heads.ipynb #less-code
@@ -27,7 +27,7 @@ def _take_off(model):
     "Replace the classifiers of a network by layers that do nothing"
     if hasattr(model, 'reset_classifier'): return model.reset_classifier(0)
     for o in (model.heads if isinstance(model, BranchNet) else [model]):
-        for k in _classifiers(o): o.set_submodule(k, nn.Identity())
+        for k in classifier_names(o): o.set_submodule(k, nn.Identity())
 
 @torch.no_grad()
 def headless(

@@ -9,7 +9,8 @@ __all__ = ['FEATS', 'FeatureTap', 'Projection']
 
 # %% ../../nbs/34b_meal.project.ipynb #imports
 from fastai.vision.all import *
-from ..arch import _classifiers
+from ..steps import StepShare
+from ..weights import classifier_names
 from ..branches import BranchNet
 from ..cam import map_kind,to_map
 from .align import pick_taps
@@ -20,10 +21,10 @@ FEATS = ('pooled','tokens')
 
 def _classifier_paths(model):
     "Path of the layer that classifies, one for each branch"
-    if isinstance(model, BranchNet): return [f'heads.{i}.{_classifiers(h)[0]}' for i,h in enumerate(model.heads)]
+    if isinstance(model, BranchNet): return [f'heads.{i}.{classifier_names(h)[0]}' for i,h in enumerate(model.heads)]
     own = L(model.get_classifier()) if hasattr(model, 'get_classifier') else []
     names = [k for k,m in model.named_modules() if any(m is o for o in own)]
-    return (names or _classifiers(model))[:1]
+    return (names or classifier_names(model))[:1]
 
 def _pool(f): return f if f.ndim==2 else f.flatten(2).mean(2)
 
@@ -113,11 +114,12 @@ class Projection(Aside):
 def update(self:Projection,
     student:Tensor, # Features of the student with their graph, from `FeatureTap`
     feats:list,     # Of teachers: pairs of the number of a teacher and its features (B, ...)
+    at=StepShare(), # The place of the batch in the student's step, from `step_share`
 )->Tensor:          # A scalar with gradient
     "Update the projections once, and give the student its part of the loss"
     params,s = list(self.nets.parameters()),student.detach().float().requires_grad_()
     with torch.enable_grad(), torch.autocast(s.device.type, enabled=False):
         loss = self.loss(s, [(i,t.float()) for i,t in feats])
         *grads,s_grad = torch.autograd.grad(loss, [*params,s], materialize_grads=True)
-    self.opt_step(grads)
+    self.opt_step(grads, at)
     return _surrogate([loss], [s_grad], [student])

@@ -11,6 +11,7 @@ __all__ = ['unlabeled_dl', 'UnlabeledBatches', 'fingerprint', 'TargetCache']
 import json,zlib
 from fastai.vision.all import *
 from ..core import write_whole
+from ..data.folders import FolderTree
 from .heads import checksum
 from .several import Answer
 
@@ -20,7 +21,9 @@ def unlabeled_dl(
     source,          # Folder with images, or a list of files
 ):                   # A data loader like `dls.train`, without labels
     "Batches of images without labels, with the transforms of training"
-    files = get_image_files(source) if isinstance(source, (str,Path)) else L(source)
+    is_path = isinstance(source, (str,Path))
+    tree = FolderTree(source) if is_path and Path(source).is_dir() else None
+    files = L(tree.images() if tree else [] if is_path else source)
     if not files: raise ValueError(f"MEAL: `unlabeled` has no images: there are none in {source!s}.")
     if not isinstance(dls.train.dataset, (Datasets,TfmdLists)):
         raise ValueError("MEAL: `unlabeled` needs data that can open files: make `dls` with `fine_grained_dls` or a `DataBlock`.")

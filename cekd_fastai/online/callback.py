@@ -13,7 +13,8 @@ from ..core import check_above,check_not_negative,check_share,one_of
 from ..steps import step_pct
 from ..losses import kd_loss,mixed_loss,others_mean_kd,ramp_up
 from ..distill import Distill
-from .gates import CD_FORMS,GateNet,cd_loss,classifier_weight
+from .cd import CD_FORMS,cd_loss,classifier_weight
+from .net import GateNet
 
 # %% ../../nbs/38_online.callback.ipynb #dv-cb
 class OnlineKD(Distill):

@@ -1,0 +1,231 @@
+"""The recommended recipe beside fastai's `fine_tune`: the same network, weights, statistics and picture size, at equal compute.
+
+    python benchmarks/fine_tune.py --data-dir DIR --stage select # learning rate of `fine_tune`, on a fifth of 50 birds' training images
+    python benchmarks/fine_tune.py --data-dir DIR --which flowers # 12 flowers; also birds50 and birds200
+    python benchmarks/fine_tune.py --data-dir DIR --stage time   # steps of both sides in turns, and how pictures are loaded
+    python benchmarks/fine_tune.py --stage table
+
+DIR holds `CUB_200_2011`, `oxford-flowers17-12classes` and `weights/efficientnet_lite0.pth`, as folders or as `.tgz` of these names.
+`fine_tune` is written as a fastai user writes it: pictures scaled and cropped to 160 pixels, `aug_transforms`, `vision_learner`,
+`fine_tune(epochs)`. A step is a forward and a backward pass; the epoch with a frozen body counts two thirds, since its norms are
+trained and the gradient passes the whole body. The recipe here has as many *whole* epochs as fit into the same multiply-adds.
+Both sides use `ChannelsLast`, which changes the speed alone. The test part is read once, after the last epoch. A finished run
+is in the result file at once, and a second start goes on there."""
+import json,os,statistics,tarfile,time
+from fastai.vision.all import *
+from fastai.callback.channelslast import ChannelsLast
+from fastcore.script import call_parse
+from cekd_fastai.all import *
+from cekd_fastai.core import write_whole
+from cekd_fastai.data.benchmarks import read_table
+from cekd_fastai.train import about
+from common import here # after fastai
+
+arch,size,bs = 'tf_efficientnet_lite0',96,32
+trunk,branch = 44.7,25.9 # million multiply-adds of a forward pass at 96 pixels
+# Epochs of `fine_tune` after the frozen one, and classes
+sets = dict(flowers=dict(data='oxford-flowers17-12classes', classes=None, epochs=5, title='12 flowers'),
+    birds50=dict(data='CUB_200_2011', classes=50, epochs=8, title='50 birds'),
+    birds200=dict(data='CUB_200_2011', classes=None, epochs=5, title='200 birds'))
+
+# What is compared. `fastai` says which part of the recipe a fastai user's code has taken over
+methods = {'fine_tune': dict(fastai=()), 'fine_tune, rate chosen': dict(fastai=(), chosen=True),
+    'plain': dict(branches=1), 'label smoothing': dict(branches=1, smooth=.1),
+    '2 branches': dict(branches=2), '2 branches, label smoothing': dict(branches=2, smooth=.1)}
+# Where the difference comes from. Of a timm model `fine_tune` makes two groups, and its body learns at the rate over `lr_mult`, 100
+stairs = {'fine_tune, lr_mult=1': dict(fastai=(), mult=1), 'fine_tune, crops and flips only': dict(fastai=('loader',)), '... and kept statistics of norms': dict(fastai=('loader','norms')),
+    '... and all layers from the first epoch': dict(fastai=('loader','norms','whole'))}
+user_rates = [2e-3,5e-3,1e-2] # of `fine_tune`: the default first
+rate = 1e-3 # of the recipe, ten times as much for heads: near the best on held-out images of 100 birds (cekd/results/birds.jsonl)
+
+def find(folder, name):
+    "A data set or the weights in `folder`, unpacked into runs/data where only the archive is there"
+    if (Path(folder)/name).exists(): return Path(folder)/name
+    pack = Path(folder)/('weights-efficientnet-lite.tgz' if name=='weights' else f'{name}.tgz')
+    if not pack.exists(): raise SystemExit(f'fine_tune: neither {name} nor {pack.name} is in {folder}: pass the folder that has it as --data-dir.')
+    out = here.parent/'runs'/'data'
+    if not (out/name).exists():
+        with tarfile.open(pack) as f: f.extractall(out, filter='data')
+    return out/name
+
+def user_dls(table):
+    "Loaders as a fastai user writes them, with the split of the table"
+    valid = set(np.array(table.files, dtype=object)[table.is_valid])
+    files = lambda t: [f for f,o in zip(t.files, t.is_test) if not o]
+    block = DataBlock((ImageBlock,CategoryBlock), get_items=files, get_y=parent_label, splitter=FuncSplitter(lambda f: f in valid),
+        item_tfms=Resize(160), batch_tfms=aug_transforms(size=size, min_scale=.75))
+    return block.dataloaders(table, bs=bs, num_workers=0)
+
+class NoValid(Callback):
+    "No validation during training"
+    order = -100
+    def before_validate(self): raise CancelValidException
+
+def make(s, m, seed, folder, held_out):
+    "The learner of a method"
+    source,weights = find(folder, s['data']),find(folder, 'weights')/'efficientnet_lite0.pth'
+    split = dict(classes=s['classes'], valid_pct=.2, seed=seed) if held_out else dict(classes=s['classes'])
+    own = m.get('fastai')
+    set_seed(seed)
+    if own==(): dls = user_dls(read_table(source, **split))
+    else: dls = fine_grained_dls(source, size=size, bs=bs, stats=arch, in_memory=True, **split)
+    set_seed(seed)
+    if own is None:
+        loss = CrossEntropyLossFlat() if not m.get('smooth') else LabelSmoothingCrossEntropyFlat(eps=m['smooth'])
+        return branch_learner(dls, arch, m['branches'], pretrained=False, weights=weights, freeze_bn=True, loss_func=loss,
+            metrics=accuracy, cbs=ChannelsLast())
+    cbs = [ChannelsLast()]+[BnFreeze()]*('norms' in own)
+    return vision_learner(dls, arch, metrics=accuracy, pretrained_cfg_overlay=dict(file=str(weights)), cbs=cbs)
+
+def epochs_of(m, E):
+    "Whole epochs within the multiply-adds of one frozen and `E` further epochs of `fine_tune`"
+    if m.get('fastai') is not None: return E
+    return int((E+2/3)*(trunk+branch)/(trunk+m['branches']*branch))
+
+def compute(m, E):
+    "Multiply-adds of a run over those of `fine_tune`"
+    if m.get('fastai') is None: share = epochs_of(m, E)*(trunk+m['branches']*branch)/(trunk+branch)
+    else: share = E+(0 if 'whole' in m['fastai'] else 2/3)
+    return share/(E+2/3)
+
+def fit(learn, m, E, lr):
+    own = m.get('fastai')
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(NoValid()):
+        if own is None:
+            n = len(learn.splitter(learn.model))
+            return learn.fit_one_cycle(epochs_of(m, E), [lr]*(n-1)+[10*lr])
+        if 'whole' not in own: return learn.fine_tune(E, lr, lr_mult=m.get('mult', 100))
+        learn.unfreeze()
+        learn.fit_one_cycle(E, [lr,10*lr])
+
+def one_run(name, m, key, seed, folder, lr, held_out=False):
+    "Train, then read the test part once"
+    s = sets[key]
+    learn,start = make(s, m, seed, folder, held_out),time.time()
+    fit(learn, m, s['epochs'], lr)
+    secs = time.time()-start
+    with learn.no_bar(), learn.no_logging(): acc = float(learn.validate()[1])
+    return dict(set=key, stage='select' if held_out else 'final', method=name, seed=seed, rate=lr, epochs=epochs_of(m, s['epochs']),
+        compute=round(compute(m, s['epochs']), 3), accuracy=round(acc, 5), images=len(learn.dls.valid_ds), seconds=round(secs, 1))
+
+def best(rows):
+    "The rate of `fine_tune` that was best on held-out training images; the default where nothing was chosen"
+    runs = {r['rate']:r['accuracy'] for r in rows if r['stage']=='select'}
+    return max(runs, key=runs.get) if runs else user_rates[0]
+
+def select_table(rows):
+    lines = ['| 50 birds, held-out fifth of train | rate | accuracy % |','|---|---|---|']
+    return lines + [f"| {r['method']} | {r['rate']:g} | {100*r['accuracy']:.1f} |" for r in rows if r['stage']=='select']
+
+def final_table(rows):
+    "One line a set and method, with every seed and the difference from `fine_tune` of the same seed"
+    lines = ['| data | method | epochs | multiply-adds | accuracy % | each seed | over fine_tune |','|---|---|---|---|---|---|---|']
+    for key,s in sets.items():
+        got = [r for r in rows if r['stage']=='final' and r['set']==key]
+        base = {r['seed']:r['accuracy'] for r in got if r['method']=='fine_tune'}
+        for name in {**methods,**stairs}:
+            d = sorted((r for r in got if r['method']==name), key=lambda r: r['seed'])
+            if not d: continue
+            acc = pd.Series([100*r['accuracy'] for r in d])
+            gain = pd.Series([100*(r['accuracy']-base[r['seed']]) for r in d if r['seed'] in base])
+            pm = lambda o: f'{o.mean():.1f}' + (f' ± {o.std()/len(o)**.5:.1f}' if len(o)>1 else '')
+            more = '' if name=='fine_tune' or not len(gain) else ('+' if gain.mean()>0 else '')+pm(gain)
+            frozen = '' if compute({**methods,**stairs}[name], s['epochs'])!=1 else '1 + '
+            lines.append(f"| {s['title']} | {name} | {frozen}{d[0]['epochs']} | {d[0]['compute']:.2f} | {pm(acc)} | {', '.join(f'{o:.1f}' for o in acc)} | {more} |")
+    return lines
+
+def time_table(rows):
+    lines = ['| a step of | ms of training | ms with loading | over fine_tune |','|---|---|---|---|']
+    return lines + [f"| {r['step']} | {r['train']:.0f} | {r['all']:.0f} | {r['share']:.2f} |" for r in rows]
+
+def write(name, title, command, rows, lines):
+    info = about({})
+    res = dict(title=title, command=command, versions=info['versions'], machine=info['machine'], table='\n'.join(lines), runs=rows)
+    write_whole(here/'results'/f'{name}.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
+
+def write_tables(rows):
+    "The result files of what has been run"
+    what = 'EfficientNet-Lite0 from ImageNet weights, 96 px, batches of 32, one thread of a busy machine'
+    chosen,final = ([r for r in rows if r['stage']==o] for o in ('select','final'))
+    command = 'python benchmarks/fine_tune.py'
+    if chosen: write('fine_tune_select', f'Learning rate of fine_tune: {what}', f'{command} --stage select', chosen, select_table(rows))
+    if not final: return
+    had = ','.join(k for k in sets if any(r['set']==k for r in final))
+    command += f" --which {had} --seeds {1+max(r['seed'] for r in final)}"
+    write('fine_tune', f'The recipe beside fine_tune at equal compute, official test parts: {what}', command, final, final_table(rows))
+
+def times(folder, rounds):
+    "Steps of both sides in turns: medians of training alone, and with the loading of the batch"
+    s,runs,two = sets['birds50'],{},'2 branches, label smoothing'
+    who = {'fine_tune, frozen body': ('fine_tune',True)} | {k: (k,False) for k in ('fine_tune','plain',two)}
+    for k,(name,frozen) in who.items():
+        learn = make(s, methods[name], 0, folder, True)
+        learn.freeze() if frozen else learn.unfreeze()
+        learn.model.train()
+        if methods[name].get('fastai') is None:
+            for m in learn.model.modules():
+                if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
+        learn.create_opt()
+        learn.model.to(memory_format=torch.channels_last)
+        runs[k] = dict(learn=learn, it=iter(learn.dls.train), train=[], all=[])
+    for i in range(rounds+1):
+        for r in runs.values():
+            t0 = time.perf_counter()
+            x,y = next(r['it'])
+            x = x.contiguous(memory_format=torch.channels_last)
+            t1 = time.perf_counter()
+            learn = r['learn']
+            out = learn.model(x)
+            each = [out] if isinstance(out, Tensor) else out[1] # of a network with branches the mean and each branch
+            sum(learn.loss_func(o, y) for o in each).backward()
+            learn.opt.step()
+            learn.opt.zero_grad()
+            t2 = time.perf_counter()
+            if not i: continue # the first round warms up
+            r['train'].append(1000*(t2-t1))
+            r['all'].append(1000*(t2-t0))
+    rows = [dict(step=k, train=statistics.median(r['train']), all=statistics.median(r['all'])) for k,r in runs.items()]
+    ref = next(r['all'] for r in rows if r['step']=='fine_tune')
+    for r in rows: r['share'] = r['all']/ref
+    title = f'A step of either side, batches of 32 at 96 px, in turns; medians of {rounds}, one thread of a busy machine'
+    write('fine_tune_time', title, 'python benchmarks/fine_tune.py --stage time', rows, time_table(rows))
+    print('\n'.join(time_table(rows)))
+
+@call_parse
+def main(
+    data_dir:str=os.environ.get('CEKD_DATA', '.'), # Folder with data and weights
+    stage:str='final', # select, final, time or table
+    which:str='flowers,birds50,birds200', # Which data, with commas
+    only:str=None, # Names of methods, with semicolons; all if None
+    seeds:int=3,   # Number of seeds, from 0
+    first:int=0,   # The first seed
+    stair:bool=False, # Also the stairs from `fine_tune` to the recipe
+    rounds:int=15, # Of `time`
+    minutes:float=1e9, # Start no run after this time
+):
+    "Run what is missing of a stage, then write its table"
+    torch.set_num_threads(1)
+    begin = time.time()
+    files = [here/'results'/f'{o}.json' for o in ('fine_tune_select','fine_tune')]
+    rows = [r for f in files if f.exists() for r in json.loads(f.read_text())['runs']]
+    done = {(r['set'],r['stage'],r['method'],r['seed'],r['rate']) for r in rows}
+    def run(name, m, key, seed, lr, held_out=False):
+        if (key,'select' if held_out else 'final',name,seed,lr) in done or time.time()-begin>60*minutes: return
+        row = one_run(name, m, key, seed, data_dir, lr, held_out)
+        rows.append(row)
+        write_tables(rows)
+        print(f"{key}, {name}, seed {seed}, rate {lr:g}: {row['accuracy']:.1%} in {row['seconds']:.0f} s", flush=True)
+    if stage=='time': return times(data_dir, rounds)
+    if stage=='select':
+        for lr in user_rates: run('fine_tune', methods['fine_tune'], 'birds50', 0, lr, True)
+    if stage=='final':
+        for key in which.split(','):
+            for seed in range(first, seeds):
+                for name,m in {**methods, **(stairs if stair else {})}.items():
+                    if only and name not in only.split(';'): continue
+                    own = m.get('fastai')
+                    lr = best(rows) if m.get('chosen') else user_rates[0]
+                    if m.get('chosen') and lr==user_rates[0]: continue # it is the default
+                    run(name, m, key, seed, rate if own is None or 'whole' in own else lr)
+    write_tables(rows)
+    print('\n'.join([*select_table(rows),'',*final_table(rows)]))
