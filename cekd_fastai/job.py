@@ -112,6 +112,11 @@ def rehearsal(
     print(f"dry run done, nothing is kept; the experiment: {plan}, published: {args.get('published')}")
 
 # %% ../nbs/56_job.ipynb #job-both
+def _check_mixed(args):
+    "Refuse CEKD without a mix, in the words of the command"
+    if args['method']!='cekd' or args['mix']!='none': return
+    raise ValueError("CEKD distils from clean to mixed images: leave out --mix none, or pass another --method.")
+
 def experiment(
     args:dict, # Arguments of `cekd_train`
     own:dict,  # Their default values
@@ -119,5 +124,6 @@ def experiment(
 )->dict:       # What `result.json` holds; None after a rehearsal
     "Complete the arguments by their recipe, then rehearse them or run them"
     args = with_recipe(args, own, said)
+    _check_mixed(args)
     if not rank_distrib(): print_differences(args)
     return rehearsal(args) if args.pop('dry_run') else run(args)

@@ -13,10 +13,12 @@ from fastai.vision.all import *
 from contextlib import redirect_stdout
 from fastcore.script import call_parse
 from typing import Annotated
+from .options import as_options
 from .core import check_count,few,one_sentence,write_whole
 from .data.folders import FolderTree
 from .deploy import Deployed
 from .onnx_file import OnnxNet
+from .program import ProgramNet
 # a file may hold any network of the library, and each module registers how to build its own
 from .css.net import css_net # chkstyle: ignore
 from .online.net import gate_net # chkstyle: ignore
@@ -142,15 +144,17 @@ def predict_folder(self:Deployed,
 
 # %% ../nbs/52_predict.ipynb #pf-fn
 def open_net(
-    file,         # Written by `deploy` or `export_onnx`
+    file,         # Written by `deploy`, `export_onnx` or `export_program`
     device='cpu', # Where a network of PyTorch runs; onnxruntime has the CPU
 )->Deployed:
     "A network from its file, in PyTorch or in onnxruntime"
-    return OnnxNet(file) if Path(file).suffix.lower()=='.onnx' else Deployed(file, device)
+    kind = Path(file).suffix.lower()
+    if kind=='.onnx': return OnnxNet(file)
+    return (ProgramNet if kind=='.pt2' else Deployed)(file, device)
 
 @delegates(Deployed.predict_folder)
 def predict_folder(
-    model,  # File of `deploy` or `export_onnx`, or a `Deployed`
+    model,  # File of `deploy`, `export_onnx` or `export_program`, or a `Deployed`
     source, # A folder, searched in depth, or a list of files
     **kwargs
 )->pd.DataFrame: # As for `Deployed.predict_folder`
@@ -181,7 +185,9 @@ def cekd_predict(
         with warnings.catch_warnings(), redirect_stdout(sys.stderr): # the progress bar is no part of the table
             warnings.simplefilter('ignore')
             df = d.predict_folder(_one_folder(source), csv, top, tta, batch, workers)
-    except (ValueError,OSError,ImportError) as e: sys.exit(f'cekd-predict: {one_sentence(e)}')
+    except (ValueError,OSError,ImportError) as e:
+        options = as_options(one_sentence(e), ('csv','top','tta','device'), bs='batch', num_workers='workers')
+        sys.exit(f'cekd-predict: {options}')
     except KeyboardInterrupt:
         print(f"\ncekd-predict: interrupted{f'; {csv} goes on when you start again' if csv else ''}.", file=sys.stderr)
         sys.exit(130)

@@ -9,6 +9,7 @@ __all__ = ['confused_pairs', 'plot_confused_pairs', 'branch_agreement', 'plot_br
 
 # %% ../../nbs/49_interpret.confusion.ipynb #imports
 from fastai.vision.all import *
+from ..figures import shown_once
 from ..core import show_panel,unwrap_model
 from ..branches import BranchNet
 from .history import _axes,_vocab,plot_history
@@ -187,5 +188,4 @@ def report(
     plot_history(hist, top.subplots(1, 3))
     top.suptitle(title)
     if n: plot_confused_pairs(learn, pairs, bottom.subplots(n, 6))
-    plt.close(fig)
-    return fig
+    return shown_once(fig)

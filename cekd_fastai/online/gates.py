@@ -47,7 +47,7 @@ def _gap(x): return x.mean((2,3)) # global average pooling
 class SafeBN(nn.BatchNorm1d):
     "Batch normalisation of vectors that takes the running statistics for a batch of one image"
     def forward(self, x):
-        if len(x)>1 or not self.training: return super().forward(x)
+        if not self.training or len(x)>1: return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 def _branch_scores(c, n): return nn.Sequential(nn.Linear(c, n), SafeBN(n), nn.ReLU())
