@@ -286,6 +286,7 @@ def _inside(f):
         f = f.func
     return f,first([*words,getattr(f, '__name__', str(f))]),held
 
+# %% ../nbs/23_arch.ipynb #build-arch2
 def _told(f, pretrained):
     "The argument by which a function is told whether to load pretrained weights"
     home = getattr(f, '__module__', None) or ''

@@ -202,6 +202,7 @@ def find(self:Checkpoint)->dict|None:
     if not diff: return state
     raise ValueError(f"`{self.folder}` holds checkpoints of another run, since {few(diff)}: start the same run, or choose another folder.")
 
+# %% ../nbs/44_checkpoint.ipynb #cb-find2
 @patch
 def begin(self:Checkpoint):
     "Look for a checkpoint at the first training step of a fit, and load it"

@@ -141,6 +141,7 @@ def _check_number(who, k, v):
     if isinstance(v, (int,float,np.number)) or isinstance(v, (Tensor,ndarray)) and v.ndim==0: return
     raise ValueError(f"{who}: `{k}` is {v!r}, but it is a number.")
 
+# %% ../nbs/00_core.ipynb #checks-above
 def check_above(
     who,        # What refuses
     **values    # Numbers by their names

@@ -32,6 +32,7 @@ def _glow(x, s):
     colour = tensor(matplotlib.colormaps['inferno'](s.numpy())[...,:3]).permute(2,0,1).float()
     return torch.lerp(x.cpu(), colour, .6*s)
 
+# %% ../nbs/50b_explain.ipynb #xp-where2
 def _seen(d, x):
     "What the network sees of the batch `x` of one, as a picture"
     return _as_picture((x*d.std+d.mean)[0])

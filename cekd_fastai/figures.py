@@ -24,6 +24,7 @@ def _display(fig):
     from IPython.display import Image,display
     display(Image(print_figure(fig)))
 
+# %% ../nbs/00b_figures.ipynb #fg-shown
 class ShownFigure(plt.Figure):
     "A figure that has shown itself in a cell"
     def _ipython_display_(self):

@@ -196,17 +196,14 @@ def _is_step(o):
         return not isinstance(v, (int,float)) or abs(v)<=_MOST_PIXELS
     return all(isinstance(k, str) and small(v) for k,v in o[1].items())
 
-_INFO = dict(
-    vocab=lambda o: isinstance(o, (list,tuple)) and len(o)>0 and all(isinstance(v, (str,int,float)) for v in o),
-    mean=lambda o: _is_numbers(o, 3),
-    std=lambda o: _is_numbers(o, 3, 0),
-    size=lambda o: _is_numbers(o, 2, 0) and max(o)<=_MOST_PIXELS,
-    steps=lambda o: isinstance(o, list) and all(map(_is_step, o)),
-    batch_steps=lambda o: isinstance(o, list) and all(map(_is_step, o)),
-    activation=lambda o: o in ('softmax','sigmoid'),
-    thresh=lambda o: _is_numbers([o], 1),
+def _are_steps(o): return isinstance(o, list) and all(map(_is_step, o))
+
+_INFO = dict(vocab=lambda o: isinstance(o, (list,tuple)) and len(o)>0 and all(isinstance(v, (str,int,float)) for v in o),
+    mean=lambda o: _is_numbers(o, 3), std=lambda o: _is_numbers(o, 3, 0), size=lambda o: _is_numbers(o, 2, 0) and max(o)<=_MOST_PIXELS,
+    steps=_are_steps, batch_steps=_are_steps, activation=lambda o: o in ('softmax','sigmoid'), thresh=lambda o: _is_numbers([o], 1),
     draft=lambda o: o is None or _is_numbers([o], 1, 0) and o<=2*_MOST_PIXELS)
 
+# %% ../nbs/22b_files.ipynb #info-check
 def check_info(
     info:dict, # What stands beside the weights
     file       # Its file, for the message

@@ -40,6 +40,7 @@ def _erase(graph, node):
     for o in list(node.users): _erase(graph, o)
     graph.erase_node(node)
 
+# %% ../nbs/24_graph.ipynb #trace-code2
 def trace(
     model:nn.Module, # A network
     method:str,      # Name of its method, whose arguments but the first keep their defaults
@@ -163,6 +164,7 @@ def classifier_layers(
     shapes = {o.weight.shape for o in named}
     return [m for m in model.modules() if isinstance(m, (nn.Linear,nn.Conv2d)) and m.weight.shape in shapes]
 
+# %% ../nbs/24_graph.ipynb #head-code2
 def _name_classifiers(head, model):
     "Note at a head which of its layers classify, where the model tells"
     if not hasattr(model, 'get_classifier'): return

@@ -76,6 +76,7 @@ def _sizes_named(arch, shape, args):
         sizes = sorted([own, *(o for o in near if _takes(arch, o, made))])
         raise ValueError(f"`{arch}` cannot be made for pictures of {shape[1]} pixels: of the sizes near, it takes {few(sizes, 5)}.") from e
 
+# %% ../nbs/42_learner.ipynb #le-fixed
 def _fixed_size(arch):
     "The only size that a network of timm takes unless it is made for another, None where any will do"
     name = arch.split('.')[0]
@@ -108,6 +109,7 @@ def _check_channels(net, shape):
         if shape and shape[0]!=n:
             raise ValueError(f"The pictures have {shape[0]} channels, but `{facts['name']}` takes {n}: pass `arch_args=dict(n_in={shape[0]})`.")
 
+# %% ../nbs/42_learner.ipynb #le-input22
 def _facts(net):
     "What is noted of the backbones of a network"
     trunks = net.trunk if isinstance(net.trunk, nn.ModuleList) else [net.trunk]
@@ -245,8 +247,7 @@ def online_learner(
         net = _peers(arch, n_branches or len(arch), n_out, arch_args=_each_args(arch, shape, arch_args), **kw)
         return _learner(dls, net, method, cbs, branch_splitter, freeze_bn, kwargs, learned)
     kw |= dict(own_start=own_start, vocab=data_vocab(dls)) | _input_args(arch, shape, arch_args)
-    with _sizes_named(arch, shape, arch_args):
-        net = gate_net(arch, n_out, n_branches or method.branches, gate or method.gates[0], **kw)
+    with _sizes_named(arch, shape, arch_args): net = gate_net(arch, n_out, n_branches or method.branches, gate or method.gates[0], **kw)
     _check_channels(net, shape)
     if wd_gate is not None: splitter,kwargs['wd'] = gate_apart,_decays(net, kwargs.get('wd'), wd_gate)
     return _learner(dls, net, method, cbs, splitter, freeze_bn, kwargs, learned)

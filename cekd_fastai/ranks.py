@@ -10,7 +10,7 @@ __all__ = ['together', 'meeting_place', 'over_all', 'Later', 'RankDL', 'own_draw
 # %% ../nbs/42b_ranks.ipynb #imports
 import fastai.distributed
 from fastai.vision.all import *
-from fastai.distributed import Accelerator,DistributedDL,DistributedTrainer
+from fastai.distributed import DistributedDL,DistributedTrainer
 from .steps import accumulation
 
 # %% ../nbs/42b_ranks.ipynb #talk
@@ -102,6 +102,7 @@ def rank_mean_size(self:RankDL, i:int)->float:
     "How many images of a batch a process has in the mean"
     return sum(self.rank_sizes(i))/self.world_size
 
+# %% ../nbs/42b_ranks.ipynb #dl-weight
 @patch
 def rank_weight(self:RankDL, i:int)->float:
     "Weight of this process in a batch, 1 where all have equally many images"
@@ -124,6 +125,7 @@ def _gather(t, n):
     torch.distributed.all_gather(res, t.contiguous())
     return res
 
+# %% ../nbs/42b_ranks.ipynb #gather2
 @patch
 def join(self:RankDL,
     t, # Of this batch: a mean, or with an entry for each image

@@ -58,6 +58,7 @@ def _abilities(d):
 
 def _lower(e): return str(e).replace('`', '')
 
+# %% ../nbs/52b_serve.ipynb #sv-answer2
 def _reasons(d, x, best, looks, similar):
     "What the network sees, where it looks and what is similar, as data URLs"
     res = dict(seen=_url(_jpeg(_seen(d, x))))
@@ -102,6 +103,7 @@ async def _form(request, limits):
     if not files: raise ValueError('There is no picture in the field `files`.')
     return [(_base(o.filename),o.file.read()) for o in files],form
 
+# %% ../nbs/52b_serve.ipynb #sv-body2
 def _base(name):
     "The last part of a file's name without what is not printed, at most 100 characters"
     name = re.split(r'[/\\]', name or '')[-1]

@@ -47,6 +47,7 @@ def _function(f):
     while isinstance(f, partial): f = f.func if f.func is not OptimWrapper else f.keywords.get('opt', f.func)
     return getattr(f, '__name__', type(f).__name__)
 
+# %% ../nbs/52c_share.ipynb #hu-words2
 def _recipe_rows(learn):
     "How the network was made and trained, as far as the learner knows"
     recipe = dict(unwrap_model(learn.model).recipe or {})
@@ -67,6 +68,8 @@ net.predict('photo.jpg')
 
 The file runs no code when it is opened. `cekd-predict model.pt photos --csv out.csv` answers for a folder, and `cekd-serve model.pt` shows a page."""
 
+_CHOSEN = 'If choices were made on the validation pictures, such as the number of epochs, the accuracy on new ones is a little lower.'
+
 def _card(learn, title, repo, about, license, k):
     "The text of a card, with the head that the hub reads"
     hub, = _need('huggingface_hub', who='The hub')
@@ -80,8 +83,7 @@ def _card(learn, title, repo, about, license, k):
         model_name=title, eval_results=[result])
     parts = [f'# {title}', about, f'**Accuracy {a:.1%} ± {se:.1%}** (standard error) on {len(y):,} validation pictures of {len(vocab):,} classes.',
         '## How to use it', _LOAD.format(repo=repo),
-        '## Data', f'{len(dls.train_ds):,} training and {len(y):,} validation pictures of {len(vocab):,} classes. If choices were made on the '
-            'validation pictures, such as the number of epochs, the accuracy on new ones is a little lower.',
+        '## Data', f'{len(dls.train_ds):,} training and {len(y):,} validation pictures of {len(vocab):,} classes. '+_CHOSEN,
         '## How it was made', _md_table(_recipe_rows(learn)),
         '## Each class', 'Found: the share of its pictures that got its name. Right: the share of pictures with its name that are of it.',
         _md_table(_class_table(pred, y, vocab)),

@@ -83,6 +83,7 @@ def advised(
     if not r.pretrained: names = [k for k in names if k!='head_lr'] # one rate for all
     return args | {k:getattr(r, k) for k in names}
 
+# %% ../nbs/53_train.ipynb #build-data2
 def make_data(
     args:dict, # Arguments of `cekd_train`
 )->DataLoaders:
@@ -209,6 +210,7 @@ def impatient(
     finally:
         for o in loaders: o.timeout = 0 # `one_batch` loads in this process, where torch refuses a time limit
 
+# %% ../nbs/53_train.ipynb #train-code2
 def _freeze_trunk(learn):
     "Freeze the groups that are in the trunk"
     trunk = {id(p) for p in unwrap_model(learn.model).trunk.parameters()}

@@ -92,6 +92,7 @@ def layer_groups(
         for k,p in m.named_parameters(): groups[m.layer_of.get(k, 0)].append(p)
     return L(L(groups[k]) for k in sorted(groups)) + L([added_params(model)])
 
+# %% ../nbs/24b_tuning.ipynb #split-code2
 def layer_rates(
     model:nn.Module, # A network with trunk and branches
     lr:float,        # Rate of the last layer

@@ -43,8 +43,7 @@ class Saved:
         self.file = Path(file)
         saved = _load_file(self.file)
         self.tensors = _tensors_in(saved)
-        if self.tensors is None:
-            raise ValueError(f"`{file}` holds no state dict (names and tensors) but a {type(saved).__name__}.")
+        if self.tensors is None: raise ValueError(f"`{file}` holds no state dict (names and tensors) but a {type(saved).__name__}.")
         if bad := not_finite(self.tensors): raise ValueError(f"`{file}` holds numbers that are not finite, in {few(bad)}: get it again.")
         info = saved.get('info') if 'recipe' in saved else None
         vocab = info.get('vocab') if isinstance(info, dict) else None
@@ -73,6 +72,7 @@ def _translated(sd, model):
     try: return f(dict(sd), model)
     except Exception: return sd # not of this family
 
+# %% ../nbs/22b_weights.ipynb #name-code2
 def _is_counter(k): return k.endswith('num_batches_tracked')
 
 def _by_position(sd, own, last):

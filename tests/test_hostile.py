@@ -339,8 +339,7 @@ def test_weights_that_are_not_finite(net_file, tmp_path, value):
 
 def recipe(**kw): return lambda o: o['recipe'].update(kw)
 def state(f): return lambda o: f(o['state_dict'])
-WRONG = dict(
-    no_dict=lambda o: o.clear(), a_list=lambda o: o.update(recipe=[1]), no_builder=recipe(build='evil'), a_number=recipe(build=3),
+WRONG = dict(no_dict=lambda o: o.clear(), a_list=lambda o: o.update(recipe=[1]), no_builder=recipe(build='evil'), a_number=recipe(build=3), # chkstyle: ignore
     states=lambda o: o.update(state_dict=[1]), words=state(lambda o: o.update({'heads.0.1.bias':'x'})),
     less=state(lambda o: o.pop('heads.0.1.bias')), more=state(lambda o: o.update(x=torch.ones(1))),
     shape=recipe(n_out=4), own=recipe(pretrained=True), path=recipe(checkpoint_path='x.pt'),
@@ -401,7 +400,8 @@ def answers(folder, **kw):
 
 ROWS = np.ones((1,10,4), np.float32)
 SPOILT = [lambda f: f.write_bytes(f.read_bytes()[:-80]), lambda f: f.write_bytes(b''), lambda f: f.write_bytes(b'x'*500),
-    lambda f: np.save(f, np.ones((1,10,5), np.float32)), lambda f: np.save(f, ROWS.astype('f8')), lambda f: np.save(f, np.asfortranarray(ROWS+np.arange(4, dtype=np.float32)))]
+    lambda f: np.save(f, np.ones((1,10,5), np.float32)), lambda f: np.save(f, ROWS.astype('f8')),
+    lambda f: np.save(f, np.asfortranarray(ROWS+np.arange(4, dtype=np.float32)))]
 
 @pytest.mark.parametrize('spoil', SPOILT)
 def test_answers_that_were_cut_short(tmp_path, spoil):

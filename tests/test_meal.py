@@ -439,7 +439,9 @@ def test_v2(dls, modules):
     quiet(learn)
 
 bad = [(dict(choose='best'), "`choose` is 'best'"), (dict(disc='weak'), "`disc` is 'weak'"), (dict(disc='official', lr_disc=1.), 'follow the student'), (dict(adversarial='gan'), "`adversarial` is 'gan'"), (dict(kind='kl'), "`kind` is 'kl'"), (dict(T=0), '`T` is 0'),
-    (dict(w_hard=-1), '`w_hard` is -1'), (dict(w_adv=-1), '`w_adv` is -1'), (dict(w_feat=-1), '`w_feat` is -1'), (dict(feat='maps'), "`feat` is 'maps'"), (dict(head='new'), "`head` is 'new'"), (dict(w_feat=1., cache_targets=True), 'leave one of them out'), (dict(w_feat=1., feat='tokens', view=[]), "use feat='pooled'"), (dict(lr_disc=-1), '`lr_disc` is -1'), (dict(space='sum'), "`space` is 'sum'"), (dict(channels='sum'), "`channels` is 'sum'"),
+    (dict(w_hard=-1), '`w_hard` is -1'), (dict(w_adv=-1), '`w_adv` is -1'), (dict(w_feat=-1), '`w_feat` is -1'), (dict(feat='maps'), "`feat` is 'maps'"), (dict(head='new'), "`head` is 'new'"),
+    (dict(w_feat=1., cache_targets=True), 'leave one of them out'), (dict(w_feat=1., feat='tokens', view=[]), "use feat='pooled'"),
+    (dict(lr_disc=-1), '`lr_disc` is -1'), (dict(space='sum'), "`space` is 'sum'"), (dict(channels='sum'), "`channels` is 'sum'"),
     (dict(reduce=0), 'reduce=0: pass a whole number'), (dict(views=0), 'views=0: pass a whole number'), (dict(taps=-1), '`taps` is -1'), (dict(dims=[1]), '`dims` has 1 entries, but it takes 2'), (dict(gammas=[1]), 'it takes 3')]
 
 @pytest.mark.parametrize('kw,said', bad, ids=[str(o[0]) for o in bad])

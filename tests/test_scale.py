@@ -1,6 +1,5 @@
 "One step from several batches, compiled trunks, and several processes: the same gradients, draws of their own, and an end that all agree on."
-import functools,math,multiprocessing,os,signal,subprocess,sys,time,warnings
-from pathlib import Path
+import functools,math,multiprocessing,os,signal,time,warnings
 import pytest,torch
 from fastai.vision.all import Callback,CrossEntropyLossFlat,DataLoaders,L,SGD,accuracy,set_seed
 from fastai.callback.training import GradientAccumulation
@@ -13,7 +12,6 @@ from cekd_fastai.learner import GradCheckpoint,branch_learner,css_learner,meal_l
 from cekd_fastai.mix.callback import CutMix
 from cekd_fastai.mix.snapmix import SnapMix
 from cekd_fastai.online.callback import ONLINE
-from cekd_fastai.ranks import RankDL,together
 from cekd_fastai.runstate import checkpoint_files
 from cekd_fastai.safely import named_faults
 from cekd_fastai.soft_labels import OnlineLabelSmoothing
@@ -55,7 +53,8 @@ def soft(cb):
     return make
 
 METHODS = dict(plain=plain, cekd=cekd, cekd_maps=cekd_maps, meal=meal, grl=lambda d,*cbs,**k: meal(d, *cbs, mode='grl', **k))
-METHODS |= dict(smoothing=soft(lambda: [OnlineLabelSmoothing()]), pskd=soft(lambda: [PSKD()]), stored=soft(lambda: [LateMix(stop_at=.999),StoredTargets(ramp=1.)]))
+METHODS |= dict(smoothing=soft(lambda: [OnlineLabelSmoothing()]),
+    pskd=soft(lambda: [PSKD()]), stored=soft(lambda: [LateMix(stop_at=.999),StoredTargets(ramp=1.)]))
 METHODS |= {o: (lambda d,*cbs,o=o,**k: online_learner(d, arch, ONLINE[o](**({} if o=='dml' else dict(ramp=1.))), cbs=cbs, **kw|k)) for o in ONLINE}
 def css(d, *cbs, **k): return css_learner(d, (arch,arch), 2, cbs=cbs, **kw|k)
 

@@ -390,7 +390,8 @@ def _missing(out, pages, name, link):
 
 conf = dict(project='cekd_fastai', html_title='cekd_fastai', language='en', extensions=['myst_parser', 'docs'], smartquotes=False,
     myst_enable_extensions=['dollarmath'], myst_all_links_external=True, html_math_renderer='mathml', suppress_warnings=['myst.header', 'misc.highlighting_failure', 'image.not_readable'],
-    html_theme='furo', html_static_path=['_static'], html_css_files=['site.css'], html_js_files=['tables.js'], html_favicon='_static/icon.svg', html_search_scorer=str(root/'tools'/'docs_search.js'), html_copy_source=False, html_show_copyright=False)
+    html_theme='furo', html_static_path=['_static'], html_css_files=['site.css'], html_js_files=['tables.js'],
+    html_favicon='_static/icon.svg', html_search_scorer=str(root/'tools'/'docs_search.js'), html_copy_source=False, html_show_copyright=False)
 
 def main(
     args, # command line: the folder of the site, `_docs` by default

@@ -11,7 +11,7 @@ __all__ = ['TableLabeller', 'TableSplitter', 'OpenImage', 'FineGrainedBlock', 'f
 # %% ../../nbs/12_data.loaders.ipynb #imports
 import multiprocessing,random
 from fastai.vision.all import *
-from ..core import check_count,data_stats
+from ..core import check_count
 from .table import RECIPES,_rows_by
 from .image import ResizeShort,_in_threads,_stats,norm_stats,open_image,recipe_tfms,scaling_tfms
 from .benchmarks import read_table

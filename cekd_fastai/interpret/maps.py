@@ -9,7 +9,6 @@ __all__ = ['map_place', 'box_mass', 'show_cam', 'item_cams']
 
 # %% ../../nbs/47_interpret.maps.ipynb #imports
 from fastai.vision.all import *
-from PIL import Image
 from ..core import show_panel,eval_mode,decode_images,unwrap_model
 from ..mix.core import box_share
 from ..cam import cam,map_and_head,semantic_map
@@ -18,7 +17,6 @@ from ..branches import BranchNet,branch_preds
 from ..css.labels import joint_label
 from .history import _axes,_pictures,_vocab
 from .items import _item_batch
-from ..data.rows import n_rows
 
 # %% ../../nbs/47_interpret.maps.ipynb #look-code
 def _n_outputs(net, z):
