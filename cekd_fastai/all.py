@@ -9,7 +9,7 @@ __all__ = []
 
 # %% ../nbs/58_all.ipynb #data-names
 # chkstyle: off
-from .core import decode_images,unwrap_model
+from .core import decode_images
 from .drawing.dataset import make_birds
 from .data.table import ImageTable
 from .data.image import open_image
@@ -22,7 +22,7 @@ from .synthetic import diagnostic_parts
 # %% ../nbs/58_all.ipynb #mix-names
 # chkstyle: off
 from .mix.core import MixRecord,box_share,mix_pixels,rand_box
-from .losses import cross_target,kd_loss,mixed_loss,ramp_up,soft_probs
+from .losses import cross_target,kd_loss,mixed_loss,ramp_up
 from .cam import model_cam,semantic_map
 from .mix.callback import CutMix,Mix,MixUp
 from .mix.snapmix import MixOneOf,SnapMix,snap_weights
@@ -30,8 +30,8 @@ from .mix.noise import label_noise,noise_table,plot_label_noise
 
 # %% ../nbs/58_all.ipynb #net-names
 # chkstyle: off
-from .arch import CIFAR_ARCHS,load_weights
-from .branches import BranchNet,branch_accuracy,branch_net,branch_preds,branch_splitter,load_net,peer_net,save_net
+from .arch import load_weights
+from .branches import BranchNet,branch_accuracy,branch_net,branch_preds,branch_splitter,load_net,save_net
 from .ema import ModelEMA
 
 # %% ../nbs/58_all.ipynb #distil-names
@@ -43,7 +43,6 @@ from .soft_labels import OnlineLabelSmoothing
 from .own_targets import PSKD,StoredTargets
 from .meal.teachers import Teacher,as_teacher
 from .meal.callback import MEAL
-from .online.net import gate_net
 from .online.callback import DML,FFL,FFMCD,KDCL,OKDDip,ONE,OnlineKD
 from .online.diversity import Diversity,diversity
 from .css.net import css_net
@@ -51,6 +50,8 @@ from .css.callback import CSS
 
 # %% ../nbs/58_all.ipynb #use-names
 # chkstyle: off
+from .recommended import recommended
+from .compiled import Compile
 from .learner import GradCheckpoint,branch_learner,css_learner,meal_learner,online_learner
 from .checkpoint import Checkpoint
 from .guard import Guard
@@ -58,9 +59,12 @@ from .interpret.history import history,plot_components,plot_history,show_mixed
 from .interpret.maps import item_cams,show_cam
 from .interpret.calibration import ece,plot_reliability,reliability
 from .interpret.confusion import branch_agreement,confused_pairs,plot_branch_agreement,plot_confused_pairs,report
+from .meal.rank import rank_teachers
 from .deploy import Deployed,deploy
 from .onnx_file import OnnxNet,export_onnx
+from .quantize import quantize_onnx
 from .predict import open_net,predict_folder
+from .share import from_hub,to_hub
 
 # %% ../nbs/58_all.ipynb #names
 __all__ = [o for o in globals() if not o.startswith('_')]

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from fastai.basics import Callback,CancelFitException,CancelValidException,DataLoaders,OptimWrapper,partial,set_seed
 from cekd_fastai.all import branch_learner,branch_preds,branch_accuracy,ece,mixed_loss
-from cekd_fastai.all import soft_probs,kd_loss,Distill,CEKD,MixUp,CutMix,SnapMix
+from cekd_fastai.losses import soft_probs
+from cekd_fastai.all import kd_loss,Distill,CEKD,MixUp,CutMix,SnapMix
 from cekd_fastai.soft_labels import OnlineLabelSmoothing
 from cekd_fastai.own_targets import PSKD,StoredTargets
 
