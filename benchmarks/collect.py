@@ -4,7 +4,7 @@ from pathlib import Path
 from cekd_fastai.cli import cekd_train
 from cekd_fastai.job import run
 from cekd_fastai.core import write_whole
-from cekd_fastai.train import about
+from cekd_fastai.results import about
 from common import here
 
 defaults = {k:p.default for k,p in inspect.signature(cekd_train).parameters.items()}

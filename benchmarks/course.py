@@ -10,7 +10,7 @@ import json,os,re,shutil,subprocess,sys,tempfile
 from pathlib import Path
 from fastcore.script import call_parse
 from cekd_fastai.core import write_whole
-from cekd_fastai.train import about
+from cekd_fastai.results import about
 from common import here
 
 course = here.parent/'nbs'/'course'

@@ -14,7 +14,7 @@ from fastcore.script import call_parse
 from fastai.vision.all import *
 from timm.models import list_models,list_modules
 from cekd_fastai.core import write_whole
-from cekd_fastai.train import about
+from cekd_fastai.results import about
 from cekd_fastai.arch import chain,make_arch,trial_images
 from cekd_fastai.branches import branch_net,branch_splitter,load_net,save_net
 from cekd_fastai.cam import Mapped,model_cam

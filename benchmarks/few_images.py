@@ -12,7 +12,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastcore.script import call_parse
 from cekd_fastai.all import *
 from cekd_fastai.core import write_whole
-from cekd_fastai.train import about
+from cekd_fastai.results import about
 from make_train import backbone,net
 from common import here # after fastai
 

@@ -18,7 +18,7 @@ from fastcore.script import call_parse
 from cekd_fastai.all import *
 from cekd_fastai.core import write_whole
 from cekd_fastai.data.benchmarks import read_table
-from cekd_fastai.train import about
+from cekd_fastai.results import about
 from common import here # after fastai
 
 arch,size,bs = 'tf_efficientnet_lite0',96,32

@@ -11,7 +11,7 @@ from fastai.vision.all import *
 from fastcore.script import call_parse
 from cekd_fastai.all import *
 from cekd_fastai.core import write_whole
-from cekd_fastai.train import about
+from cekd_fastai.results import about
 from common import here
 
 def table(noise):

@@ -16,7 +16,7 @@ from cekd_fastai.data.image import open_image
 from cekd_fastai.data.loaders import fine_grained_dls
 from cekd_fastai.drawing.dataset import make_birds
 from cekd_fastai.core import write_whole
-from cekd_fastai.train import about
+from cekd_fastai.results import about
 from common import here
 
 def enlarged(birds, dest, short):

@@ -15,7 +15,7 @@ from fastai.callback.channelslast import ChannelsLast
 from cekd_fastai.all import *
 from cekd_fastai.meal.callback import MEAL
 from cekd_fastai.core import write_whole
-from cekd_fastai.train import about
+from cekd_fastai.results import about
 from common import here,result_table,status # after fastai
 
 runs = here.parent/'runs'/'meal'

@@ -16,7 +16,7 @@ from fastai.callback import mixup as stock
 from timm.data import Mixup
 from torchvision.transforms import v2
 from cekd_fastai.core import write_whole
-from cekd_fastai.train import about
+from cekd_fastai.results import about
 from cekd_fastai.mix.callback import CutMix,MixUp
 from cekd_fastai.mix.snapmix import SnapMix
 from common import here

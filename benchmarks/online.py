@@ -20,7 +20,7 @@ from cekd_fastai.learner import css_learner
 from cekd_fastai.learner import online_learner
 from cekd_fastai.online.diversity import diversity
 from cekd_fastai.core import write_whole
-from cekd_fastai.train import about
+from cekd_fastai.results import about
 from common import here,result_table # after fastai
 
 # function of data and backbone that gives a learner

@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from cekd_fastai.all import *
 from cekd_fastai.core import write_whole
 from cekd_fastai.meal.rank import rank_teachers
-from cekd_fastai.train import about
+from cekd_fastai.results import about
 from common import here,result_table # after fastai
 
 runs = here.parent/'runs'/'rank_teachers'

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastai.vision.all import *
 from cekd_fastai.all import *
 from cekd_fastai.core import write_whole
-from cekd_fastai.train import about
+from cekd_fastai.results import about
 from common import here
 
 # branches, callbacks, forward passes that a step is worth

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from fastai.vision.all import *
 from cekd_fastai.all import *
 from cekd_fastai.core import write_whole
-from cekd_fastai.train import about
+from cekd_fastai.results import about
 from common import here
 
 cache = here.parent/'runs'/'teacher_heads'

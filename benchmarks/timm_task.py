@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from cekd_fastai.all import *
 from cekd_fastai.core import write_whole
 from cekd_fastai.losses import soft_log_probs
-from cekd_fastai.train import about
+from cekd_fastai.results import about
 from common import here
 
 def theirs(task_type, student, teacher, lr, **kwargs):

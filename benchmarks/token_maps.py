@@ -13,7 +13,7 @@ from fastcore.script import call_parse
 from cekd_fastai.all import *
 from cekd_fastai.core import eval_mode,write_whole
 from cekd_fastai.drawing.dataset import make_birds
-from cekd_fastai.train import about
+from cekd_fastai.results import about
 from common import here
 
 def stem(c=32):

@@ -2,7 +2,8 @@
 import pytest,timm,torch,torchvision
 from torch import nn
 from functools import partial
-from cekd_fastai.arch import CIFAR_ARCHS,chain,cifar_net,load_weights,make_arch,new_head,split_at
+from cekd_fastai.weights import load_weights
+from cekd_fastai.arch import CIFAR_ARCHS,chain,cifar_net,make_arch,new_head,split_at
 from cekd_fastai.branches import branch_net,frozen_norm_stats
 from cekd_fastai.ema import ModelEMA
 

@@ -365,7 +365,7 @@ def test_diverged(here, birds, tmp_path):
 def test_locked(here, birds, tmp_path):
     "A folder belongs to one run at a time, and what a killed one left half-written is cleared."
     from cekd_fastai.safely import lock_folder
-    from cekd_fastai.train import all_or_none
+    from cekd_fastai.results import all_or_none
     (tmp_path/'.unfinished-1').mkdir()
     with lock_folder(tmp_path):
         res = here('--data', birds, *small, '--out', tmp_path)

@@ -2,7 +2,7 @@
 import copy,warnings
 import pytest,torch
 from fastai.vision.all import CancelFitException,CancelStepException,Callback,SaveModelCallback,load_learner
-from cekd_fastai.arch import load_weights
+from cekd_fastai.weights import load_weights
 from cekd_fastai.cekd import CEKD,cekd_losses
 from cekd_toys import lf,FixedMix,tiny,toy_dls,learner,quiet,CatchStep,Raise
 

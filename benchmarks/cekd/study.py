@@ -22,7 +22,7 @@ from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from cekd_fastai.all import *
 from cekd_fastai.core import write_whole
-from cekd_fastai.train import about
+from cekd_fastai.results import about
 
 here = Path(__file__).resolve().parent
 config = json.loads((here/'config.json').read_text())
