@@ -9,5 +9,6 @@ cfg = cfg['DEFAULT']
 setup(description=cfg['description'], keywords=cfg['keywords'].split(), license_expression=cfg['license'],
     author=cfg['author'], author_email=cfg['author_email'], python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(), extras_require=dict(dev=cfg['dev_requirements'].split(),
-        **{o: cfg[f'{o}_requirements'].split() for o in ('heic','check','onnx','serve')}),
+        heic=cfg['heic_requirements'].split(), check=cfg['check_requirements'].split(),
+        onnx=cfg['onnx_requirements'].split(), serve=cfg['serve_requirements'].split()), # chkstyle: ignore
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['cekd_fastai=cekd_fastai._modidx:d']})

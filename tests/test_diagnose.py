@@ -81,7 +81,7 @@ def test_diagnose_keeps_its_record(birds, tmp_path):
     with again.no_bar(): assert again.predict(birds.valid_ds.items.iloc[0] if hasattr(birds.valid_ds.items, 'iloc') else birds.valid_ds.items[0])[0] in birds.vocab
     quiet(learn, 1)
     assert d.batches is first and len(d.values)==1
-    learn.dls = fine_grained_dls(birds.path, size=40, bs=16, num_workers=0, in_memory=True)
+    learn.dls = fine_grained_dls(birds.table.root, size=40, bs=16, num_workers=0, in_memory=True)
     quiet(learn, 1)
     assert d.batches[0][0].shape[-1]==40
 

@@ -94,7 +94,7 @@ def test_one_of_each(call, home):
     "Hints, whole files and the temperature KL are written once."
     found = {k for k,v in rooms.items() if call in v}
     # Results move file by file into a folder that is there, a bad checkpoint out of the way; the command reads names before torch is loaded.
-    more = {'mkdtemp(':{'data.download','train'}, 'os.replace(':{'train','runstate'}, 'get_close_matches(':{'cli'}}
+    more = {'mkdtemp(':{'data.download','results'}, 'os.replace(':{'results','runstate'}, 'get_close_matches(':{'cli'}}
     allowed = {home} | more.get(call, set())
     assert found<=allowed and home in found
 
