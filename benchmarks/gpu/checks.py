@@ -225,18 +225,19 @@ def trained(o, mode, size, dev, backend='inductor'):
     import torch
     from fastai.callback.channelslast import ChannelsLast
     from cases import MixedPrecision,begin,make_kit,set_seed
-    extra = dict(fp16=[MixedPrecision('fp16', init_scale=2.**10)], bf16=[MixedPrecision('bf16')], channels_last=[ChannelsLast()]).get(mode, [])
+    from cekd_fastai.compiled import Compile
+    extra = dict(compile=[Compile(backend)], fp16=[MixedPrecision('fp16', init_scale=2.**10)], bf16=[MixedPrecision('bf16')], channels_last=[ChannelsLast()]).get(mode, [])
     set_seed(0)
     kit = make_kit(size, o, dev, extra)
     learn = o.make(kit)
     params = list(learn.model.parameters())
-    if mode=='compile': learn.model = torch.compile(learn.model, backend=backend)
     begin(learn)
     weights = lambda: torch.cat([p.detach().float().flatten() for p in params])
     before,losses,batches = weights(),[],kit.batches()
     for i in range(N_STEPS):
         set_seed(i)
-        learn.one_batch(i, batches[i%len(batches)])
+        k = i%len(batches)
+        learn.one_batch(k, batches[k])
         losses.append(learn.loss.detach().float())
     return torch.stack(losses).cpu(),before,weights()
 
