@@ -9,9 +9,11 @@ __all__ = ['CIFAR_ARCHS', 'same_logits', 'not_a_chain', 'trial_images', 'chain',
 
 # %% ../nbs/35_arch.ipynb #imports
 import inspect,timm,torchvision
+from contextlib import nullcontext
 from fastai.vision.all import *
 from timm.models.resnet import BasicBlock,Bottleneck,downsample_conv
 from .core import eval_mode,lookup,near_hint
+from .hub import quick_hub
 from .weights import classifier_names,load_weights
 
 # %% ../nbs/35_arch.ipynb #chain-children
@@ -338,7 +340,8 @@ def make_arch(
     "Build a backbone, with weights from the hub, from a file, or at random"
     download = pretrained and weights is None
     if 'n_in' in kwargs: kwargs['in_chans'] = kwargs.pop('n_in') # as fastai calls it
-    try: model,name = _make(arch, download, **kwargs)
+    try:
+        with quick_hub() if download else nullcontext(): model,name = _make(arch, download, **kwargs)
     except TypeError as e:
         if not kwargs: raise
         raise ValueError(f"`{arch}` does not take these arguments: {', '.join(kwargs)} ({e}).") from e

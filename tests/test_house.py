@@ -37,10 +37,10 @@ def words(src):
 # Rooms
 
 def test_module_sizes():
-    "No module over 400 lines, and half of them under 220."
+    "No module over 400 lines, and half of them under 180."
     sizes = {k: len(v.splitlines()) for k,v in rooms.items()}
     assert {k:n for k,n in sizes.items() if n>400}=={}
-    assert statistics.median(sizes.values())<=220
+    assert statistics.median(sizes.values())<=180
 
 def notebooks(): return [p for p in sorted((root/'nbs').glob('**/*.ipynb')) if not any(o[0] in '._' for o in p.relative_to(root).parts)]
 

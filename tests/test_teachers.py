@@ -151,6 +151,11 @@ def test_a_name_without_network(no_network, name, capfd):
     with pytest.raises(ConnectionError, match=f'The weights of `{name}` could not be downloaded .*pass a file written by `deploy`') as e: as_teacher(name)
     assert time.perf_counter()-start<8 and '\n' not in str(e.value) and 'Retry' not in capfd.readouterr().err
 
+def test_a_backbone_without_network(no_network, capfd):
+    start = time.perf_counter()
+    with pytest.raises(ConnectionError, match='The weights of `test_vit2` could not be downloaded .*pass `weights=`') as e: branch_net('test_vit2', 3)
+    assert time.perf_counter()-start<8 and '\n' not in str(e.value) and 'Retry' not in capfd.readouterr().err
+
 def test_the_hub_comes_back(no_network):
     "The mode is left behind whatever happens, and a hub that answers is asked once"
     from huggingface_hub import constants
