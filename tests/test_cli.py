@@ -210,18 +210,18 @@ def test_no_picture_costs_no_run(birds, tmp_path, here):
         assert sorted(o.name for o in out.iterdir()) == ['history.csv','model.pkl','model.pt','report.png','result.json']
 
 def test_a_failing_report_costs_no_run(birds, tmp_path, monkeypatch):
-    from cekd_fastai import cli,train
+    from cekd_fastai import cli,results
     def fail(*args): raise RuntimeError('no ink')
-    monkeypatch.setattr(train, 'report', fail)
+    monkeypatch.setattr(results, 'report', fail)
     with pytest.warns(UserWarning, match='no report.png, since it could not be drawn .no ink'):
         cli.cekd_train(data=birds, arch='test_resnet', method='plain', size=56, bs=16, epochs=1, no_pretrained=True, num_workers=0, out=tmp_path/'run')
     assert sorted(o.name for o in (tmp_path/'run').iterdir()) == ['history.csv','model.pkl','model.pt','result.json']
 
 def test_interrupt_while_saving(done, birds, tmp_path, monkeypatch):
     "Ctrl-C in the middle of writing leaves the old run whole, and of a new one what it takes to go on"
-    from cekd_fastai import cli,train
+    from cekd_fastai import cli,results
     def stop(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(train, 'deploy', stop)
+    monkeypatch.setattr(results, 'deploy', stop)
     shutil.copytree(done[0], tmp_path/'old')
     before = {o.name:o.read_bytes() for o in (tmp_path/'old').iterdir()}
     for out in ('old','new'):
