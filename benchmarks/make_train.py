@@ -2,7 +2,7 @@
 
 As on real birds, nobody starts from random weights: a small backbone is trained first, on 28 *other* drawn species, and all three start from it."""
 import sys,time
-from cekd_fastai.job import run # before fastai, whose import makes torch warn: this room filters the warning
+from cekd_fastai import job # before fastai, whose import makes torch warn: this room filters the warning; its `run` is not fastcore's, which comes with the star
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from cekd_fastai.all import *
@@ -37,7 +37,7 @@ def main():
     for label,kw in methods.items():
         print(f'\n{label}', flush=True)
         out = here.parent/'runs'/'make_train'/label.replace(' ', '')
-        rows.append(dict(method=label, **run(defaults | common | kw | dict(weights=weights, force=True, out=str(out)))))
+        rows.append(dict(method=label, **job.run(defaults | common | kw | dict(weights=weights, force=True, out=str(out)))))
     print(f'\nTest accuracy after {common["epochs"]} epochs on 20 species of drawn birds, seed {defaults["seed"]} ({time.time()-start:.0f} s in all):\n\n{table(rows, seconds=True)}\n')
     plain,mixed,cekd = (100*o['accuracy'] for o in rows)
     print(f'CEKD is {cekd-mixed:+.1f} points from its own baseline, the same mix without it, and {cekd-plain:+.1f} from plain training; one run scatters by about 2.')
