@@ -114,6 +114,20 @@ def test_all_hides_nothing():
     assert own & set(dir(fastai))<=same
     assert own & set(dir(builtins))==set()
 
+def hidden(src):
+    "Names of this library that a later star import from fastai hides."
+    ours,res = set(),set()
+    for n in ast.parse(src).body:
+        if not isinstance(n, ast.ImportFrom): continue
+        if n.names[0].name!='*': ours |= {o.asname or o.name for o in n.names if (n.module or '').startswith('cekd_fastai')}
+        elif n.module=='fastai.vision.all': res |= {o for o in ours if hasattr(fastai, o)}
+    return res
+
+def test_no_star_hides_a_name():
+    assert hidden('from cekd_fastai.job import run\nfrom fastai.vision.all import *')=={'run'}
+    scripts = [*(root/'benchmarks').rglob('*.py'),*(root/'tools').glob('*.py'),*(root/'tests').glob('*.py')]
+    assert {p.name:o for p in scripts if (o := hidden(p.read_text(encoding='utf-8')))}=={}
+
 # The front door
 
 def test_readme_is_short():
