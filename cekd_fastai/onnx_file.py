@@ -84,6 +84,18 @@ def _write_onnx(tmp, d, pictures):
     _write_graph(d, tmp)
     _same_answers(d, tmp, pictures)
 
+def _write_net(write, source, file, which, pictures):
+    "Write the network of a learner, or of a file of `deploy`, by `write`, which gets it with pictures to compare on; whole or not at all"
+    file,learn = Path(file),source if isinstance(source, Learner) else None
+    if learn is None and which is not None:
+        raise ValueError("`which` picks from a learner's network: write that part with `deploy(learn, file, which=...)`.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as tmp:
+        d = Deployed(deploy(learn, Path(tmp)/'net.pt', which) if learn else source)
+        pictures = pictures or (_probes(learn.dls, Path(tmp)) if learn else _drawn(Path(tmp)))
+        write_whole(file, partial(write, d=d, pictures=pictures))
+    return file
+
 def export_onnx(
     source,        # A trained learner, or a file of `deploy`
     file,          # Where to write, e.g. 'birds.onnx'; whole or not at all
@@ -92,12 +104,4 @@ def export_onnx(
 )->Path:
     "Write a network as ONNX, with its classes and how it sees a picture, once onnxruntime gives the same answers as PyTorch"
     _need('onnx', 'onnxruntime')
-    file,learn = Path(file),source if isinstance(source, Learner) else None
-    if learn is None and which is not None:
-        raise ValueError("`which` picks from a learner's network: write that part with `deploy(learn, file, which=...)`.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as tmp:
-        d = Deployed(deploy(learn, Path(tmp)/'net.pt', which) if learn else source)
-        pictures = pictures or (_probes(learn.dls, Path(tmp)) if learn else _drawn(Path(tmp)))
-        write_whole(file, partial(_write_onnx, d=d, pictures=pictures))
-    return file
+    return _write_net(_write_onnx, source, file, which, pictures)

@@ -10,9 +10,9 @@ __all__ = ['ProgramNet', 'export_program']
 # %% ../nbs/80_program.ipynb #imports
 import json,warnings
 from fastai.vision.all import *
-from .core import eval_mode,write_whole
-from .deploy import Deployed,_drawn,_probes,deploy
-from .onnx_file import _sentence
+from .core import eval_mode
+from .deploy import Deployed
+from .onnx_file import _sentence,_write_net
 
 # %% ../nbs/80_program.ipynb #pr-read
 class ProgramNet(Deployed):
@@ -56,13 +56,5 @@ def export_program(
     pictures=None, # Paths of pictures to compare on; of a learner a few of its validation set, else drawn ones
 )->Path:
     "Write a network as a program of `torch.export`, once it gives the same answers"
-    file,learn = Path(file),source if isinstance(source, Learner) else None
-    if file.suffix!='.pt2': raise ValueError(f"`{file}` is to be a program of `torch.export`: give it the suffix .pt2.")
-    if learn is None and which is not None:
-        raise ValueError("`which` picks from a learner's network: write that part with `deploy(learn, file, which=...)`.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as tmp:
-        d = Deployed(deploy(learn, Path(tmp)/'net.pt', which) if learn else source)
-        pictures = pictures or (_probes(learn.dls, Path(tmp)) if learn else _drawn(Path(tmp)))
-        write_whole(file, partial(_write_program, d=d, pictures=pictures))
-    return file
+    if Path(file).suffix!='.pt2': raise ValueError(f"`{file}` is to be a program of `torch.export`: give it the suffix .pt2.")
+    return _write_net(_write_program, source, file, which, pictures)

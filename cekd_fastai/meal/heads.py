@@ -17,6 +17,7 @@ from torch.nn.utils import skip_init
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from ..core import write_whole
+from ..files import read_torch
 from ..weights import classifier_names
 from ..branches import BranchNet
 
@@ -176,7 +177,7 @@ def kept_fit(
     "The head of this key, from memory, from a file, or from `fit`"
     file = cache_dir and Path(cache_dir)/f'head-{key}.pt'
     if key not in _kept and file and file.is_file():
-        w,b,*rest = torch.load(file, weights_only=True)
+        w,b,*rest = read_torch(file)
         head = skip_init(nn.Linear, *w.shape[::-1]).requires_grad_(False)
         head.load_state_dict(dict(weight=w, bias=b))
         _kept[key] = FittedHead(head, *rest)

@@ -12,6 +12,7 @@ __all__ = ['HEADS', 'Teacher', 'place_teachers', 'refuse_bare_weights', 'as_teac
 import timm
 from fastai.vision.all import *
 from ..core import data_stats,data_vocab,few,one_of,one_sentence,unwrap_model
+from ..files import read_torch
 from ..hub import no_download,quick_hub
 from ..arch import _tv_names,make_arch
 from ..branches import load_net
@@ -131,7 +132,7 @@ def refuse_bare_weights(
     file:Path, # Of a teacher
 ):
     "One sentence for a file that holds weights without the network that they belong to"
-    try: o = torch.load(file, map_location='cpu', weights_only=True)
+    try: o = read_torch(file)
     except Exception: return # no such file: another message is due
     while isinstance(o, dict) and first(k for k in ('state_dict','model') if k in o): o = o.get('state_dict', o.get('model'))
     if not isinstance(o, dict) or not o or not all(isinstance(v, Tensor) for v in o.values()): return
@@ -144,7 +145,7 @@ def _unpickled(file):
     refuse_bare_weights(file)
     try: o = torch.load(file, map_location='cpu', weights_only=False)
     except Exception as e: raise ValueError(f"`{file}` cannot be opened ({one_sentence(e)}): ask for a file written by `deploy`.") from e
-    if isinstance(o, Learner): return _from_learner(load_learner(file), file.stem, copy=False)
+    if isinstance(o, Learner): return _from_learner(o.to_fp32(), file.stem, copy=False)
     if isinstance(o, nn.Module): return Teacher(o, file.stem, stats=_cfg_stats(o), copy=False)
     raise ValueError(f"`{file}` holds a `{type(o).__name__}`, which is no learner: ask for a file written by `deploy` or `learn.export`.")
 
