@@ -12,6 +12,7 @@ import functools
 from fastai.vision.all import *
 from contextlib import nullcontext
 from .core import eval_mode,unwrap_model
+from .attention import by_attention,class_attention
 
 # %% ../nbs/27_cam.ipynb #maps-place
 def cam_logits(
@@ -29,11 +30,11 @@ def cam(
     feat:Tensor,    # Feature map, shape (B, C, h, w)
     y:Tensor,       # Classes (B,), or weights of the classes (B, K)
 )->Tensor:          # Shape (B, h, w)
-    "Logit of class `y` at each place of a feature map: the class activation map"
+    "The class activation map: the logit of class `y` at each place; inside `class_attention`, of a class token, weighed by its attention"
     z = cam_logits(head, feat)
-    if y.ndim==2: return torch.einsum('bhwk,bk->bhw', z, y.to(z.dtype))
+    if y.ndim==2: return by_attention(head, feat, torch.einsum('bhwk,bk->bhw', z, y.to(z.dtype)))
     cls = y[:,None,None,None].expand(*z.shape[:3], 1)
-    return z.gather(3, cls)[...,0]
+    return by_attention(head, feat, z.gather(3, cls)[...,0])
 
 # %% ../nbs/27_cam.ipynb #snap-weights-x
 def semantic_map(
@@ -108,6 +109,7 @@ def _tensors(o):
 
 class Mapped(nn.Module):
     "A part of a network that takes maps and gives maps, whatever it computes with"
+    reads_front = None # Of a head: does it read the tokens in front alone? Found out by `reads_class_token`
     def __init__(self,
         body,       # The part, a module or function
         takes:list, # How each of its inputs is laid out, from `map_kind`; None for what is passed as it is
@@ -174,7 +176,8 @@ def model_cam(
 )->Tensor:               # Shape (B, h, w)
     "Class activation maps from a pass of its own, which leaves the model untouched, save for statistics with `training`"
     model = unwrap_model(model)
-    with nullcontext() if training else eval_mode(model): feats,to_maps = _maps_of(model, x)
-    if rectify:
-        for i,f in enumerate(feats): feats[i] = f.relu() # in place, since the list may carry more
-    with eval_mode(model): return to_maps(feats, y)
+    with class_attention(model):
+        with nullcontext() if training else eval_mode(model): feats,to_maps = _maps_of(model, x)
+        if rectify:
+            for i,f in enumerate(feats): feats[i] = f.relu() # in place, since the list may carry more
+        with eval_mode(model): return to_maps(feats, y)

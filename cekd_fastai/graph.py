@@ -22,11 +22,14 @@ class _Proxy(fx.Proxy):
 
 class Tracer(fx.Tracer):
     "Writes down the steps of one method, with every module but sequences as one step"
-    def __init__(self, method='forward'):
+    def __init__(self,
+        method='forward', # Its name
+        inside=None       # A module whose own steps are written down too
+    ):
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        self.traced_func_name = method
+        self.traced_func_name,self.inside = method,inside
 
-    def is_leaf_module(self, m, name): return not isinstance(m, nn.Sequential)
+    def is_leaf_module(self, m, name): return not isinstance(m, nn.Sequential) and m is not self.inside
 
     def proxy(self, node): return _Proxy(node, self)
 
@@ -44,11 +47,12 @@ def _erase(graph, node):
 def trace(
     model:nn.Module, # A network
     method:str,      # Name of its method, whose arguments but the first keep their defaults
+    inside=None      # A module of it whose own steps are written down too
 )->fx.GraphModule:
     "The steps of a method of a network, with the modules that they need and no others"
     args = inspect.signature(getattr(model, method)).parameters.values()
     fixed = {o.name:o.default for o in args if o.default is not o.empty}
-    res = fx.GraphModule(model, Tracer(method).trace(model, concrete_args=fixed))
+    res = fx.GraphModule(model, Tracer(method, inside).trace(model, concrete_args=fixed))
     inputs = [o for o in res.graph.nodes if o.op=='placeholder']
     for o in inputs[1:]: _erase(res.graph, o) # checks that the defaults are kept
     res.graph.eliminate_dead_code()
@@ -125,14 +129,22 @@ def _cut(steps, seen, last, size):
 # %% ../nbs/36_graph.ipynb #where-code
 def _n_params(parts): return sum(o.numel() for _,m in parts for o in m.parameters())
 
+def _block(name):
+    "The list that holds the block of a part, and the place of the block in it, such as `('encoder.blocks','3')`"
+    words = name.split('.')
+    if len(words)==1: return name,name
+    i = first(i for i,o in enumerate(words) if i and o.isdigit()) or 1
+    return '.'.join(words[:i]),words[i]
+
 def _last_quarter(parts):
     "Index of the first part of the last quarter of the blocks"
-    def holder(name): return name.split('.')[0]
-    def block(name): return '.'.join(name.split('.')[:2])
-    sizes = {k:_n_params([o for o in parts if holder(o[0])==k]) for k in {holder(n) for n,_ in parts}}
-    blocks = L(block(n) for n,_ in parts if holder(n)==max(sizes, key=sizes.get)).unique()
+    names = [n for n,_ in parts]
+    sizes = defaultdict(int)
+    for n,m in parts: sizes[_block(n)[0]] += _n_params([(n,m)])
+    largest = max(sizes, key=sizes.get)
+    blocks = L(_block(n) for n in names if _block(n)[0]==largest).unique()
     first_one = blocks[-max(len(blocks)//4, 1)]
-    return first(i for i,(n,_) in enumerate(parts) if block(n)==first_one)
+    return first(i for i,n in enumerate(names) if _block(n)==first_one)
 
 def _split_at(parts, heights, split, name):
     "Where the branches begin, as `split_at` says; without stages, the last quarter of the blocks"
@@ -144,11 +156,24 @@ def _split_at(parts, heights, split, name):
 # %% ../nbs/36_graph.ipynb #head-code
 _faults = (RuntimeError,TypeError,ValueError,NotImplementedError,AttributeError,IndexError,KeyError)
 
-def _written(model, name, method):
+def _written(model, name, method, inside=None):
     "The steps of a method of a model, or one sentence why there are none"
-    try: return trace(model, method)
+    try: return trace(model, method, inside)
     except torch.OutOfMemoryError: raise # which says nothing about the network
     except _faults as e: raise not_a_chain(name, f'its steps cannot be written down ({str(e).splitlines()[0]})') from e
+
+def _encoder(model):
+    "The network that a classifier wraps, as timm's vision towers of language models do; None if there is none"
+    inner = [m for m in model.children() if hasattr(m, 'forward_features')]
+    return inner[0] if len(inner)==1 else None
+
+def _features(model, name):
+    "The steps to the features of a model, those of a network that it wraps included where they can be written down"
+    inner = _encoder(model)
+    try: return _written(model, name, 'forward_features', inner)
+    except ValueError:
+        if inner is None: raise
+        return _written(model, name, 'forward_features')
 
 def last_layer(
     model:nn.Module # A classifier, or a part that ends in one
@@ -185,7 +210,7 @@ def _by_steps(model, name, split):
     x = trial_images(model)
     size = x.shape[-2:]
     with eval_mode(model):
-        steps = _written(model, name, 'forward_features')
+        steps = _features(model, name)
         watch = _Watch(steps)
         feat = watch.run(x)
         kind = map_kind(feat, *size)

@@ -11,6 +11,7 @@ __all__ = ['map_place', 'box_mass', 'show_cam', 'item_cams']
 from fastai.vision.all import *
 from ..core import show_panel,eval_mode,decode_images,unwrap_model
 from ..mix.core import box_share
+from ..attention import class_attention
 from ..cam import cam,map_and_head,semantic_map
 from ..mix.evidence import find_evidence
 from ..branches import BranchNet,branch_preds
@@ -69,7 +70,7 @@ class _Look:
         self.device = next(self.model.parameters()).device
         x = to_device(x, self.device).as_subclass(Tensor)
         look = _look_branches if isinstance(self.model, BranchNet) else _look_plain
-        with torch.no_grad(), eval_mode(self.model): z,self.map_fns,feats = look(self.model, x)
+        with torch.no_grad(), eval_mode(self.model), class_attention(self.model) as self.attention: z,self.map_fns,feats = look(self.model, x)
         _check_maps(self.model, feats)
         activation = getattr(learn.loss_func, 'activation', partial(F.softmax, dim=-1))
         z = z.float()
@@ -81,7 +82,7 @@ class _Look:
     def maps(self, i, y):
         "Maps (B, H, W) of the classes `y` for network `i`, each sums to 1"
         y = y.to(self.device)
-        with eval_mode(self.model): maps = self.map_fns[i](y)
+        with eval_mode(self.model), self.attention: maps = self.map_fns[i](y)
         sem = semantic_map(maps, self.size).cpu()
         even = 1/math.prod(self.size)
         return torch.where(sem.isnan(), even, sem) # a flat map sums to 0, which it is divided by

@@ -11,6 +11,7 @@ __all__ = ['snap_weights', 'SnapMix', 'MixOneOf']
 from fastai.vision.all import *
 from ..core import amp_context,unwrap_model
 from .core import box_crop,box_mask,box_share,draw_lam,rand_box,same_label
+from ..attention import class_attention
 from ..cam import model_cam,semantic_map
 from .callback import Mix,mix_only
 
@@ -84,9 +85,10 @@ def maps(self:SnapMix,
         own_pass = partial(model_cam, model, x, y, rectify=self.official)
         if not in_step: return own_pass()
         if self.features is None: return own_pass(training=self.official)
-        feats = [f.detach() for f in self.features(x)]
-        if self.official: feats = [f.relu() for f in feats]
-        return model.cam(feats, y)
+        with class_attention(model):
+            feats = [f.detach() for f in self.features(x)]
+            if self.official: feats = [f.relu() for f in feats]
+            return model.cam(feats, y)
 
 @patch
 def weigh(self:SnapMix, x, y, rec):
