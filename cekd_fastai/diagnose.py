@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from dataclasses import replace
 from .core import eval_mode,lookup,unwrap_model
 from .mix.core import MixRecord
-from .losses import cross_target,soft_probs
+from .losses import cross_target,soft_probs,z_scores
 from .mix.evidence import evidence_batches,oracle_weights
 from .branches import PeerNet
 from .distill import Components,log_parts
@@ -24,17 +24,26 @@ def _angle(a, b):
     cos = F.cosine_similarity(a.float().flatten(1), b.float().flatten(1))
     return torch.rad2deg(torch.acos(cos.clamp(-1, 1)))
 
+def _through_z_scores(z, g):
+    "Direction at the logits `z` of a gradient `g` at their z-scores: what moves their mean or their spread is lost"
+    scores = z_scores(z)
+    along = (g*scores).sum(1, keepdim=True)/(z.shape[1]-1)
+    return g-g.mean(1, keepdim=True)-along*scores
+
 def target_angle(
     z:Tensor,      # Logits of a head for mixed images, shape (B, K)
     q:Tensor,      # Soft target, shape (B, K)
     y:Tensor,      # Labels of the hosts: classes (B,), or vectors (B, K)
     rec:MixRecord, # How the batch was mixed
     T:float=1.,    # Temperature that `q` was made with; None: a cross-entropy at temperature 1
+    standardise:bool=False, # Is the soft target compared with `z_scores` of the logits?
 )->Tensor:         # Degrees, shape (B,)
     "Angle between the gradients of the mixed label and of the soft target at the logits"
     # `F.one_hot` would wait for the device to see whether all classes are in range
     t = y if y.is_floating_point() else torch.zeros_like(z, dtype=torch.float).scatter_(1, y[:,None], 1)
-    return _angle(soft_probs(z)-cross_target(t, rec), soft_probs(z, T or 1.)-q)
+    soft = soft_probs(z, T or 1., standardise=standardise)-q
+    if standardise: soft = _through_z_scores(z, soft)
+    return _angle(soft_probs(z)-cross_target(t, rec), soft)
 
 # %% ../nbs/43_diagnose.ipynb #noise
 @patch
@@ -45,11 +54,11 @@ def eval_target(self:CEKD,
 )->Tensor:         # Shape (B, K)
     "The cross target for mixed images, in evaluation mode, the mean over peers"
     net = unwrap_model(self.learn.model)
-    if self.teacher=='ema': return cross_target(soft_probs(self.ema_logits(x), self.T), rec)
+    if self.teacher=='ema': return cross_target(soft_probs(self.ema_logits(x), self.T, standardise=self.standardise), rec)
     with eval_mode(net):
         z,feats = net.branch_forward(x)
         if self.fuse=='maps': z = self._region_logits(feats, rec, x.shape[-2:])
-    q = soft_probs(teacher_logits(z, self.teacher), self.T).mean(0)
+    q = soft_probs(teacher_logits(z, self.teacher), self.T, standardise=self.standardise).mean(0)
     return q if self.fuse=='maps' else cross_target(q, rec)
 
 @patch
@@ -173,10 +182,10 @@ def _angles(self:Diagnose, cb, clean):
     fused = cb.region is not None
     z = cb.ema_target
     if z is None: z = teacher_logits(cb.region if fused else clean, cb.teacher)
-    q = soft_probs(z.detach(), cb.T).mean(0)
+    q = soft_probs(z.detach(), cb.T, standardise=cb.standardise).mean(0)
     if not fused: q = cross_target(q, cb.record)
     T = None if cb.target=='fused' else cb.T
-    return torch.stack([target_angle(o.detach(), q, self.learn.yb[0], cb.record, T) for o in cb.logits])
+    return torch.stack([target_angle(o.detach(), q, self.learn.yb[0], cb.record, T, cb.standardise) for o in cb.logits])
 
 @patch
 def after_loss(self:Diagnose):

@@ -49,8 +49,9 @@ def _check_tensors(ts, size):
 def not_finite(
     sd # Tensors by name
 )->list: # Their names
-    "Tensors that hold a number that is not finite"
-    return [k for k,v in sd.items() if (v.is_floating_point() or v.is_complex()) and not torch.isfinite(v).all()]
+    "Tensors that hold a number that is not finite; a single number may be infinite, as a bound that bounds nothing"
+    floats = [(k,v) for k,v in sd.items() if v.is_floating_point() or v.is_complex()]
+    return [k for k,v in floats if v.isnan().any() or v.ndim and not v.isfinite().all()]
 
 # %% ../nbs/32_files.ipynb #read
 def read_torch(

@@ -21,6 +21,8 @@ from cekd_fastai.learner import GradCheckpoint,branch_learner
 from cekd_fastai.mix.snapmix import SnapMix
 
 small = dict(img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2, num_classes=5)
+def _but(o, k): return {a:b for a,b in o.items() if a!=k}
+
 CLASS_TOKEN = dict( # a function that builds each
     vit=lambda: VisionTransformer(**small),
     registers=lambda: VisionTransformer(**small, reg_tokens=4),
@@ -30,7 +32,7 @@ CLASS_TOKEN = dict( # a function that builds each
     eva=lambda: Eva(**small, use_rot_pos_emb=True, global_pool='token'),
     cait=lambda: Cait(**small),
     convit=lambda: ConVit(**small | dict(local_up_to_layer=2)),
-    tnt=lambda: TNT(**small, inner_dim=12, num_heads_inner=2, first_stride=4),
+    tnt=lambda: TNT(**_but(small, 'num_heads'), inner_dim=12, num_heads_inner=2, num_heads_outer=2),
     volo=lambda: VOLO(layers=(1,1,1,1), embed_dims=(16,24,24,24), num_heads=(2,2,2,2), img_size=32, patch_size=8, num_classes=5,
         stem_hidden_dim=8, use_aux_head=False, use_mix_token=False),
     xcit=lambda: Xcit(**small, cls_attn_layers=1))
@@ -95,9 +97,12 @@ def test_ways_to_run():
     torch.testing.assert_close(model_cam(net.to(**last), x.to(**last), y), want, atol=1e-4, rtol=1e-3)
     at_head = branch_net(make('vit'), 3, 2, 'head').eval()
     assert not torch.allclose(model_cam(at_head, x, y), head_alone(at_head, x))
-    for m in heavy_parts(net): m.compile(backend='eager')
+    for m in heavy_parts(net): m._compiled_call_impl = m._call_impl # as `m.compile` sets it, which takes seconds
     torch.testing.assert_close(model_cam(net, x, y), head_alone(net, x), atol=1e-5, rtol=1e-4)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+class Passes(nn.Module):
+    def forward(self, x, **kwargs): return x
 
 @torch.no_grad()
 def test_plain_model():
@@ -107,7 +112,7 @@ def test_plain_model():
     low = model.head(model.fc_norm(feat[:,1:]))[...,0].view(2,4,4)
     want = seen.of(None)[:,1:].view(2,4,4)*(low-low.amin((1,2), keepdim=True))
     torch.testing.assert_close(model_cam(model, x, torch.tensor([0,0])), want)
-    for b in model.blocks: b.attn = nn.Identity()
+    for b in model.blocks: b.attn = Passes()
     torch.testing.assert_close(model_cam(model, x, torch.tensor([0,0])), model.head(model.forward_features(x)[:,1:])[...,0].view(2,4,4))
 
 def test_in_training(monkeypatch):
