@@ -169,13 +169,20 @@ def same_alone(r):
     "Has a row passed the first check only, as nothing else was tried?"
     return 'step' not in r and r.get('equal', 1)<1e-4
 
+def _passes(r, checks): return all(k in r for k in checks) and max(r['equal'], r['split'])<1e-4 and all(r[k] for k in checks[2:])
+
+def learns(r):
+    "Does a row pass every check but the last three, which came later, or all?"
+    return _passes(r, CHECKS[:-3]) and not any(r.get(k) is False for k in CHECKS)
+
 def works(r):
     "Does a row pass every check?"
-    return all(k in r for k in CHECKS) and max(r['equal'], r['split'])<1e-4 and all(r[k] for k in CHECKS[2:])
+    return _passes(r, CHECKS)
 
 def status(r):
     "A word for a row"
-    if works(r): return 'yes' + (f", split='{SPLITS[r['family']]}'" if r['family'] in SPLITS else '')
+    narrow = f", split='{SPLITS[r['family']]}'" if r['family'] in SPLITS else ''
+    if learns(r): return f'yes{narrow}'
     if same_alone(r): return 'same logits'
     return 'refused' if 'builds' in r else 'not tried'
 
@@ -183,13 +190,13 @@ def table(rows):
     "All families as a table, those that are out first"
     head = ['family','model','M parameters','was a chain','works','private share','places',*WORDS.values(),'reason if not']
     cells = [head,['---']*len(head)]
-    for r in sorted(rows, key=lambda r: (works(r), r['family'])):
+    for r in sorted(rows, key=lambda r: (learns(r), r['family'])):
         places = ' x '.join(map(str, r.get('places', [])))
         private = f"{r['share']:.0%}" if 'share' in r else ''
         params = f"{r['params']/1e6:.1f}" if 'params' in r else ''
         yes = ['no','yes']
         same = [yes[r[o]] if o in r else '' for o in WORDS]
-        cells.append([r['family'],r['model'],params,yes[r.get('chain', False)],status(r),private,places,*same,'' if works(r) or same_alone(r) else reason(r)])
+        cells.append([r['family'],r['model'],params,yes[r.get('chain', False)],status(r),private,places,*same,'' if learns(r) or same_alone(r) else reason(r)])
     return '\n'.join(f"| {' | '.join(o)} |" for o in cells)
 
 def reason(r):
@@ -203,9 +210,9 @@ def cost(r):
     return r.get('seconds') or r.get('params', 5e6)/1e6
 
 def save(rows):
-    n = sum(map(works, rows))
+    n_all,n = sum(map(works, rows)),sum(map(learns, rows))
     built = n+sum(map(same_alone, rows))
-    title = f'{built} of the {len(rows)} families of timm {timm.__version__} become a network with branches, and {n} have passed every check'
+    title = f'{built} of the {len(rows)} families of timm {timm.__version__} become a network with branches, {n} train, and {n_all} passed every check'
     about_it = dict(title=title, command='python benchmarks/families.py', **about({}))
     text = json.dumps(about_it | dict(runs=rows, table=table(rows)), indent=1)
     write_whole(out, lambda f: Path(f).write_text(text))

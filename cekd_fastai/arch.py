@@ -327,6 +327,7 @@ def located_arch(
     with quick_hub(): _,name,args = read(where)
     return name,dict(args or {})
 
+# %% ../nbs/35_arch.ipynb #build-by-name
 def _by_name(name, pretrained, **kwargs):
     "The classifier that `name` names, None if there is none"
     if is_located(name): return timm.create_model(name, pretrained=pretrained, **kwargs)
@@ -346,6 +347,25 @@ def _make(arch, pretrained, **kwargs):
     res = _by_name(arch, pretrained, **kwargs)
     if res is not None: return res,arch
     raise ValueError(f"There is no architecture `{arch}` in timm or torchvision; {near_hint(arch, _all_names())}")
+
+# %% ../nbs/35_arch.ipynb #build-faults
+def _out_of_reach(what, arch, e, remedy):
+    "The error for something that could not be downloaded"
+    return ConnectionError(f"The {what} of `{arch}` could not be downloaded ({type(e).__name__}): {remedy}.")
+
+def _fault(arch, e):
+    "The error for a name whose pretrained weights do not come"
+    if 'No pretrained weights' in str(e):
+        return ValueError(f"There are no pretrained weights for `{arch}`: pass `pretrained=False`, or `weights=` with a local checkpoint.")
+    return _out_of_reach('weights', arch, e, "pass `weights=` with a local checkpoint, or `pretrained=False` to start from random weights")
+
+def _located_fault(arch, e):
+    "The error for a model on the hub or in a folder that cannot be built"
+    why = one_sentence(e)
+    if 'Unknown model' in why: return ValueError(f"`{arch}` is of an architecture that this timm does not know: {why}.")
+    if 'state_dict' in str(e): return ValueError(f"The weights in `{arch}` do not fit the architecture in its `config.json` ({why}).")
+    if arch.startswith('local-dir:'): return ValueError(f"`{arch}` is no folder with a model of timm ({why}).")
+    return _out_of_reach('description or weights', arch, e, 'pass the name of its architecture in timm, and `weights=` with a local checkpoint')
 
 # %% ../nbs/35_arch.ipynb #build-make
 def _note_size(model, size):
@@ -368,15 +388,9 @@ def make_arch(
         if not kwargs: raise
         raise ValueError(f"`{arch}` does not take these arguments: {', '.join(kwargs)} ({e}).") from e
     except (OSError,RuntimeError) as e:
-        if is_located(arch) and 'Unknown model' in str(e): raise ValueError(f"`{arch}` is of an architecture that this timm does not know: {one_sentence(e)}.") from e
-        if str(arch).startswith('local-dir:'): raise ValueError(f"`{arch}` is no folder with a model of timm ({one_sentence(e)}).") from e
-        if not (download or is_located(arch)): raise
-        if 'No pretrained weights' in str(e):
-            raise ValueError(f"There are no pretrained weights for `{arch}`: pass `pretrained=False`, or `weights=` with a local checkpoint.") from e
-        why = f"{'The weights' if download else 'The description'} of `{arch}` could not be downloaded ({type(e).__name__})"
-        remedy = "pass `weights=` with a local checkpoint, or `pretrained=False` to start from random weights"
-        if is_located(arch): remedy = "pass the name of its architecture in timm, and `weights=` with a local checkpoint"
-        raise ConnectionError(f"{why}: {remedy}.") from e
+        fault = _located_fault(arch, e) if is_located(arch) else _fault(arch, e) if download else None
+        if fault is None: raise
+        raise fault from e
     if kwargs.get('img_size') and getattr(model, 'default_cfg', None): _note_size(model, kwargs['img_size'])
     if weights is not None: load_weights(model, weights, but_classifier=True)
     return model,name

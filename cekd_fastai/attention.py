@@ -105,6 +105,7 @@ def _ends(model):
         trunks = m.trunk if isinstance(m.trunk, nn.ModuleList) else [m.trunk]*len(m.branches)
         yield from zip(trunks, m.branches, m.heads)
 
+# %% ../nbs/26b_attention.ipynb #att-watch-pass
 def _watch_branch(seen, mode, behind, trunk, branch, head):
     "Hooks that keep the row of one branch"
     def begin(*_): mode.last = None

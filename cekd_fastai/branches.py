@@ -177,6 +177,7 @@ def _in_registry(kw):
     name,args = located_arch(kw['arch'])
     return args | kw | dict(arch=name)
 
+# %% ../nbs/38_branches.ipynb #build-register
 def register_builder(
     f, # A function that returns a `BranchNet`; its arguments `pretrained`, `weights` and `vocab` are not part of the recipe
 ):

@@ -136,6 +136,7 @@ def _block(name):
     i = first(i for i,o in enumerate(words) if i and o.isdigit()) or 1
     return '.'.join(words[:i]),words[i]
 
+# %% ../nbs/36_graph.ipynb #where-quarter
 def _last_quarter(parts):
     "Index of the first part of the last quarter of the blocks"
     names = [n for n,_ in parts]
@@ -175,6 +176,7 @@ def _features(model, name):
         if inner is None: raise
         return _written(model, name, 'forward_features')
 
+# %% ../nbs/36_graph.ipynb #head-layers
 def last_layer(
     model:nn.Module # A classifier, or a part that ends in one
 ):
