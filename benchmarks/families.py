@@ -231,7 +231,7 @@ def main(
     again.sort(key=lambda o: cost(rows.get(o, {})))
     for family in again:
         start,old = time.time(),rows.get(family, {})
-        old = {k:v for k,v in old.items() if k not in ('builds','error')}
+        old = {k:v for k,v in old.items() if k not in ('builds','error')} if not families else {k:old[k] for k in ('model',) if k in old}
         row = old | dict(family=family, model=old.get('model') or smallest(family))
         torch.manual_seed(0)
         split,args = SPLITS.get(family),SMALL.get(family, dict(img_size=96)) # faster, where a network can be made for it

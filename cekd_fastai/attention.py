@@ -120,7 +120,7 @@ def _watch_branch(seen, mode, behind, trunk, branch, head):
 def class_attention(
     model:nn.Module # Any network
 ):
-    "Inside the `with`, `cam` weighs the maps of heads that read a class token by its attention in the pass that runs there"
+    "Inside, `cam` weighs maps by the attention of the class token in the pass that runs there; by the head alone if compiled or without softmax"
     model,seen = unwrap_model(model),ClassAttention()
     if _compiled(model):
         yield seen

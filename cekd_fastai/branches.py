@@ -17,7 +17,8 @@ from .core import eval_mode,unwrap_model,write_whole
 from .cam import cam
 from .files import bounded_build,fill,net_sum,read_saved
 from .weights import Saved,load_branches
-from .arch import is_located,located_arch,make_arch,new_head
+from .hub import in_registry
+from .arch import make_arch,new_head
 from .graph import divide
 from .tuning import added_params,layer_groups,note_backbone
 
@@ -167,17 +168,6 @@ def _arguments(f, *args, **kwargs):
         if p.kind==p.VAR_KEYWORD: res |= res.pop(name)
     return res
 
-def _in_registry(kw):
-    "Arguments with names of timm in place of places on the hub"
-    if 'archs' in kw:
-        if not any(map(is_located, kw['archs'])): return kw
-        found = [located_arch(o) for o in kw['archs']]
-        own = [_one_for(i, kw['arch_args']) or {} for i in range(len(found))]
-        return kw | dict(archs=[o for o,_ in found], arch_args=[args|o for (_,args),o in zip(found, own)])
-    name,args = located_arch(kw['arch'])
-    return args | kw | dict(arch=name)
-
-# %% ../nbs/38_branches.ipynb #build-register
 def register_builder(
     f, # A function that returns a `BranchNet`; its arguments `pretrained`, `weights` and `vocab` are not part of the recipe
 ):
@@ -186,7 +176,7 @@ def register_builder(
     def _f(*args, **kwargs):
         net = f(*args, **kwargs)
         kw = {k:v for k,v in _arguments(f, *args, **kwargs).items() if k not in ('pretrained','weights','vocab')}
-        try: net.recipe = dict(build=f.__name__, **_plain(_in_registry(kw)))
+        try: net.recipe = dict(build=f.__name__, **_plain(in_registry(kw)))
         except ValueError: net.recipe = None
         return net
     BUILDERS[f.__name__] = _f

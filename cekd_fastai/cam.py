@@ -30,7 +30,7 @@ def cam(
     feat:Tensor,    # Feature map, shape (B, C, h, w)
     y:Tensor,       # Classes (B,), or weights of the classes (B, K)
 )->Tensor:          # Shape (B, h, w)
-    "The class activation map: the logit of class `y` at each place; inside `class_attention`, of a class token, weighed by its attention"
+    "The logit of class `y` at each place; inside `class_attention`, if the head reads a class token, weighed by its attention where it is known"
     z = cam_logits(head, feat)
     if y.ndim==2: return by_attention(head, feat, torch.einsum('bhwk,bk->bhw', z, y.to(z.dtype)))
     cls = y[:,None,None,None].expand(*z.shape[:3], 1)
