@@ -7,7 +7,10 @@
 Each run is a copy of the notebook in a process of its own, so the seconds hold the start of the kernel and the imports. The table has the
 shortest and the longest run; the file has the load of the machine before each, as a lesson takes longer where other things run."""
 import json,os,re,shutil,subprocess,sys,tempfile
+from base64 import b64decode,b64encode
+from io import BytesIO
 from pathlib import Path
+from PIL import Image
 from fastcore.script import call_parse
 from cekd_fastai.core import write_whole
 from cekd_fastai.results import about
@@ -29,11 +32,23 @@ def executed(path, mode, tmp):
     if res.returncode: sys.exit(f'{path.name} failed as {mode}:\n' + '\n'.join(res.stderr.splitlines()[-20:]))
     return json.loads(Path(nb).read_text(encoding='utf-8')),dict(seconds=round(spent[4], 1), cpu=round(spent[2]+spent[3], 1), load=load)
 
+def smallest(png):
+    "Kind and bytes of a picture as JPEG, or as PNG of 64 colours where that is smaller, as for a plot of lines"
+    im = Image.open(BytesIO(png)).convert('RGB')
+    def _bytes(im, kind, **kw):
+        f = BytesIO()
+        im.save(f, kind, optimize=True, **kw)
+        return f'image/{kind}',f.getvalue()
+    return min(_bytes(im, 'jpeg', quality=60, progressive=True), _bytes(im.quantize(64, dither=0), 'png'), key=lambda o: len(o[1]))
+
 def slim(o):
-    "An output without styles and without a second copy of its table, or None if it then shows nothing"
+    "An output without styles, without a second copy of its table and with a small picture, or None if it then shows nothing"
     if 'execution_count' in o: o['execution_count'] = None
     if o['output_type']=='stream': return o if o['name']!='stderr' else None
     data = o.get('data', {})
+    if 'image/png' in data:
+        kind,small = smallest(b64decode(data.pop('image/png')))
+        data[kind] = b64encode(small).decode()
     if 'text/html' not in data: return o
     page = re.sub(r'<(style|script)\b.*?</\1>\s*|<progress\b.*?</progress>', '', ''.join(data['text/html']), flags=re.S)
     if not re.sub(r'<[^>]+>|\s', '', page): return None
