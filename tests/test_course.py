@@ -108,6 +108,7 @@ wrong = [('start', swap('# Lesson 2', '# Lesson 2', '# Lesson 3'), 'the first li
     ('reading', swap('## Read on', '`make_birds`', 'birds'), 'does not say where `make_birds` is explained'),
     ('links', swap('## Birds', '../28_mix', '28_mix'), 'the link 28_mix.callback.ipynb leads nowhere'),
     ('links', insert('Hello', md('<img src="no.png">')), 'the link no.png leads nowhere'),
+    ('figures', put('plot', outputs=[picture(599)]), 'is 599 pixels wide'),
     ('pictures', insert('A picture of it.', code('y', text('2'), id='bare')), 'the picture of cell `plot`')]
 
 @pytest.mark.parametrize('rule,change,said', wrong, ids=[f'{r}-{i}' for i,(r,*_) in enumerate(wrong)])
