@@ -109,6 +109,8 @@ wrong = [('start', swap('# Lesson 2', '# Lesson 2', '# Lesson 3'), 'the first li
     ('links', swap('## Birds', '../28_mix', '28_mix'), 'the link 28_mix.callback.ipynb leads nowhere'),
     ('links', insert('Hello', md('<img src="no.png">')), 'the link no.png leads nowhere'),
     ('figures', put('plot', outputs=[picture(599)]), 'is 599 pixels wide'),
+    ('figures', swap('plot', 'plot_it()', 'plot_it(fontsize=7)'), 'letters of 7 points'),
+    ('figures', swap('plot', 'plot_it()', "plt.rcParams.update({'axes.titlesize':6})"), 'letters of 6 points'),
     ('pictures', insert('A picture of it.', code('y', text('2'), id='bare')), 'the picture of cell `plot`')]
 
 @pytest.mark.parametrize('rule,change,said', wrong, ids=[f'{r}-{i}' for i,(r,*_) in enumerate(wrong)])
@@ -126,6 +128,39 @@ def test_command(capsys, tmp_path):
     judged(good()[1:], tmp_path)
     path = tmp_path/'course'/f'{name}.ipynb'
     assert lessons.main([path])==1 and 'first cell must be Markdown' in capsys.readouterr().out
+
+# What is stored of a run
+
+@pytest.fixture
+def stored(monkeypatch):
+    "Of the script that runs the lessons, what it keeps of an output"
+    monkeypatch.syspath_prepend(lessons.root/'benchmarks')
+    import course
+    return course.slim
+
+def shown(im):
+    "The output of a cell that shows a picture"
+    f = BytesIO()
+    im.save(f, 'png')
+    return dict(output_type='display_data', metadata={}, data={'image/png': b64encode(f.getvalue()).decode(), 'text/plain': '<Figure>'})
+
+def test_stored_pictures(stored):
+    "A plot of a few lines stays PNG, a picture of many colours becomes JPEG, and neither changes its size."
+    lines = Image.new('RGB', (620,260), 'white')
+    for i in range(620): lines.putpixel((i, i%260), (31,119,180))
+    noise = Image.effect_noise((620,260), 80).convert('RGB')
+    for im,kind in ((lines,'image/png'), (noise,'image/jpeg')):
+        before = shown(im)
+        n = len(before['data']['image/png'])
+        kept = stored(before)
+        assert set(kept['data'])=={kind,'text/plain'} and len(kept['data'][kind])<=n
+        assert [o.size for o in lessons.drawn(dict(outputs=[kept]))]==[im.size]
+
+def test_stored_text(stored):
+    "Warnings, progress bars and the numbers of cells are not stored."
+    page = lambda s: dict(output_type='display_data', metadata={}, data={'text/html': s, 'text/plain': '<IPython.core.display.HTML object>'})
+    assert stored(dict(output_type='stream', name='stderr', text='w')) is None and stored(page('<style>a {}</style><progress>3</progress>')) is None
+    assert stored(dict(page('<style>a {}</style><table>1</table>'), execution_count=3))['data']=={'text/html': ['<table>1</table>']}
 
 # The learner's working copy
 

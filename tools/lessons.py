@@ -201,9 +201,12 @@ def drawn(cell):
     data = [v for o in cell['outputs'] for k,v in o.get('data', {}).items() if k in ('image/png', 'image/jpeg')]
     return [Image.open(BytesIO(b64decode(''.join(o)))) for o in data]
 
+_points = re.compile(r"(?:fontsize|(?:title|label|font\.|legend\.font)size)['\"]?\s*[=:]\s*(\d+)")
+
 def figure_faults(l):
-    "Figures that one can see: at least 600 pixels wide, which is their size on the screen."
-    return [f"the picture of cell `{c['id']}` is {o.width} pixels wide: 600 at least" for c in l.code for o in drawn(c) if o.width<600]
+    "Figures that one can see: at least 600 pixels wide, which is their size on the screen, and letters of at least 8 points."
+    narrow = [f"the picture of cell `{c['id']}` is {o.width} pixels wide: 600 at least" for c in l.code for o in drawn(c) if o.width<600]
+    return narrow + [f"cell `{c['id']}` writes letters of {n} points: 8 at least" for c in l.code for n in _points.findall(c['source']) if int(n)<8]
 
 rules = dict(start=start_faults, sections=section_faults, exercises=exercise_faults, code=code_faults, outputs=output_faults, size=size_faults,
     names=name_faults, reading=reading_faults, links=link_faults, pictures=picture_faults, figures=figure_faults)
