@@ -42,9 +42,12 @@ def smallest(png):
     return min(_bytes(im, 'jpeg', quality=60, progressive=True), _bytes(im.quantize(64, dither=0), 'png'), key=lambda o: len(o[1]))
 
 def slim(o):
-    "An output without styles, without a second copy of its table and with a small picture, or None if it then shows nothing"
+    "An output without styles, repeated lines and a second copy of its table, and with a small picture, or None if it then shows nothing"
     if 'execution_count' in o: o['execution_count'] = None
-    if o['output_type']=='stream': return o if o['name']!='stderr' else None
+    if o['output_type']=='stream':
+        lines = ''.join(o['text']).splitlines(True)
+        o['text'] = [b for a,b in zip(['',*lines], lines) if a!=b]
+        return o if o['name']!='stderr' else None
     data = o.get('data', {})
     if 'image/png' in data:
         kind,small = smallest(b64decode(data.pop('image/png')))

@@ -157,7 +157,8 @@ def test_stored_pictures(stored):
         assert [o.size for o in lessons.drawn(dict(outputs=[kept]))]==[im.size]
 
 def test_stored_text(stored):
-    "Warnings, progress bars and the numbers of cells are not stored."
+    "Warnings, progress bars and the numbers of cells are not stored, and a line that repeats itself is stored once."
+    assert stored(text('new\nnew\n1\nnew\n'))['text']==['new\n', '1\n', 'new\n']
     page = lambda s: dict(output_type='display_data', metadata={}, data={'text/html': s, 'text/plain': '<IPython.core.display.HTML object>'})
     assert stored(dict(output_type='stream', name='stderr', text='w')) is None and stored(page('<style>a {}</style><progress>3</progress>')) is None
     assert stored(dict(page('<style>a {}</style><table>1</table>'), execution_count=3))['data']=={'text/html': ['<table>1</table>']}
