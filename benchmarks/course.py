@@ -39,7 +39,7 @@ def smallest(png):
         f = BytesIO()
         im.save(f, kind, optimize=True, **kw)
         return f'image/{kind}',f.getvalue()
-    return min(_bytes(im, 'jpeg', quality=60, progressive=True), _bytes(im.quantize(64, dither=0), 'png'), key=lambda o: len(o[1]))
+    return min(_bytes(im, 'jpeg', quality=50, progressive=True), _bytes(im.quantize(64, dither=0), 'png'), key=lambda o: len(o[1]))
 
 def slim(o):
     "An output without styles, repeated lines and a second copy of its table, and with a small picture, or None if it then shows nothing"
@@ -55,7 +55,8 @@ def slim(o):
     if 'text/html' not in data: return o
     page = re.sub(r'<(style|script)\b.*?</\1>\s*|<progress\b.*?</progress>', '', ''.join(data['text/html']), flags=re.S)
     if not re.sub(r'<[^>]+>|\s', '', page): return None
-    data['text/html'] = page.strip().splitlines(True)
+    page = re.sub(r'\n\s*(?=<t[hd]\b|</tr>)', '', page.strip()) # a line for each row of a table, not for each of its cells
+    data['text/html'] = re.sub(r'\n\s+', '\n', page).splitlines(True)
     data.pop('text/markdown', None)
     if ''.join(data.get('text/plain', '')).lstrip().startswith('<'): del data['text/plain']
     return o

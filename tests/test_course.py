@@ -161,7 +161,8 @@ def test_stored_text(stored):
     assert stored(text('new\nnew\n1\nnew\n'))['text']==['new\n', '1\n', 'new\n']
     page = lambda s: dict(output_type='display_data', metadata={}, data={'text/html': s, 'text/plain': '<IPython.core.display.HTML object>'})
     assert stored(dict(output_type='stream', name='stderr', text='w')) is None and stored(page('<style>a {}</style><progress>3</progress>')) is None
-    assert stored(dict(page('<style>a {}</style><table>1</table>'), execution_count=3))['data']=={'text/html': ['<table>1</table>']}
+    table = '<style>a {}</style>\n<table>\n  <tr>\n    <td>1</td>\n  </tr>\n</table>\n'
+    assert stored(dict(page(table), execution_count=3))['data']=={'text/html': ['<table>\n', '<tr><td>1</td></tr>\n', '</table>']}
 
 # The learner's working copy
 
