@@ -8,6 +8,7 @@ Each run is a copy of the notebook in a process of its own, so the seconds hold 
 shortest and the longest run; the file has the load of the machine before each, as a lesson takes longer where other things run."""
 import json,os,re,shutil,subprocess,sys,tempfile
 from base64 import b64decode,b64encode
+from copy import deepcopy
 from io import BytesIO
 from pathlib import Path
 from PIL import Image
@@ -32,16 +33,16 @@ def executed(path, mode, tmp):
     if res.returncode: sys.exit(f'{path.name} failed as {mode}:\n' + '\n'.join(res.stderr.splitlines()[-20:]))
     return json.loads(Path(nb).read_text(encoding='utf-8')),dict(seconds=round(spent[4], 1), cpu=round(spent[2]+spent[3], 1), load=load)
 
-def smallest(png):
-    "Kind and bytes of a picture as JPEG, or as PNG of 64 colours where that is smaller, as for a plot of lines"
-    im = Image.open(BytesIO(png)).convert('RGB')
-    def _bytes(im, kind, **kw):
-        f = BytesIO()
-        im.save(f, kind, optimize=True, **kw)
-        return f'image/{kind}',f.getvalue()
-    return min(_bytes(im, 'jpeg', quality=50, progressive=True), _bytes(im.quantize(64, dither=0), 'png'), key=lambda o: len(o[1]))
+most = 149_000 # bytes of a notebook
 
-def slim(o):
+def smallest(png, quality):
+    "Kind and bytes of a picture: JPEG, or PNG of 64 colours for a plot of lines"
+    im,f = Image.open(BytesIO(png)).convert('RGB'),BytesIO()
+    if im.getcolors(2000): im.quantize(64, dither=0).save(f, 'png', optimize=True)
+    else: im.save(f, 'jpeg', quality=quality, optimize=True, progressive=True)
+    return f'image/{Image.open(f).format.lower()}',f.getvalue()
+
+def slim(o, quality=70):
     "An output without styles, repeated lines and a second copy of its table, and with a small picture, or None if it then shows nothing"
     if 'execution_count' in o: o['execution_count'] = None
     if o['output_type']=='stream':
@@ -50,7 +51,7 @@ def slim(o):
         return o if o['name']!='stderr' else None
     data = o.get('data', {})
     if 'image/png' in data:
-        kind,small = smallest(b64decode(data.pop('image/png')))
+        kind,small = smallest(b64decode(data.pop('image/png')), quality)
         data[kind] = b64encode(small).decode()
     if 'text/html' not in data: return o
     page = re.sub(r'<(style|script)\b.*?</\1>\s*|<progress\b.*?</progress>', '', ''.join(data['text/html']), flags=re.S)
@@ -61,13 +62,20 @@ def slim(o):
     if ''.join(data.get('text/plain', '')).lstrip().startswith('<'): del data['text/plain']
     return o
 
+def with_outputs(nb, ran, quality):
+    "The text of a notebook with the outputs of its run"
+    for cell,new in zip(nb['cells'], ran['cells']):
+        if cell['cell_type']=='code': cell['outputs'] = [o for o in (slim(deepcopy(o), quality) for o in new['outputs']) if o]
+    return json.dumps(nb, indent=1, ensure_ascii=False)+'\n'
+
 def store(path):
-    "Run the lesson once as a reader does, put its outputs into the notebook, and return the seconds"
+    "Run the lesson once as a reader does, put its outputs into the notebook, its pictures as good as there is room for, and return the seconds"
     with tempfile.TemporaryDirectory() as tmp: ran,spent = executed(path, 'reader', tmp)
     nb = json.loads(path.read_text(encoding='utf-8'))
-    for cell,new in zip(nb['cells'], ran['cells']):
-        if cell['cell_type']=='code': cell['outputs'] = [o for o in map(slim, new['outputs']) if o]
-    write_whole(path, lambda f: f.write_text(json.dumps(nb, indent=1, ensure_ascii=False)+'\n', encoding='utf-8'))
+    for quality in (70,60,50,40):
+        text = with_outputs(nb, ran, quality)
+        if len(text.encode())<most: break
+    write_whole(path, lambda f: f.write_text(text, encoding='utf-8'))
     return spent
 
 def measured(path, mode, times):
