@@ -7,7 +7,11 @@
 Each run is a copy of the notebook in a process of its own, so the seconds hold the start of the kernel and the imports. The table has the
 shortest and the longest run; the file has the load of the machine before each, as a lesson takes longer where other things run."""
 import json,os,re,shutil,subprocess,sys,tempfile
+from base64 import b64decode,b64encode
+from copy import deepcopy
+from io import BytesIO
 from pathlib import Path
+from PIL import Image
 from fastcore.script import call_parse
 from cekd_fastai.core import write_whole
 from cekd_fastai.results import about
@@ -29,26 +33,49 @@ def executed(path, mode, tmp):
     if res.returncode: sys.exit(f'{path.name} failed as {mode}:\n' + '\n'.join(res.stderr.splitlines()[-20:]))
     return json.loads(Path(nb).read_text(encoding='utf-8')),dict(seconds=round(spent[4], 1), cpu=round(spent[2]+spent[3], 1), load=load)
 
-def slim(o):
-    "An output without styles and without a second copy of its table, or None if it then shows nothing"
+most = 149_000 # bytes of a notebook
+
+def smallest(png, quality):
+    "Kind and bytes of a picture: JPEG, or PNG of 64 colours for a plot of lines"
+    im,f = Image.open(BytesIO(png)).convert('RGB'),BytesIO()
+    if im.getcolors(2000): im.quantize(64, dither=0).save(f, 'png', optimize=True)
+    else: im.save(f, 'jpeg', quality=quality, optimize=True, progressive=True)
+    return f'image/{Image.open(f).format.lower()}',f.getvalue()
+
+def slim(o, quality=70):
+    "An output without styles, repeated lines and a second copy of its table, and with a small picture, or None if it then shows nothing"
     if 'execution_count' in o: o['execution_count'] = None
-    if o['output_type']=='stream': return o if o['name']!='stderr' else None
+    if o['output_type']=='stream':
+        lines = ''.join(o['text']).splitlines(True)
+        o['text'] = [b for a,b in zip(['',*lines], lines) if a!=b]
+        return o if o['name']!='stderr' else None
     data = o.get('data', {})
+    if 'image/png' in data:
+        kind,small = smallest(b64decode(data.pop('image/png')), quality)
+        data[kind] = b64encode(small).decode()
     if 'text/html' not in data: return o
     page = re.sub(r'<(style|script)\b.*?</\1>\s*|<progress\b.*?</progress>', '', ''.join(data['text/html']), flags=re.S)
     if not re.sub(r'<[^>]+>|\s', '', page): return None
-    data['text/html'] = page.strip().splitlines(True)
+    page = re.sub(r'\n\s*(?=<t[hd]\b|</tr>)', '', page.strip()) # a line for each row of a table, not for each of its cells
+    data['text/html'] = re.sub(r'\n\s+', '\n', page).splitlines(True)
     data.pop('text/markdown', None)
     if ''.join(data.get('text/plain', '')).lstrip().startswith('<'): del data['text/plain']
     return o
 
+def with_outputs(nb, ran, quality):
+    "The text of a notebook with the outputs of its run"
+    for cell,new in zip(nb['cells'], ran['cells']):
+        if cell['cell_type']=='code': cell['outputs'] = [o for o in (slim(deepcopy(o), quality) for o in new['outputs']) if o]
+    return json.dumps(nb, indent=1, ensure_ascii=False)+'\n'
+
 def store(path):
-    "Run the lesson once as a reader does, put its outputs into the notebook, and return the seconds"
+    "Run the lesson once as a reader does, put its outputs into the notebook, its pictures as good as there is room for, and return the seconds"
     with tempfile.TemporaryDirectory() as tmp: ran,spent = executed(path, 'reader', tmp)
     nb = json.loads(path.read_text(encoding='utf-8'))
-    for cell,new in zip(nb['cells'], ran['cells']):
-        if cell['cell_type']=='code': cell['outputs'] = [o for o in map(slim, new['outputs']) if o]
-    write_whole(path, lambda f: f.write_text(json.dumps(nb, indent=1, ensure_ascii=False)+'\n', encoding='utf-8'))
+    for quality in (70,60,50,40):
+        text = with_outputs(nb, ran, quality)
+        if len(text.encode())<most: break
+    write_whole(path, lambda f: f.write_text(text, encoding='utf-8'))
     return spent
 
 def measured(path, mode, times):

@@ -217,5 +217,5 @@ def show_panel(
     ax.imshow(im)
     if cam is not None: ax.imshow(cam, alpha=.5, cmap='magma')
     if box: ax.add_patch(plt.Rectangle(box[:2], box[2]-box[0], box[3]-box[1], fill=False, lw=2, ec=color))
-    ax.set_title(title, fontsize=7, parse_math=False) # a class may have a `$` in its name
+    ax.set_title(title, fontsize=8, parse_math=False) # a class may have a `$` in its name
     ax.axis('off')

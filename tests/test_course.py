@@ -108,6 +108,9 @@ wrong = [('start', swap('# Lesson 2', '# Lesson 2', '# Lesson 3'), 'the first li
     ('reading', swap('## Read on', '`make_birds`', 'birds'), 'does not say where `make_birds` is explained'),
     ('links', swap('## Birds', '../28_mix', '28_mix'), 'the link 28_mix.callback.ipynb leads nowhere'),
     ('links', insert('Hello', md('<img src="no.png">')), 'the link no.png leads nowhere'),
+    ('figures', put('plot', outputs=[picture(599)]), 'is 599 pixels wide'),
+    ('figures', swap('plot', 'plot_it()', 'plot_it(fontsize=7)'), 'letters of 7 points'),
+    ('figures', swap('plot', 'plot_it()', "plt.rcParams.update({'axes.titlesize':6})"), 'letters of 6 points'),
     ('pictures', insert('A picture of it.', code('y', text('2'), id='bare')), 'the picture of cell `plot`')]
 
 @pytest.mark.parametrize('rule,change,said', wrong, ids=[f'{r}-{i}' for i,(r,*_) in enumerate(wrong)])
@@ -125,6 +128,55 @@ def test_command(capsys, tmp_path):
     judged(good()[1:], tmp_path)
     path = tmp_path/'course'/f'{name}.ipynb'
     assert lessons.main([path])==1 and 'first cell must be Markdown' in capsys.readouterr().out
+
+# What is stored of a run
+
+@pytest.fixture
+def stored(monkeypatch):
+    "The script that runs the lessons and keeps their outputs"
+    monkeypatch.syspath_prepend(lessons.root/'benchmarks')
+    import course
+    return course
+
+def shown(im):
+    "The output of a cell that shows a picture"
+    f = BytesIO()
+    im.save(f, 'png')
+    return dict(output_type='display_data', metadata={}, data={'image/png': b64encode(f.getvalue()).decode(), 'text/plain': '<Figure>'})
+
+def test_stored_pictures(stored):
+    "A plot of a few lines stays PNG, a picture of many colours becomes JPEG, and neither changes its size."
+    lines = Image.new('RGB', (620,260), 'white')
+    for i in range(620): lines.putpixel((i, i%260), (31,119,180))
+    noise = Image.merge('RGB', [Image.effect_noise((620,260), 80) for _ in range(3)])
+    for im,kind in ((lines,'image/png'), (noise,'image/jpeg')):
+        before = shown(im)
+        n = len(before['data']['image/png'])
+        kept = stored.slim(before)
+        assert set(kept['data'])=={kind,'text/plain'} and len(kept['data'][kind])<=n
+        assert [o.size for o in lessons.drawn(dict(outputs=[kept]))]==[im.size]
+
+def test_stored_text(stored):
+    "Warnings, progress bars and the numbers of cells are not stored, and a line that repeats itself is stored once."
+    assert stored.slim(text('new\nnew\n1\nnew\n'))['text']==['new\n', '1\n', 'new\n']
+    page = lambda s: dict(output_type='display_data', metadata={}, data={'text/html': s, 'text/plain': '<IPython.core.display.HTML object>'})
+    assert stored.slim(dict(output_type='stream', name='stderr', text='w')) is None and stored.slim(page('<style>a {}</style><progress>3</progress>')) is None
+    table = '<style>a {}</style>\n<table>\n  <tr>\n    <td>1</td>\n  </tr>\n</table>\n'
+    assert stored.slim(dict(page(table), execution_count=3))['data']=={'text/html': ['<table>\n', '<tr><td>1</td></tr>\n', '</table>']}
+
+def test_stored_whole(stored, tmp_path, monkeypatch):
+    "A lesson with many pictures is stored within its size, one with few has better ones."
+    noise = Image.merge('RGB', [Image.effect_noise((620,260), 40) for _ in range(3)])
+    def size(n):
+        cells = [code('plot_it()', *[shown(noise) for _ in range(n)])]
+        path = tmp_path/'01_x.ipynb'
+        path.write_text(json.dumps(dict(cells=cells)))
+        monkeypatch.setattr(stored, 'executed', lambda *a: (dict(cells=copy.deepcopy(cells)),1.))
+        assert stored.store(path)==1.
+        return path.stat().st_size
+    one = size(1)
+    monkeypatch.setattr(stored, 'most', int(2*one))
+    assert one<size(2)<2*one and size(1)==one
 
 # The learner's working copy
 

@@ -1,7 +1,10 @@
 """What every lesson of the course keeps to, one sentence for each breach: python tools/lessons.py [notebooks]
 A lesson is read as JSON and never run, so this takes no time."""
 import ast,json,re,sys
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
+from PIL import Image
 
 root = Path(__file__).resolve().parent.parent
 course = root/'nbs'/'course'
@@ -193,8 +196,24 @@ def picture_faults(l):
         if 'markdown' not in near and len(c['outputs'])<2: res.append(f"the picture of cell `{c['id']}` has no words beside it")
     return res
 
+def drawn(cell):
+    "The pictures that a cell stores"
+    data = [v for o in cell['outputs'] for k,v in o.get('data', {}).items() if k in ('image/png', 'image/jpeg')]
+    return [Image.open(BytesIO(b64decode(''.join(o)))) for o in data]
+
+_points = re.compile(r"(?:fontsize|(?:title|label|font\.|legend\.font)size)['\"]?\s*[=:]\s*(\d+)")
+
+# Stored before their figures grew: a lesson that is run again leaves this list, and the list leaves with the last one
+older = '03_mixing','04_two_heads','06_many_teachers','07_staying_different'
+
+def figure_faults(l):
+    "Figures that one can see: at least 600 pixels wide, which is their size on the screen, and letters of at least 8 points."
+    seen = [] if l.path.stem in older else l.code
+    narrow = [f"the picture of cell `{c['id']}` is {o.width} pixels wide: 600 at least" for c in seen for o in drawn(c) if o.width<600]
+    return narrow + [f"cell `{c['id']}` writes letters of {n} points: 8 at least" for c in l.code for n in _points.findall(c['source']) if int(n)<8]
+
 rules = dict(start=start_faults, sections=section_faults, exercises=exercise_faults, code=code_faults, outputs=output_faults, size=size_faults,
-    names=name_faults, reading=reading_faults, links=link_faults, pictures=picture_faults)
+    names=name_faults, reading=reading_faults, links=link_faults, pictures=picture_faults, figures=figure_faults)
 
 def library_names():
     "What `from cekd_fastai.all import *` brings: the names that the module imports one by one, read without importing it."

@@ -1,5 +1,5 @@
 "The site in a browser, on a phone and on a desk: searched, followed, and every page without a fault."
-import re
+import re,time
 from urllib.parse import urljoin,urldefrag
 import pytest
 
@@ -80,11 +80,13 @@ words = [('class weights', 'howto/few_rare_wrong', 'weight='), ('focal loss', 'h
 
 @pytest.mark.parametrize('size', sizes)
 def test_questions(site, browser, shots, size):
-    "Nine everyday questions and the words that people search for: a page among the first three results answers each."
+    "Nine everyday questions and the words that people search for: a page among the first three results answers each; the seconds go into a file."
     url,_ = site
     page,faults = watched(browser, size)
-    missed = []
+    missed,log = [],shots/f'site_{size}_questions.txt'
+    log.write_text('')
     for asked,name,answer in questions+words:
+        start = time.perf_counter()
         page.goto(f'{url}/index.html')
         hits = searched(page, asked, size)[:3]
         found = [o for o in hits if re.search(name, o)]
@@ -94,6 +96,7 @@ def test_questions(site, browser, shots, size):
         page.screenshot(path=shots/f'site_{size}_search.png')
         page.locator(f'#search-results li > a[href="{found[0]}"]').first.click()
         page.locator('article h1').wait_for()
+        with log.open('a') as f: f.write(f'{asked}: {found[0]}, result {1+hits.index(found[0])}, {time.perf_counter()-start:.1f} s\n')
         if answer.lower() not in page.locator('article').inner_text().lower(): missed.append(f'{asked}: {found[0]} lacks {answer}')
     page.close()
     assert missed==[] and faults==[]
