@@ -186,7 +186,8 @@ def load_branches(
     own,sd,res = net.state_dict(),saved.tensors,{}
     last = _classifier_tensors(net.heads)
     named = vocab and saved.vocab # are the classes of both known?
-    n = 1+max(int(k.split('.')[1]) for k in sd if k.startswith('heads.'))
+    heads = [k for k in sd if k.startswith('heads.')]
+    n = 1+max(int(k.split('.')[1]) for k in heads)
     for k,v in own.items():
         hits = [sd[o] for o in _sources(k, n) if o in sd]
         if named and saved.vocab!=vocab and k in last: hits = [_by_class(v, o, vocab, saved.vocab) for o in hits]
@@ -194,7 +195,8 @@ def load_branches(
     absent = [k for k,v in res.items() if v is None and not _is_counter(k)]
     wrong = [k for k in absent if k not in last and k.startswith(('trunk','branches','heads'))]
     if wrong: _refuse(saved.file, net, wrong, len(own))
-    net.load_state_dict({k:own[k] if v is None else v for k,v in res.items()})
+    found = {k:v for k,v in res.items() if v is not None}
+    net.load_state_dict(own|found)
     new = list(dict.fromkeys(map(_layer_of, absent)))
     if named: new += [o for o in vocab if o not in saved.vocab]
     return new
