@@ -41,7 +41,8 @@ def _by_link(files, root):
     def away(path): return not any(_is_below(os.path.realpath(path), o) for o in homes)
     folders = {os.path.dirname(o) for o in files}
     bad = {o for o in folders if away(o)}
-    return [o for o in files if os.path.dirname(o) in bad or os.path.islink(o) and away(o)]
+    def is_bad(path): return os.path.dirname(path) in bad or os.path.islink(path) and away(path)
+    return [o for o in files if is_bad(o)]
 
 def check_inside(
     files, # Paths, some of them perhaps missing
