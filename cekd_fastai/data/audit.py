@@ -52,7 +52,8 @@ def _unreadable_rows(t, looks):
 # %% ../../nbs/22_data.audit.ipynb #near
 def _close(bits, thumbs, i, most_bits, most_grey):
     "Numbers of the pictures after `i` that are near copies of it"
-    apart = (bits.shape[1]-bits[i+1:]@bits[i])/2
+    alike = bits[i+1:]@bits[i] # 1 for each bit that is the same, -1 for each that differs
+    apart = (bits.shape[1]-alike)/2
     near = i+1+np.flatnonzero(apart<=most_bits)
     grey = np.abs(thumbs[near]-thumbs[i]).mean((1,2,3))
     return near[grey<=most_grey]

@@ -101,7 +101,8 @@ _FILLERS = set('set sets data images image imgs img pictures photos folder split
 def _words(name):
     "The words of a name, in small letters: those of `TrainingSet`, `training_set` and `trainingset` are the same"
     apart = re.sub('([a-z])([A-Z])', r'\1 \2', name).lower()
-    return [o.removesuffix('set') or o for o in re.findall(r'[^\W\d_]+|\d+', apart)]
+    found = re.findall(r'[^\W\d_]+|\d+', apart)
+    return [o.removesuffix('set') or o for o in found]
 
 def part_of_name(
     name # Of a folder
@@ -110,4 +111,5 @@ def part_of_name(
     words = _words(name)
     parts = [PART_WORDS[o] for o in words if o in PART_WORDS]
     rest = tuple(o for o in words if o not in _FILLERS and o not in PART_WORDS)
-    return (parts[0] if len(parts)==1 else None),rest
+    part = parts[0] if len(parts)==1 else None
+    return part,rest

@@ -64,16 +64,18 @@ def part_weights(
         rivals = [differ[a,b] for b in classes if b!=a]
         fewest = min(map(len, rivals))
         near = [o for o in rivals if len(o)==fewest]
+        share = 1/(fewest*len(near))
         for parts in near:
             cols = [PARTS.index(p) for p in parts]
-            res[k,cols] += 1/(fewest*len(near))
+            res[k,cols] += share
     return res
 
 # %% ../../nbs/30_mix.evidence.ipynb #frame-code
 def _one_batch(dls, ims):
     "What the validation transforms make of some pictures of one size, shape (n, 3, H, W), on the CPU"
     dl = dls.test_dl(ims, bs=len(ims), num_workers=0)
-    return dl.one_batch()[0].as_subclass(Tensor).cpu()
+    x = dl.one_batch()[0]
+    return x.as_subclass(Tensor).cpu()
 
 def _flat_colour(dls, value):
     "What becomes of the three channels of a grey picture, shape (3, 1, 1)"
@@ -84,7 +86,8 @@ def _flat_colour(dls, value):
 def _through(dls, *ims):
     "Pictures of one size after the validation transforms, without their normalisation: black is 0 and white is 1"
     black,white = _flat_colour(dls, 0),_flat_colour(dls, 255)
-    return (_one_batch(dls, ims)-black)/(white-black)
+    seen = _one_batch(dls, ims)
+    return (seen-black)/(white-black)
 
 # %% ../../nbs/30_mix.evidence.ipynb #frame-ramps
 def _ramps(w, h):
@@ -118,7 +121,8 @@ def batch_frame(
 )->np.ndarray:       # `[[scale, offset] of x, [scale, offset] of y]`
     "Where the validation transforms put the pixels of a picture: `x` in the batch is `scale*x+offset`"
     w,h = size
-    red,green,_ = _through(dls, _ramps(w, h))[0]
+    seen, = _through(dls, _ramps(w, h))
+    red,green,_ = seen
     return np.array([_axis_frame(red, w, 0), _axis_frame(green, h, 1)])
 
 # %% ../../nbs/30_mix.evidence.ipynb #ev-code
@@ -205,7 +209,8 @@ def find_evidence(
     start,end = _corners(rects)
     area = (end-start).prod(-1)
     weights = weights*inside*(area>0)
-    return Evidence(torch.tensor(rects).float(), torch.tensor(weights).float())
+    rects,weights = (torch.tensor(o).float() for o in (rects,weights))
+    return Evidence(rects, weights)
 
 # %% ../../nbs/30_mix.evidence.ipynb #ev-all
 def evidence_batches(
