@@ -16,7 +16,7 @@ from .losses import cross_target,soft_probs
 from .mix.evidence import evidence_batches,oracle_weights
 from .branches import PeerNet
 from .distill import Components,log_parts
-from .cekd import CEKD,label_shares,teacher_logits
+from .cekd import CEKD,_prob_of,label_shares,teacher_logits
 
 # %% ../nbs/43_diagnose.ipynb #angle
 def _angle(a, b):
@@ -32,9 +32,11 @@ def target_angle(
     T:float=1.,    # Temperature that `q` was made with; None: a cross-entropy at temperature 1
 )->Tensor:         # Degrees, shape (B,)
     "Angle between the gradients of the mixed label and of the soft target at the logits"
-    # `F.one_hot` would wait for the device to see whether all classes are in range
-    t = y if y.is_floating_point() else torch.zeros_like(z, dtype=torch.float).scatter_(1, y[:,None], 1)
-    return _angle(soft_probs(z)-cross_target(t, rec), soft_probs(z, T or 1.)-q)
+    if not y.is_floating_point(): # `F.one_hot` would wait for the device to see whether all classes are in range
+        y = torch.zeros_like(z, dtype=torch.float).scatter_(1, y[:,None], 1)
+    by_label = soft_probs(z)-cross_target(y, rec)
+    by_target = soft_probs(z, T or 1.)-q
+    return _angle(by_label, by_target)
 
 # %% ../nbs/43_diagnose.ipynb #noise
 @patch
@@ -60,9 +62,10 @@ def _host_errors(self:CEKD, x, y, ev):
     rec = mixed[1]
     other = y[rec.perm]
     q = self.eval_target(x, rec)
-    q_host,q_donor = q.gather(1, y[:,None])[:,0],q.gather(1, other[:,None])[:,0]
+    q_host,q_donor = _prob_of(q, y),_prob_of(q, other)
     deserved = oracle_weights(rec, ev)
-    by_label,by_target = label_shares(rec).lam_a,q_host/(q_host+q_donor)
+    by_label = label_shares(rec).lam_a
+    by_target = q_host/(q_host+q_donor)
     errors = torch.stack([(by_label-deserved).abs(), (by_target-deserved).abs()], 1)
     return errors[rec.mixed & (y!=other) & ~deserved.isnan()]
 
