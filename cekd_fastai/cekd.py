@@ -215,7 +215,8 @@ def _unmixed_losses(self:CEKD, z, y):
     lf = self.task_loss
     hard = z[:1] if self.target=='separate' else z
     labelled = z[:1] if self.clean_on=='label' else z
-    return dict(ce_mix=sum(lf(o, y) for o in hard), cross=z.new_zeros(()), ce_clean=sum(lf(o, y) for o in labelled))
+    def total(branches): return sum(lf(o, y) for o in branches)
+    return dict(ce_mix=total(hard), cross=z.new_zeros(()), ce_clean=total(labelled))
 
 @patch
 def _mixed_losses(self:CEKD, z, y):

@@ -25,20 +25,23 @@ def _plain(v):
     "An argument as plain data; fastai takes height and width, and keeps them as a `fastuple` of width and height"
     if isinstance(v, fastuple): return [int(v[1]),int(v[0])]
     if is_listy(v): return [_plain(o) for o in v]
-    return int(v) if isinstance(v, int) and not isinstance(v, bool) else v # Pillow's ways to resample are an enum
+    is_number = isinstance(v, int) and not isinstance(v, bool)
+    return int(v) if is_number else v # Pillow's ways to resample are an enum
 
 def _describe(tfm):
     "The name and the arguments of a transform, None if a file cannot describe it"
     kind = first(o for o in type(tfm).__mro__ if o in _KEEPS)
     if kind is None: return None
-    return [kind.__name__,{k:_plain(getattr(tfm, k)) for k in _KEEPS[kind].split()}]
+    names = _KEEPS[kind].split()
+    return [kind.__name__,{k:_plain(getattr(tfm, k)) for k in names}]
 
 def _rebuild(step):
     "The transform of a name and its arguments"
     name,kw = step
     if name not in _BY_NAME:
         raise ValueError(f"The file names the transform `{name}`, which this version does not know: install a newer one.")
-    return _BY_NAME[name](**{k:tuple(v) if isinstance(v, list) else v for k,v in kw.items()})
+    kw = {k:tuple(v) if isinstance(v, list) else v for k,v in kw.items()}
+    return _BY_NAME[name](**kw)
 
 # %% ../nbs/76_deploy.ipynb #dp-input
 def _open_stock(o, draft=None):
@@ -74,9 +77,14 @@ class PictureInput:
 
     def batch(self, items):
         "What `item` gives for several pictures, as a batch for the network"
-        x = TensorImage(torch.stack(items).to(self.device)).float()/255
+        x = torch.stack(items).to(self.device)
+        x = TensorImage(x).float()/255
         x = compose_tfms(x, self.batch_steps, split_idx=1)
         return (x.as_subclass(Tensor)-self.mean)/self.std
+
+    def batch_of(self, ims):
+        "Several pictures as a batch for the network"
+        return self.batch([self.item(o) for o in ims])
 
 # %% ../nbs/76_deploy.ipynb #dp-write
 _IMPLIED = (ToTensor,IntToFloatTensor,Normalize)
@@ -88,9 +96,11 @@ def _runs(fs):
 def _steps(dl):
     "Steps for a picture, steps for a batch, and names of the transforms that a file cannot describe"
     item,batch = _runs(dl.after_item.fs),_runs(dl.after_batch.fs)
-    lost = [type(o).__name__ if type(o) is not Transform else o.name for o in item+batch if not _describe(o)]
+    def name(o): return o.name if type(o) is Transform else type(o).__name__
+    lost = [name(o) for o in item+batch if not _describe(o)]
     lost += [o.name for o in dl.before_batch.fs]
-    return [[_describe(o) for o in fs if _describe(o)] for fs in (item,batch)] + [lost]
+    def described(fs): return [_describe(o) for o in fs if _describe(o)]
+    return described(item),described(batch),lost
 
 # %% ../nbs/76_deploy.ipynb #dp-open
 def _pictures(dls):
@@ -104,9 +114,10 @@ def _pictures(dls):
 def _as_item(tl, file):
     "`file` as the loaders take one: a `Path` or a `str`"
     if not isinstance(file, (Path,str)): return file
-    for k in (Path,str):
-        if any(isinstance(k(file), t) for t in tl.types): return k(file)
-    takes = few([getattr(o, '__name__', str(o)) for o in tl.types], 4)
+    for o in (Path(file),str(file)):
+        if isinstance(o, tuple(tl.types)): return o
+    names = [getattr(o, '__name__', str(o)) for o in tl.types]
+    takes = few(names, 4)
     raise ValueError(f"`deploy` is for networks that see files, but the loaders take {takes}: use `learn.export`.")
 
 def _opening(tl, item):
@@ -114,7 +125,8 @@ def _opening(tl, item):
     fs = tl.tfms.fs[tl.infer_idx(item):]
     own = first(o for o in fs if isinstance(o, OpenImage))
     lost = [o.name for o in fs if o is not own and o.name!='PILBase.create']
-    return dict(upright=own is not None, draft=own and own.draft),lost
+    opening = dict(upright=own is not None, draft=own and own.draft)
+    return opening,lost
 
 # %% ../nbs/76_deploy.ipynb #dp-act
 _ACTIVATIONS = dict(softmax=lambda z: z.softmax(-1), sigmoid=torch.sigmoid)
@@ -128,8 +140,9 @@ def _activation(learn):
     if not torch.equal(p, z):
         kind = type(learn.loss_func).__name__
         raise ValueError(f"The loss `{kind}` has an activation that is neither softmax nor sigmoid: use `learn.export`.")
-    labels = [o for tl in getattr(learn.dls.valid.dataset, 'tls', [])[1:] for o in tl.tfms.fs]
-    several = any(isinstance(o, (MultiCategorize,EncodedMultiCategorize)) for o in labels)
+    tls = getattr(learn.dls.valid.dataset, 'tls', [])
+    labellers = [o for tl in tls[1:] for o in tl.tfms.fs]
+    several = any(isinstance(o, (MultiCategorize,EncodedMultiCategorize)) for o in labellers)
     return 'sigmoid' if several else 'softmax'
 
 def _info(learn, item):
@@ -140,8 +153,9 @@ def _info(learn, item):
     mean,std = data_stats(dls) or ([0.]*3,[1.]*3)
     opening,lost = _opening(_pictures(dls), item)
     steps,batch_steps,more = _steps(dls.valid)
+    thresh = float(getattr(learn.loss_func, 'thresh', .5))
     info = dict(vocab=vocab, mean=mean, std=std, steps=steps, batch_steps=batch_steps, **opening)
-    info |= dict(activation=_activation(learn), thresh=float(getattr(learn.loss_func, 'thresh', .5)))
+    info |= dict(activation=_activation(learn), thresh=thresh)
     return info,[o for o in lost+more if o!='noop']
 
 # %% ../nbs/76_deploy.ipynb #dp-probe
@@ -162,12 +176,22 @@ def _source(tl, item):
         item = f(item)
     return item
 
+def _source_at(tl, i):
+    "The path, or the picture, of item `i`"
+    items = getattr(tl.items, 'iloc', tl.items) # of a table its rows
+    return _source(tl, items[i])
+
+# %% ../nbs/76_deploy.ipynb #dp-spread
+def _spread(n_all, n):
+    "At most `n` of `n_all` indices, evenly spaced from the first to the last"
+    idxs = np.linspace(0, n_all-1, min(n, n_all))
+    return idxs.astype(int).tolist()
+
 def _probes(dls, folder, n=8):
     "A few validation pictures from all over the set, drawn ones where there are none"
     tl = _pictures(dls)
-    rows = np.linspace(0, len(tl)-1, min(n, len(tl))).astype(int)
-    items = [_source(tl, getattr(tl.items, 'iloc', tl.items)[int(i)]) for i in rows]
-    there = [o for o in items if not isinstance(o, (Path,str)) or Path(o).exists()]
+    sources = [_source_at(tl, i) for i in _spread(len(tl), n)]
+    there = [o for o in sources if not isinstance(o, (Path,str)) or Path(o).exists()]
     return [_as_item(tl, o) for o in there or _drawn(folder)]
 
 # %% ../nbs/76_deploy.ipynb #dp-seen
@@ -177,14 +201,15 @@ def _as_seen(dls, items):
     own = first(o for o in tl.tfms.fs if isinstance(o, OpenImage))
     boxed = own.boxes if own else {}
     given = [own(o) if boxed and Path(o) in boxed else o for o in items]
-    seen = [b[0].as_subclass(Tensor) for b in dls.test_dl(items, bs=1, num_workers=0)]
+    dl = dls.test_dl(items, bs=1, num_workers=0)
+    seen = [b[0].as_subclass(Tensor) for b in dl]
     return given,seen
 
 # %% ../nbs/76_deploy.ipynb #dp-compare
 def _check_pixels(pixels, given, seen, lost, tfms):
     "Refuse a file that would show its network other pixels than the loaders do"
     for im,x in zip(given, seen):
-        mine = pixels.batch([pixels.item(im)])
+        mine = pixels.batch_of([im])
         same = mine.shape==x.shape
         gap = (mine.cpu()-x.cpu()).abs().max().item() if same else 0
         if same and gap<.02: continue # a grey level is .017 after normalising
@@ -202,7 +227,8 @@ def _check_answers(deployed, net, given, seen):
     if mine.shape[1]!=len(deployed.vocab):
         n,k = mine.shape[1],len(deployed.vocab)
         raise ValueError(f"The network has {n} outputs for {k} names of classes: set `learn.dls.vocab`.")
-    gap = (mine-deployed.activation(torch.cat(z))).abs().max()
+    own = deployed.activation(torch.cat(z))
+    gap = (mine-own).abs().max()
     if gap<1e-2: return # on a GPU products of matrices are rounded
     raise ValueError(f"The network that the file builds answers otherwise than yours, by up to {gap:.2f}: "
         "its modules were changed after it was made, so write it with `learn.export`.")
@@ -214,7 +240,8 @@ def _write_checked(tmp, net, learn, items):
     info,lost = _info(learn, items[0])
     info['size'] = list(seen[0].shape[-2:])
     valid = learn.dls.valid
-    tfms = [type(o).__name__ for o in [*valid.after_item.fs,*valid.after_batch.fs] if o.split_idx in (None,1)]
+    tfms = valid.after_item.fs+valid.after_batch.fs
+    tfms = [type(o).__name__ for o in tfms if o.split_idx in (None,1)]
     _check_pixels(PictureInput(info), given, seen, lost, tfms)
     save_net(net, tmp, **info)
     with no_random(): _check_answers(Deployed(tmp), net, given, seen)
@@ -238,8 +265,9 @@ def deploy(
 # %% ../nbs/76_deploy.ipynb #dp-old
 def _of_recipe(info):
     "The steps of a file that names a recipe instead, as files were before"
-    tfms = scaling_tfms(recipe_tfms(max(info['size']), info.get('recipe', 'crop')))
-    return [_describe(o) for o in [*tfms,CropPad(tuple(info['size']))]]
+    size = tuple(info['size'])
+    tfms = recipe_tfms(max(size), info.get('recipe', 'crop'))
+    return [_describe(o) for o in [*scaling_tfms(tfms),CropPad(size)]]
 
 def _complete(info, file):
     "What a file says, with what older files leave unsaid"
@@ -279,7 +307,7 @@ class Deployed:
 
     def pixels(self, im):
         "The picture `im` (path, bytes, open file or PIL image) as the network sees it, shape (3, H, W)"
-        return self.input.batch([self.input.item(im)])[0]
+        return self.input.batch_of([im])[0]
 
     def logits(self, x):
         "What the network says to a batch"
@@ -292,7 +320,8 @@ class Deployed:
     )->Tensor:          # Shape (N, K), on the CPU
         "Probabilities of a batch"
         views = [x,x.flip(-1)] if tta else [x]
-        return torch.stack([self.activation(self.logits(o)) for o in views]).mean(0).cpu()
+        probs = [self.activation(self.logits(o)) for o in views]
+        return torch.stack(probs).mean(0).cpu()
 
     def __call__(self,
         ims,            # Pictures, or a single one
@@ -300,18 +329,18 @@ class Deployed:
     )->Tensor:          # Shape (N, K), on the CPU
         "Probabilities of several pictures"
         one = isinstance(ims, (str,Path,bytes,Image.Image)) or hasattr(ims, 'read')
-        items = [self.input.item(o) for o in ([ims] if one else ims)]
-        return self.probs(self.input.batch(items), tta)
+        x = self.input.batch_of([ims] if one else ims)
+        return self.probs(x, tta)
 
     def classes(self, probs):
         "The classes that probabilities (K,) stand for: the largest, or all above the threshold where there may be several"
-        idxs = (probs>self.thresh).nonzero()[:,0] if self.several else probs.argmax()[None]
-        return [self.vocab[i] for i in idxs.tolist()]
+        if not self.several: return [self.vocab[int(probs.argmax())]]
+        above = (probs>self.thresh).nonzero()[:,0]
+        return [self.vocab[i] for i in above.tolist()]
 
     def predict(self, im, k=3):
         "The `k` most probable classes of one picture and their probabilities, as a dict, best first"
         probs = self([im])[0]
-        k = min(k, len(probs))
-        p,i = probs.topk(k)
+        p,i = probs.topk(min(k, len(probs)))
         names = [self.vocab[o] for o in i.tolist()]
         return dict(zip(names, p.tolist()))

@@ -14,7 +14,7 @@ from .core import check_count
 from .cam import model_cam,semantic_map
 from .branches import load_net,save_net
 from .data.loaders import OpenImage
-from .deploy import Deployed,_pictures,_source
+from .deploy import Deployed,_pictures,_source_at,_spread
 
 # %% ../nbs/77_explain.ipynb #xp-where
 def _network(d, what):
@@ -24,33 +24,36 @@ def _network(d, what):
 
 def _as_picture(x):
     "Values from 0 to 1 of shape (3, H, W) as a PIL image"
-    return Image.fromarray((x.clamp(0,1).permute(1,2,0)*255).round().byte().cpu().numpy())
+    rows = x.clamp(0,1).permute(1,2,0)
+    return Image.fromarray((rows*255).round().byte().cpu().numpy())
 
 def _glow(x, s):
     "The pixels `x` with the colour of the map `s` over them"
     s = (s/s.max()).cpu()
-    colour = tensor(matplotlib.colormaps['inferno'](s.numpy())[...,:3]).permute(2,0,1).float()
+    rgba = matplotlib.colormaps['inferno'](s.numpy())
+    colour = tensor(rgba[...,:3]).permute(2,0,1).float()
     return torch.lerp(x.cpu(), colour, .6*s)
 
 # %% ../nbs/77_explain.ipynb #xp-where2
+def _pixels(d, x):
+    "Values from 0 to 1 of the batch `x` of one, before they were normalised"
+    return (x*d.std+d.mean)[0]
+
 def _seen(d, x):
     "What the network sees of the batch `x` of one, as a picture"
-    return _as_picture((x*d.std+d.mean)[0])
+    return _as_picture(_pixels(d, x))
 
 def _where(d, x, y):
     "The batch `x` of one as a picture with a glow where class `y` finds support"
     net = _network(d, 'where it looks')
-    maps = model_cam(net, x, tensor([y], device=x.device))
+    classes = tensor([y], device=x.device)
+    maps = model_cam(net, x, classes)
     if maps[0].numel()==1: raise ValueError(f"The last feature map of `{d.file}` has one place, so there is nothing to look at.")
     s = semantic_map(maps, x.shape[-2:])[0]
     if s.isnan().any(): s = torch.ones_like(s) # every place speaks for the class as much
-    return _as_picture(_glow((x*d.std+d.mean)[0], s))
+    return _as_picture(_glow(_pixels(d, x), s))
 
 # %% ../nbs/77_explain.ipynb #xp-where-method
-def _batch(d, im):
-    "One picture as a batch"
-    return d.input.batch([d.input.item(im)])
-
 def _class_index(d, label, probs):
     "The index of the class `label`, of the most probable one if None"
     if label is None: return int(probs.argmax())
@@ -63,36 +66,42 @@ def where(self:Deployed,
     label=None # Name of a class, the most probable one by default
 )->Image.Image: # The picture as the network sees it, cut and scaled
     "The picture with a glow at the places that speak for a class"
-    x = _batch(self, im)
-    return _where(self, x, _class_index(self, label, self.probs(x)[0]))
+    x = self.input.batch_of([im])
+    y = _class_index(self, label, self.probs(x)[0])
+    return _where(self, x, y)
 
 # %% ../nbs/77_explain.ipynb #xp-like
 @torch.no_grad()
 def _features(net, x):
     "A row of length 1 for each picture of the batch `x`"
     feats = net.branch_forward(x)[1]
-    v = [F.normalize(o.float().mean((2,3)), dim=1) for o in feats]
-    return (torch.cat(v, 1)/math.sqrt(len(v))).cpu()
+    means = [o.float().mean((2,3)) for o in feats]
+    rows = torch.cat([F.normalize(v, dim=1) for v in means], 1)
+    return (rows/math.sqrt(len(means))).cpu()
 
 # %% ../nbs/77_explain.ipynb #xp-pick
 def _label(vocab, y):
     "The label of a picture in words"
-    return str(vocab[int(y)]) if y.ndim==0 else ';'.join(str(vocab[i]) for i in y.nonzero().flatten().tolist())
+    if y.ndim==0: return str(vocab[int(y)])
+    idxs = y.nonzero().flatten().tolist()
+    return ';'.join(str(vocab[i]) for i in idxs)
 
 def _some(labels, n):
     "For each label the indices of at most `n` pictures, evenly spaced"
-    of = groupby(range(len(labels)), lambda i: labels[i])
-    return [idx[int(j)] for idx in of.values() for j in np.linspace(0, len(idx)-1, min(n, len(idx)))]
+    of = groupby(range(len(labels)), labels.__getitem__)
+    return [idxs[j] for idxs in of.values() for j in _spread(len(idxs), n)]
 
 def _training(dls, n):
     "Pictures, cut to their boxes if the loaders cut, and labels of at most `n` training pictures of each class"
     _pictures(dls) # refuses loaders of another kind
     tl,ys = dls.train.dataset.tls[:2]
     own = first(o for o in tl.tfms.fs if isinstance(o, OpenImage))
-    labels = [_label(dls.vocab, ys[i]) for i in range(len(ys))]
+    boxed = own and own.boxes or {}
+    labels = [_label(dls.vocab, y) for y in ys]
     for i in _some(labels, n):
-        o = _source(tl, getattr(tl.items, 'iloc', tl.items)[i])
-        yield (own(o) if own and Path(o) in (own.boxes or {}) else o),labels[i]
+        o = _source_at(tl, i)
+        if boxed and Path(o) in boxed: o = own(o)
+        yield o,labels[i]
 
 # %% ../nbs/77_explain.ipynb #xp-add
 def _jpeg(im, side=None, quality=85):
@@ -101,6 +110,11 @@ def _jpeg(im, side=None, quality=85):
     if side: im.thumbnail((side,side))
     im.save(buf, 'JPEG', quality=quality)
     return buf.getvalue()
+
+def _packed(pictures):
+    "Bytes of pictures end to end in one tensor, which is read without unpickling, and the size of each"
+    data = np.frombuffer(b''.join(pictures), dtype=np.uint8)
+    return dict(sizes=[len(o) for o in pictures], data=tensor(data.copy()))
 
 def add_examples(
     file,      # Written by `deploy`; changed in full or not at all
@@ -114,25 +128,30 @@ def add_examples(
     labels,features,pictures = [],[],[]
     for im,label in _training(dls, n):
         labels.append(label)
-        features.append(_features(net, _batch(d, im))[0])
-        pictures.append(_jpeg(d.input.open(im, draft=d.input.draft), side))
-    data = tensor(np.frombuffer(b''.join(pictures), dtype=np.uint8).copy()) # plain tensors are read without unpickling
-    examples = dict(labels=labels, features=torch.stack(features).half(), sizes=[len(o) for o in pictures], data=data)
+        features.append(_features(net, d.input.batch_of([im]))[0])
+        opened = d.input.open(im, draft=d.input.draft)
+        pictures.append(_jpeg(opened, side))
+    examples = dict(labels=labels, features=torch.stack(features).half(), **_packed(pictures))
     save_net(net, file, **info | dict(examples=examples))
     return Path(file)
 
 # %% ../nbs/77_explain.ipynb #xp-similar
 def _stored(examples, i):
     "Picture `i` of the examples, as JPEG"
-    start = sum(examples['sizes'][:i])
-    return examples['data'][start:start+examples['sizes'][i]].numpy().tobytes()
+    sizes = examples['sizes']
+    start = sum(sizes[:i])
+    jpg = examples['data'][start:start+sizes[i]]
+    return jpg.numpy().tobytes()
 
 def _similar(d, x, k):
     "Labels, similarities and JPEGs of the `k` examples most like the batch `x` of one, best first"
     net,ex = _network(d, 'similar pictures'),d.info.get('examples')
     if ex is None: raise ValueError(f"`{d.file}` has no training pictures in it: put some there with `add_examples(file, dls)`.")
-    s,idx = (ex['features'].float() @ _features(net, x)[0]).topk(min(k, len(ex['labels'])))
-    return [(ex['labels'][i],v,_stored(ex, i)) for v,i in zip(s.tolist(), idx.tolist())]
+    labels = ex['labels']
+    cosines = ex['features'].float() @ _features(net, x)[0]
+    best = cosines.topk(min(k, len(labels)))
+    ranked = zip(best.indices.tolist(), best.values.tolist())
+    return [(labels[i],s,_stored(ex, i)) for i,s in ranked]
 
 @patch
 def similar(self:Deployed,
@@ -141,4 +160,5 @@ def similar(self:Deployed,
 )->list:     # A tuple of label, similarity and picture for each
     "The training pictures in the file that are most like `im`, best first"
     check_count(k=k)
-    return [(o,s,Image.open(io.BytesIO(jpg))) for o,s,jpg in _similar(self, _batch(self, im), k)]
+    found = _similar(self, self.input.batch_of([im]), k)
+    return [(label,s,Image.open(io.BytesIO(jpg))) for label,s,jpg in found]

@@ -65,7 +65,9 @@ def batch_files(
     if rows is None: return []
     rows = list(rows)[i*dl.bs:(i+1)*dl.bs]
     items = getattr(dl, 'items', None)
-    return [str(items[r]) if isinstance(items, (list,L)) and isinstance(items[r], (str,Path)) else f'row {r}' for r in rows]
+    if not isinstance(items, (list,L)): return [f'row {r}' for r in rows]
+    def name(r): return str(items[r]) if isinstance(items[r], (str,Path)) else f'row {r}'
+    return [name(r) for r in rows]
 
 # %% ../nbs/69_guard.ipynb #cb
 class Diverged(ValueError): "A run whose loss, gradients or pictures are not finite any more"

@@ -26,9 +26,10 @@ from .css.callback import CSS
 def _group_names(learn):
     "What the parameter groups of a learner are called, nothing if that is unknown"
     net = unwrap_model(learn.model)
-    parts = [o for o in ('trunk','branches','heads','gate') if isinstance(getattr(net, o, None), nn.Module) and params(getattr(net, o))]
+    parts = {o:getattr(net, o, None) for o in ('trunk','branches','heads','gate')}
+    names = [k for k,m in parts.items() if isinstance(m, nn.Module) and params(m)]
     n = len(learn.opt.hypers)
-    return f" ({', '.join(parts[:n])})" if len(parts)>=n else ''
+    return f" ({', '.join(names[:n])})" if len(names)>=n else ''
 
 @contextmanager
 def _as_many_rates(learn):
@@ -72,9 +73,11 @@ def _sizes_named(arch, shape, args):
         own = _fixed_size(arch) if isinstance(arch, str) else None
         made = _input_args(arch, shape, args)
         if own is None or made.pop('img_size', own) in (own,(args or {}).get('img_size')) or _takes(arch, shape[1], made): raise
-        near = {o for k in (16,32) for o in (shape[1]//k*k,shape[1]//k*k+k)} - {0,own}
-        sizes = sorted([own, *(o for o in near if _takes(arch, o, made))])
-        raise ValueError(f"`{arch}` cannot be made for pictures of {shape[1]} pixels: of the sizes near, it takes {few(sizes, 5)}.") from e
+        size = shape[1]
+        near = {(size//k+i)*k for k in (16,32) for i in (0,1)} # the next multiples below and above
+        sizes = sorted([own, *(o for o in near-{0,own} if _takes(arch, o, made))])
+        what = f"`{arch}` cannot be made for pictures of {size} pixels"
+        raise ValueError(f"{what}: of the sizes near, it takes {few(sizes, 5)}.") from e
 
 # %% ../nbs/63_learner.ipynb #le-fixed
 def _fixed_size(arch):
@@ -100,14 +103,16 @@ def _each_args(archs, shape, args):
     "The same for several backbones"
     each = args if isinstance(args, (list,tuple)) else [args]*len(archs)
     res = [_input_args(a, shape, o) for a,o in zip(archs, each)]
-    return res if any(a!=(b or {}) for a,b in zip(res, each)) else args
+    changed = any(a!=(b or {}) for a,b in zip(res, each))
+    return res if changed else args
 
 def _check_channels(net, shape):
     "Refuse pictures of other channels than a backbone takes"
     for facts in _facts(net):
         n = facts['shape'][0]
-        if shape and shape[0]!=n:
-            raise ValueError(f"The pictures have {shape[0]} channels, but `{facts['name']}` takes {n}: pass `arch_args=dict(n_in={shape[0]})`.")
+        if not shape or shape[0]==n: continue
+        remedy = f"pass `arch_args=dict(n_in={shape[0]})`"
+        raise ValueError(f"The pictures have {shape[0]} channels, but `{facts['name']}` takes {n}: {remedy}.")
 
 # %% ../nbs/63_learner.ipynb #le-input22
 def _facts(net):
@@ -128,9 +133,9 @@ def _normalised(dls, net, pretrained):
     if not (pretrained and wanted and have) or _same_stats(have, wanted): return dls
     if getattr(dls, 'open_stats', False): return with_stats(dls, wanted)
     if not hasattr(dls, 'open_stats'):
-        name,mean,std = facts[0]['name'],have[0],wanted[0]
-        warn(f"`{name}` was pretrained on images of mean {wanted[0]} and deviation {wanted[1]}, and these have been normalised otherwise: "
-            f"pass `Normalize.from_stats(*norm_stats('{name}'))`, or build them by `fine_grained_dls`.")
+        name,(mean,std) = facts[0]['name'],wanted
+        what = f"`{name}` was pretrained on images of mean {mean} and deviation {std}, and these have been normalised otherwise"
+        warn(f"{what}: pass `Normalize.from_stats(*norm_stats('{name}'))`, or build them by `fine_grained_dls`.")
     return dls
 
 # %% ../nbs/63_learner.ipynb #le-shared
@@ -176,12 +181,16 @@ def branch_learner(
     kw = dict(split=split, freeze_bn=freeze_bn, pretrained=pretrained, weights=weights)
     learned = pretrained or weights is not None
     if is_listy(arch):
-        given = [k for k,v in dict(own_start=own_start, keep_head=keep_head, mid=mid).items() if v]
+        for_one = dict(own_start=own_start, keep_head=keep_head, mid=mid)
+        given = [k for k,v in for_one.items() if v]
         if given: raise ValueError(f"`{given[0]}` is for one network, but these are peers: leave it out.")
-        net = _peers(arch, n_branches, n_out, arch_args=_each_args(arch, shape, arch_args), **kw)
+        arch_args = _each_args(arch, shape, arch_args)
+        net = _peers(arch, n_branches, n_out, arch_args=arch_args, **kw)
         return _learner(dls, net, BranchLoss(), cbs, branch_splitter, freeze_bn, kwargs, learned)
-    kw |= dict(own_start=own_start, keep_head=keep_head, vocab=data_vocab(dls)) | _input_args(arch, shape, arch_args)
-    with _sizes_named(arch, shape, arch_args): net = (mid_net if mid else branch_net)(arch, n_out, n_branches, **kw)
+    kw |= dict(own_start=own_start, keep_head=keep_head, vocab=data_vocab(dls))
+    kw |= _input_args(arch, shape, arch_args)
+    build = mid_net if mid else branch_net
+    with _sizes_named(arch, shape, arch_args): net = build(arch, n_out, n_branches, **kw)
     _check_channels(net, shape)
     return _learner(dls, net, BranchLoss(), cbs, branch_splitter, freeze_bn, kwargs, learned)
 
@@ -244,10 +253,13 @@ def online_learner(
     if is_listy(arch):
         if own_start or gate or wd_gate is not None:
             raise ValueError("Peers have no gate and share no trunk: leave `own_start`, `gate` and `wd_gate` out.")
-        net = _peers(arch, n_branches or len(arch), n_out, arch_args=_each_args(arch, shape, arch_args), **kw)
+        arch_args = _each_args(arch, shape, arch_args)
+        net = _peers(arch, n_branches or len(arch), n_out, arch_args=arch_args, **kw)
         return _learner(dls, net, method, cbs, branch_splitter, freeze_bn, kwargs, learned)
-    kw |= dict(own_start=own_start, vocab=data_vocab(dls)) | _input_args(arch, shape, arch_args)
-    with _sizes_named(arch, shape, arch_args): net = gate_net(arch, n_out, n_branches or method.branches, gate or method.gates[0], **kw)
+    kw |= dict(own_start=own_start, vocab=data_vocab(dls))
+    kw |= _input_args(arch, shape, arch_args)
+    n_branches,gate = n_branches or method.branches,gate or method.gates[0]
+    with _sizes_named(arch, shape, arch_args): net = gate_net(arch, n_out, n_branches, gate, **kw)
     _check_channels(net, shape)
     if wd_gate is not None: splitter,kwargs['wd'] = gate_apart,_decays(net, kwargs.get('wd'), wd_gate)
     return _learner(dls, net, method, cbs, splitter, freeze_bn, kwargs, learned)
@@ -274,8 +286,9 @@ def css_learner(
     net = css_net(archs, _n_classes(dls), n_branches, split, transform, seed, freeze_bn, pretrained, weights, arch_args,
         own_start=own_start)
     given = any(cb is CSS or isinstance(cb, CSS) for cb in L(cbs)) # fastai takes classes of callbacks too
-    return _learner(dls, net, [] if given else CSS(), cbs, branch_splitter, freeze_bn, kwargs,
-        pretrained or weights is not None)
+    method = [] if given else CSS()
+    learned = pretrained or weights is not None
+    return _learner(dls, net, method, cbs, branch_splitter, freeze_bn, kwargs, learned)
 
 # %% ../nbs/63_learner.ipynb #le-ckpt
 class GradCheckpoint(Callback):

@@ -18,7 +18,8 @@ def _need(*names, who='ONNX files', install=None):
     "Modules of optional packages, or one sentence that says what to install"
     try: return [importlib.import_module(o) for o in names]
     except ImportError as e:
-        lack = f"`{e.name}` is not installed" if isinstance(e, ModuleNotFoundError) else f"a package cannot be loaded ({e})"
+        is_missing = isinstance(e, ModuleNotFoundError)
+        lack = f"`{e.name}` is not installed" if is_missing else f"a package cannot be loaded ({e})"
         what,install = ' and '.join(names),install or ' '.join(names)
         need = 'need' if who.endswith('s') else 'needs'
         raise ImportError(f"{who} {need} {what}, but {lack}: run `pip install {install}`.") from e
@@ -36,23 +37,29 @@ class OnnxNet(Deployed):
         if threads: opts.intra_op_num_threads = threads
         try: self.session = ort.InferenceSession(str(file), opts, providers=['CPUExecutionProvider'])
         except Exception as e: raise ValueError(f"`{file}` is not an ONNX file, or is damaged: write it with `export_onnx`.") from e
-        said = self.session.get_modelmeta().custom_metadata_map
-        said = said.get('cekd_fastai')
+        said = self.session.get_modelmeta().custom_metadata_map.get('cekd_fastai')
         if not said: raise ValueError(f"`{file}` does not say how it sees a picture: write it with `export_onnx`.")
         self.set_info(json.loads(said), file, 'cpu')
 
     def logits(self, x):
         "What the network says to a batch"
-        return torch.from_numpy(self.session.run(['logits'], dict(pixels=x.numpy()))[0])
+        z, = self.session.run(['logits'], dict(pixels=x.numpy()))
+        return torch.from_numpy(z)
 
 # %% ../nbs/78_onnx_file.ipynb #ox-write
+def _call(name, kw):
+    "A transform and its arguments, written as a call"
+    args = ', '.join(f'{k}={v!r}' for k,v in kw.items())
+    return f'{name}({args})'
+
 def _sentence(info):
     "How a picture becomes the input, in words"
-    steps = [f"{k}({', '.join(f'{a}={v!r}' for a,v in kw.items())})" for k,kw in info['steps']+info['batch_steps']]
+    steps = [_call(*o) for o in info['steps']+info['batch_steps']]
+    turned = 'turned upright, ' if info.get('upright', True) else ''
     h,w = info['size']
-    return (f"RGB, {'turned upright, ' if info.get('upright', True) else ''}then as fastai does in validation: {', '.join(steps)}; "
-        f"float32 (N, 3, {h}, {w}), (value/255-mean)/std with mean={info['mean']}, std={info['std']}. "
-        f"Output: logits, probabilities by {info['activation']}.")
+    pixels = f"float32 (N, 3, {h}, {w}), (value/255-mean)/std with mean={info['mean']}, std={info['std']}"
+    output = f"logits, probabilities by {info['activation']}"
+    return f"RGB, {turned}then as fastai does in validation: {', '.join(steps)}; {pixels}. Output: {output}."
 
 def _write_graph(d, file):
     "The network of `d` as a graph with metadata"
@@ -68,13 +75,19 @@ def _write_graph(d, file):
     onnx.helper.set_model_props(graph, said)
     onnx.save(graph, str(file))
 
+# %% ../nbs/78_onnx_file.ipynb #ox-same
+def _gap(d, x, want):
+    "The most by which the logits of `d` differ from those that we `want`, as a share of the largest of all"
+    apart = (d.logits(x)-want[:len(x)]).abs().max()
+    return apart/want.abs().max().clamp(min=1)
+
 def _same_answers(d, file, pictures):
     "Refuse a graph whose logits differ from those of `d`, for one picture or for several"
-    x = d.input.batch([d.input.item(o) for o in pictures])
+    x = d.input.batch_of(pictures)
     with torch.no_grad(): want = d.logits(x).cpu()
-    net = OnnxNet(file)
+    net,x = OnnxNet(file),x.cpu()
     for n in {1,len(x)}:
-        gap = (net.logits(x[:n].cpu())-want[:n]).abs().max()/want.abs().max().clamp(min=1)
+        gap = _gap(net, x[:n], want)
         if gap<2e-4: continue
         raise ValueError(f"In onnxruntime this network answers otherwise than in PyTorch, by {gap:.1g} of its largest logit.")
 
@@ -91,8 +104,9 @@ def _write_net(write, source, file, which, pictures):
         raise ValueError("`which` picks from a learner's network: write that part with `deploy(learn, file, which=...)`.")
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as tmp:
-        d = Deployed(deploy(learn, Path(tmp)/'net.pt', which) if learn else source)
-        pictures = pictures or (_probes(learn.dls, Path(tmp)) if learn else _drawn(Path(tmp)))
+        tmp = Path(tmp)
+        d = Deployed(deploy(learn, tmp/'net.pt', which) if learn else source)
+        if not pictures: pictures = _probes(learn.dls, tmp) if learn else _drawn(tmp)
         write_whole(file, partial(write, d=d, pictures=pictures))
     return file
 

@@ -44,11 +44,14 @@ def share_rows(
 ):
     "Give each process the predictions that the others have made in this epoch"
     seen = m['seen'].float()
-    probs,classes = m['probs']*seen[:,None],torch.where(m['seen'], m['classes'], -1)
+    probs = m['probs']*seen[:,None]
+    classes = torch.where(m['seen'], m['classes'], -1)
     torch.distributed.all_reduce(probs)
     torch.distributed.all_reduce(seen)
     torch.distributed.all_reduce(classes, torch.distributed.ReduceOp.MAX)
-    m['probs'] = torch.where(seen[:,None]>0, probs/seen[:,None].clamp(min=1), m['probs'])
+    n_seen = seen[:,None]
+    mean = probs/n_seen.clamp(min=1)
+    m['probs'] = torch.where(n_seen>0, mean, m['probs'])
     m['classes'] = torch.where(seen>0, classes, m['classes'])
 
 @patch

@@ -40,19 +40,23 @@ def _loader(files, picture_input, bs, num_workers):
 # %% ../nbs/81_predict.ipynb #pf-rows
 def _columns(d, top):
     "Names of the columns"
+    labels = ['labels'] if d.several else []
     ranks = [o for i in range(1, top+1) for o in (f'class_{i}',f'prob_{i}')]
-    return ['file','model',*(['labels'] if d.several else []),*ranks]
+    return ['file','model',*labels,*ranks]
 
 def _row(d, file, model, probs, top):
     "What the table says about one picture"
-    p,idx = probs.topk(top)
-    ranks = [o for v,i in zip(p.tolist(), idx.tolist()) for o in (d.vocab[i],f'{v:.6f}')]
-    return [str(file),model,*([';'.join(d.classes(probs))] if d.several else []),*ranks]
+    labels = [';'.join(d.classes(probs))] if d.several else []
+    p,idxs = probs.topk(top)
+    best = zip(idxs.tolist(), p.tolist())
+    ranks = [o for i,v in best for o in (d.vocab[i],f'{v:.6f}')]
+    return [str(file),model,*labels,*ranks]
 
 def _model_name(d, tta):
     "The file of a network, with a few digits of its hash"
     digits = hashlib.sha256(d.file.read_bytes()).hexdigest()[:8]
-    return f"{d.file.name} {digits}{' tta' if tta else ''}"
+    views = ' tta' if tta else ''
+    return f'{d.file.name} {digits}{views}'
 
 # %% ../nbs/81_predict.ipynb #pf-csv
 def _whole_lines(path):
@@ -65,7 +69,8 @@ def _read_rows(path, columns, model):
     "Rows that a table holds already, by file"
     if not path.exists() or not path.stat().st_size: return {}
     _whole_lines(path)
-    with open(path, newline='', encoding='utf-8') as f: head,*rows = list(csv_format.reader(f)) or [columns]
+    with open(path, newline='', encoding='utf-8') as f: lines = list(csv_format.reader(f))
+    head,*rows = lines or [columns]
     remedy = 'pass another name, or delete it'
     if head!=columns: raise ValueError(f"`{path}` has the columns {', '.join(head)}, but these would be {', '.join(columns)}: {remedy}.")
     other = first(o for o in rows if o[1]!=model)
@@ -75,21 +80,25 @@ def _read_rows(path, columns, model):
 # %% ../nbs/81_predict.ipynb #pf-csv-write
 def _write_rows(path, rows, columns=None):
     "Append rows to a table, or write it anew if there are `columns`"
-    with open(path, 'w' if columns else 'a', newline='', encoding='utf-8') as f:
-        csv_format.writer(f).writerows([columns,*rows] if columns else rows)
+    if columns: mode,rows = 'w',[columns,*rows]
+    else: mode = 'a'
+    with open(path, mode, newline='', encoding='utf-8') as f: csv_format.writer(f).writerows(rows)
 
 def _in_order(path, files, columns, model):
     "Put a table into the order of the files; rows of others stay at its end"
     rows = _read_rows(path, columns, model)
     names = [str(o) for o in files]
-    order = [*[o for o in names if o in rows],*(rows.keys()-set(names))]
+    known = [o for o in names if o in rows]
+    others = rows.keys()-set(names)
+    order = [*known,*others]
     if order!=list(rows): write_whole(path, partial(_write_rows, rows=[rows[o] for o in order], columns=columns))
 
 # %% ../nbs/81_predict.ipynb #pf-folder
 def _files(source):
     "Pictures of a folder in the order of their names, or those of a list"
-    if isinstance(source, (str,Path)) and Path(source).is_dir(): files = FolderTree(source).images()
-    else: files = [Path(o) for o in ([source] if isinstance(source, (str,Path)) else source)]
+    is_path = isinstance(source, (str,Path))
+    if is_path and Path(source).is_dir(): files = FolderTree(source).images()
+    else: files = [Path(o) for o in ([source] if is_path else source)]
     if not files: raise ValueError(f"There are no pictures in `{source}`.")
     return list(dict.fromkeys(files))
 
@@ -107,8 +116,9 @@ def _answer(d, todo, row, save, bs, num_workers, tta):
         good = [(f,x) for f,x in pairs if not isinstance(x, str)]
         broken |= {str(f):x for f,x in pairs if isinstance(x, str)}
         if not good: continue
-        probs = d.probs(d.input.batch([x for _,x in good]), tta)
-        new = {str(f):row(f, p) for (f,_),p in zip(good, probs)}
+        files,items = zip(*good)
+        probs = d.probs(d.input.batch(items), tta)
+        new = {str(f):row(f, p) for f,p in zip(files, probs)}
         save(new.values())
         rows |= new
     return rows,broken
@@ -126,7 +136,8 @@ def predict_folder(self:Deployed,
     "What the network says to every picture of a folder"
     check_count(top=top, bs=bs)
     top = min(top, len(self.vocab))
-    files,columns,model = _files(source),_columns(self, top),_model_name(self, tta)
+    files = _files(source)
+    columns,model = _columns(self, top),_model_name(self, tta)
     path = None if csv is None else Path(csv)
     done = _read_rows(path, columns, model) if path else {}
     if path and not done:
@@ -134,11 +145,13 @@ def predict_folder(self:Deployed,
         _write_rows(path, [], columns)
     save = partial(_write_rows, path) if path else noop
     todo = [o for o in files if str(o) not in done]
-    rows,broken = _answer(self, todo, lambda f,p: _row(self, f, model, p, top), save, bs, num_workers, tta)
+    def row(file, probs): return _row(self, file, model, probs, top)
+    rows,broken = _answer(self, todo, row, save, bs, num_workers, tta)
     if path: _in_order(path, files, columns, model)
     if broken: warnings.warn(f"{len(broken):,} of {len(files):,} files cannot be read and have no row: {few(broken.values(), 5)}")
     rows = done | rows
-    res = _table(columns, [rows[str(o)] for o in files if str(o) in rows])
+    found = [rows[str(o)] for o in files if str(o) in rows]
+    res = _table(columns, found)
     res.attrs['broken'] = broken
     return res
 
@@ -150,7 +163,8 @@ def open_net(
     "A network from its file, in PyTorch or in onnxruntime"
     kind = Path(file).suffix.lower()
     if kind=='.onnx': return OnnxNet(file)
-    return (ProgramNet if kind=='.pt2' else Deployed)(file, device)
+    if kind=='.pt2': return ProgramNet(file, device)
+    return Deployed(file, device)
 
 @delegates(Deployed.predict_folder)
 def predict_folder(
@@ -166,7 +180,8 @@ def predict_folder(
 def _one_folder(source):
     "The folder among the arguments if it is the only one, else all files"
     if len(source)==1: return source[0]
-    return [f for o in source for f in (FolderTree(o).images() if Path(o).is_dir() else [o])]
+    def files_of(o): return FolderTree(o).images() if Path(o).is_dir() else [o]
+    return [f for o in source for f in files_of(o)]
 
 @call_parse
 def cekd_predict(
@@ -189,7 +204,8 @@ def cekd_predict(
         options = as_options(one_sentence(e), ('csv','top','tta','device'), bs='batch', num_workers='workers')
         sys.exit(f'cekd-predict: {options}')
     except KeyboardInterrupt:
-        print(f"\ncekd-predict: interrupted{f'; {csv} goes on when you start again' if csv else ''}.", file=sys.stderr)
+        goes_on = f'; {csv} goes on when you start again' if csv else ''
+        print(f'\ncekd-predict: interrupted{goes_on}.', file=sys.stderr)
         sys.exit(130)
     for o in df.attrs['broken'].values(): print(f'cekd-predict: skipped {o}', file=sys.stderr)
     if csv: print(f'{len(df):,} pictures in {csv}')

@@ -12,7 +12,7 @@ import json,warnings
 from fastai.vision.all import *
 from .core import eval_mode
 from .deploy import Deployed
-from .onnx_file import _sentence,_write_net
+from .onnx_file import _gap,_sentence,_write_net
 
 # %% ../nbs/80_program.ipynb #pr-read
 class ProgramNet(Deployed):
@@ -36,18 +36,21 @@ class ProgramNet(Deployed):
 # %% ../nbs/80_program.ipynb #pr-write
 def _write_program(tmp, d, pictures):
     "Write the operations of the network of `d`, and compare them"
-    x = d.input.batch([d.input.item(o) for o in pictures]).contiguous()
-    x = x if len(x)>1 else torch.cat([x,x])
+    x = d.input.batch_of(pictures).contiguous()
+    if len(x)==1: x = torch.cat([x,x])
     shapes = ({0: torch.export.Dim('batch', min=1, max=65_536)},)
     with warnings.catch_warnings(), eval_mode(d.net), torch.no_grad():
         warnings.simplefilter('ignore')
         program = torch.export.export(d.net, (x,), dynamic_shapes=shapes)
         info = {k:v for k,v in d.info.items() if k!='examples'}
-        torch.export.save(program, str(tmp), extra_files=dict(cekd_fastai=json.dumps(info), input=_sentence(info)))
+        said = dict(cekd_fastai=json.dumps(info), input=_sentence(info))
+        torch.export.save(program, str(tmp), extra_files=said)
         want = d.net(x)
     new = ProgramNet(tmp, d.device)
-    with torch.no_grad(): gaps = [(new.logits(x[:n])-want[:n]).abs().max()/want.abs().max().clamp(min=1) for n in (1,len(x))]
-    if max(gaps)>2e-4: raise ValueError(f"The program of this network answers otherwise than the network, by {max(gaps):.1g} of its largest logit.")
+    with torch.no_grad(): gap = max(_gap(new, x[:n], want) for n in (1,len(x)))
+    if gap>2e-4:
+        how_far = f'by {gap:.1g} of its largest logit'
+        raise ValueError(f"The program of this network answers otherwise than the network, {how_far}.")
 
 def export_program(
     source,        # A trained learner, or a file of `deploy`

@@ -11,26 +11,30 @@ __all__ = ['quantize_onnx']
 import time,warnings
 from fastai.vision.all import *
 from .core import check_count,write_whole
-from .deploy import _pictures,_source
+from .deploy import _pictures,_source_at,_spread
 from .onnx_file import OnnxNet,_need
 
 # %% ../nbs/79_quantize.ipynb #qz-reader
 class _Reader:
     "The batches that onnxruntime calibrates with, one picture each"
-    def __init__(self, d, pictures): self.it = (dict(pixels=d.input.batch([d.input.item(o)]).numpy()) for o in pictures)
-    def get_next(self): return next(self.it, None)
+    def __init__(self, d, pictures):
+        batches = (d.input.batch_of([o]) for o in pictures)
+        self.inputs = (dict(pixels=x.numpy()) for x in batches)
+    def get_next(self): return next(self.inputs, None)
 
 def _write_int8(tmp, d, pictures, per_channel):
     "Write the graph of `d` in eight bits, with the same metadata"
     onnx,qt = _need('onnx', 'onnxruntime.quantization', install='onnx onnxruntime')
+    int8 = qt.QuantType.QInt8
+    how = dict(quant_format=qt.QuantFormat.QDQ, activation_type=int8, weight_type=int8, per_channel=per_channel)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter('ignore')
         ready = Path(folder)/'ready.onnx'
         qt.shape_inference.quant_pre_process(d.file, ready, skip_symbolic_shape=True)
-        with _quiet(): qt.quantize_static(ready, tmp, _Reader(d, pictures), quant_format=qt.QuantFormat.QDQ, per_channel=per_channel,
-            activation_type=qt.QuantType.QInt8, weight_type=qt.QuantType.QInt8)
+        with _quiet(): qt.quantize_static(ready, tmp, _Reader(d, pictures), **how)
     graph,old = onnx.load(str(tmp)),onnx.load(str(d.file))
-    onnx.helper.set_model_props(graph, {o.key:o.value for o in old.metadata_props})
+    said = {o.key:o.value for o in old.metadata_props}
+    onnx.helper.set_model_props(graph, said)
     onnx.save(graph, str(tmp))
 
 @contextmanager
@@ -50,24 +54,36 @@ def _seconds(nets, x, rounds=7):
         for net,t in zip(nets, took):
             start = time.perf_counter()
             net.logits(x[:1])
-            t.append(time.perf_counter()-start)
+            spent = time.perf_counter()-start
+            t.append(spent)
     return [np.median(o[1:]) for o in took] # the first one warms up
+
+# %% ../nbs/79_quantize.ipynb #qz-table
+def _top_class(d, x):
+    "The most probable class of each picture in `x`"
+    logits = [d.logits(o) for o in x.split(32)]
+    return torch.cat(logits).argmax(1)
+
+def _share_equal(a, b): return (a==b).float().mean().item()
 
 def _compared(old, new, pictures, y):
     "A row for each of two files"
-    x = old.input.batch([old.input.item(o) for o in pictures])
-    z = [torch.cat([d.logits(o) for o in x.split(32)]) for d in (old,new)]
-    best,secs = [o.argmax(1) for o in z],_seconds((old,new), x)
-    rows = [dict(MB=d.file.stat().st_size/1e6, **({} if y is None else dict(accuracy=(b==y).float().mean().item())),
-        same_class=(b==best[0]).float().mean().item(), ms=1e3*s, speed=secs[0]/s) for d,b,s in zip((old,new), best, secs)]
-    return pd.DataFrame(rows, index=['float','int8'])
+    nets,x = (old,new),old.input.batch_of(pictures)
+    top,secs = [_top_class(d, x) for d in nets],_seconds(nets, x)
+    df = pd.DataFrame(dict(MB=[d.file.stat().st_size/1e6 for d in nets]), index=['float','int8'])
+    if y is not None: df['accuracy'] = [_share_equal(o, y) for o in top]
+    df['same_class'] = [_share_equal(o, top[0]) for o in top]
+    df['ms'] = [1e3*s for s in secs]
+    df['speed'] = [secs[0]/s for s in secs]
+    return df
 
 # %% ../nbs/79_quantize.ipynb #qz-fn
 def _items(dl, n):
     "At most `n` pictures of a loader, evenly spaced, and their classes"
     tl,ys = dl.dataset.tls[:2]
-    idx = np.linspace(0, len(tl)-1, min(n, len(tl))).astype(int).tolist()
-    return [_source(tl, getattr(tl.items, 'iloc', tl.items)[i]) for i in idx],tensor([int(ys[i]) for i in idx])
+    idxs = _spread(len(tl), n)
+    y = tensor([int(ys[i]) for i in idxs])
+    return [_source_at(tl, i) for i in idxs],y
 
 def quantize_onnx(
     file,          # Written by `export_onnx`
@@ -85,7 +101,9 @@ def quantize_onnx(
         _pictures(pictures) # refuses loaders of another kind
         if old.several: raise ValueError(f"`{file}` gives several classes a picture: pass a list of pictures instead of loaders.")
         (fit,_),(shown,y) = _items(pictures.train, n),_items(pictures.valid, n_valid)
-    else: fit,shown,y = list(pictures)[:n],list(pictures)[:n_valid],None
+    else:
+        pictures = list(pictures)
+        fit,shown,y = pictures[:n],pictures[:n_valid],None
     if not fit: raise ValueError('`quantize_onnx` needs a few pictures to calibrate with.')
     write_whole(dest, partial(_write_int8, d=old, pictures=fit, per_channel=per_channel))
     table = _compared(old, OnnxNet(dest), shown, y)

@@ -80,7 +80,8 @@ def safety_cbs(
     out:Path,  # The folder for results
 )->list:
     "Checkpoints and the guard of a run"
-    told = {k:v if isinstance(v, (int,float,str,type(None))) else str(v) for k,v in args.items() if k not in _FREE}
+    def plain(v): return v if isinstance(v, (int,float,str,type(None))) else str(v)
+    told = {k:plain(v) for k,v in args.items() if k not in _FREE}
     return [Guard(folder=out/'not_finite'), Checkpoint(out/'checkpoints', args=told)]
 
 def check_unfinished(

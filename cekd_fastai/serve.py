@@ -27,7 +27,8 @@ def _opened(data, max_pixels):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # Pillow warns of sizes that are looked at right here
-            im = Image.open(io.BytesIO(data), formats=[o for o in _FORMATS if o in Image.OPEN]) # HEIF comes with pillow-heif
+            formats = [o for o in _FORMATS if o in Image.OPEN] # HEIF comes with pillow-heif
+            im = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as e: raise ValueError(f'The picture has more than {max_pixels:,} pixels.') from e
     except Exception as e: raise ValueError('This is not a picture, or it is broken.') from e
     w,h = im.size
@@ -39,7 +40,7 @@ def _pixels(d, data, limits):
     if len(data)>limits.max_mb*1e6: raise ValueError(f'The file has {len(data)/1e6:.1f} MB; at most {limits.max_mb:g} are read.')
     im = _opened(data, limits.max_pixels)
     if im.format in ('JPEG','MPO') and d.input.draft: im.draft(None, (d.input.draft,)*2)
-    try: return d.input.batch([d.input.item(im)])
+    try: return d.input.batch_of([im])
     except Exception as e: raise ValueError('The picture is broken: it cannot be decoded.') from e
 
 # %% ../nbs/83_serve.ipynb #sv-answer
@@ -63,7 +64,9 @@ def _reasons(d, x, best, looks, similar):
     "What the network sees, where it looks and what is similar, as data URLs"
     res = dict(seen=_url(_jpeg(_seen(d, x))))
     if looks: res['looks'] = _url(_jpeg(_where(d, x, best)))
-    if similar: res['similar'] = [dict(name=o, similarity=round(s, 4), picture=_url(jpg)) for o,s,jpg in _similar(d, x, 4)]
+    if not similar: return res
+    near = _similar(d, x, 4)
+    res['similar'] = [dict(name=o, similarity=round(s, 4), picture=_url(jpg)) for o,s,jpg in near]
     return res
 
 def _answer(d, name, data, top, limits, explain):
@@ -71,10 +74,13 @@ def _answer(d, name, data, top, limits, explain):
     try: x = _pixels(d, data, limits)
     except ValueError as e: return dict(name=name, error=str(e))
     probs = d.probs(x)[0]
-    p,idx = probs.topk(min(top, len(probs)))
-    res = dict(name=name, classes=[dict(name=d.vocab[i], prob=round(v, 6)) for v,i in zip(p.tolist(), idx.tolist())])
+    p,idxs = probs.topk(min(top, len(probs)))
+    best = zip(idxs.tolist(), p.tolist())
+    classes = [dict(name=d.vocab[i], prob=round(v, 6)) for i,v in best]
+    res = dict(name=name, classes=classes)
     if d.several: res['labels'] = d.classes(probs)
-    return res | (_reasons(d, x, int(idx[0]), *explain) if explain else {})
+    if explain: res |= _reasons(d, x, int(idxs[0]), *explain)
+    return res
 
 # %% ../nbs/83_serve.ipynb #sv-body
 class _TooLarge(Exception): pass
@@ -113,7 +119,8 @@ def _top(form, top, n):
     "How many classes a form asks for"
     said = form.get('top', '')
     if not said: return min(top, n)
-    if not str(said).isdecimal() or not 1<=int(said)<=n: raise ValueError(f'`top` is {str(said)[:20]!r}: send a whole number from 1 to {n}.')
+    is_count = str(said).isdecimal() and 1<=int(said)<=n
+    if not is_count: raise ValueError(f'`top` is {str(said)[:20]!r}: send a whole number from 1 to {n}.')
     return int(said)
 
 # %% ../nbs/83_serve.ipynb #sv-app
@@ -129,8 +136,8 @@ class _App:
 
     def about(self):
         "What the network knows and what the server takes"
-        return dict(model=self.d.file.name, classes=self.d.vocab, top=self.top, looks=self.looks, similar=self.similar,
-            notes=self.notes, **vars(self.limits))
+        abilities = dict(looks=self.looks, similar=self.similar, notes=self.notes)
+        return dict(model=self.d.file.name, classes=self.d.vocab, top=self.top, **abilities, **vars(self.limits))
 
     def answers(self, files, top, explain):
         "What the network says to each file"

@@ -24,14 +24,15 @@ def _accuracy(right):
     a = right.float().mean().item()
     return a,math.sqrt(a*(1-a)/len(right))
 
+def _share(k, n): return f'{k/n:.2f}' if n else '–'
+
 def _class_table(pred, y, vocab):
     "For each class its validation pictures, the share of them that is found, and the share of answers that is right"
     rows = []
     for i,name in enumerate(vocab):
         of,said = y==i,pred==i
-        both = (of&said).sum().item()
-        share = lambda n: f'{both/n:.2f}' if n else '–'
-        rows.append((name, of.sum().item(), share(of.sum().item()), share(said.sum().item())))
+        n,n_said,n_both = (o.sum().item() for o in (of,said,of&said))
+        rows.append((name, n, _share(n_both, n), _share(n_both, n_said)))
     return pd.DataFrame(rows, columns=['class','pictures','found','right'])
 
 # %% ../nbs/84_share.ipynb #hu-words
@@ -53,10 +54,13 @@ def _recipe_rows(learn):
     recipe = dict(unwrap_model(learn.model).recipe or {})
     always = {'TrainEvalCallback','Recorder','CastToTensor','ProgressCallback','BranchLoss','Components','ChannelsLast'}
     cbs = [type(o).__name__ for o in learn.cbs if type(o).__name__ not in always]
-    rows = dict(network=recipe.pop('build', ''), **{k:v for k,v in recipe.items() if v not in (None,False,{},[],())})
-    rows |= {'loss':_function(learn.loss_func), 'optimiser':_function(learn.opt_func),
-        'callbacks':', '.join(cbs) or 'none', 'epochs of the last fit':len(getattr(learn.recorder, 'values', []))}
-    rows |= {o:importlib.metadata.version(o) for o in ('torch','fastai','timm')} | dict(cekd_fastai=__version__)
+    rows = dict(network=recipe.pop('build', ''))
+    rows |= {k:v for k,v in recipe.items() if v not in (None,False,{},[],())}
+    rows |= dict(loss=_function(learn.loss_func), optimiser=_function(learn.opt_func))
+    rows['callbacks'] = ', '.join(cbs) or 'none'
+    rows['epochs of the last fit'] = len(getattr(learn.recorder, 'values', []))
+    rows |= {o:importlib.metadata.version(o) for o in ('torch','fastai','timm')}
+    rows['cekd_fastai'] = __version__
     return pd.DataFrame(list(rows.items()), columns=['',' '])
 
 # %% ../nbs/84_share.ipynb #hu-text
@@ -68,6 +72,8 @@ net.predict('photo.jpg')
 
 The file runs no code when it is opened. `cekd-predict model.pt photos --csv out.csv` answers for a folder, and `cekd-serve model.pt` shows a page."""
 
+_EACH = 'Found: the share of its pictures that got its name. Right: the share of pictures with its name that are of it.'
+
 _CHOSEN = 'If choices were made on the validation pictures, such as the number of epochs, the accuracy on new ones is a little lower.'
 
 def _card(learn, title, repo, about, license, k):
@@ -78,22 +84,25 @@ def _card(learn, title, repo, about, license, k):
     pred = z.argmax(1)
     a,se = _accuracy(pred==y)
     pairs = confused_pairs(z, y, vocab, k)[['a','b','errors','images']]
-    result = hub.EvalResult(task_type='image-classification', dataset_type='own', dataset_name='validation pictures', metric_type='accuracy', metric_value=round(a, 4))
-    head = hub.ModelCardData(license=license, library_name='cekd_fastai', pipeline_tag='image-classification', tags=['fastai','fine-grained'],
-        model_name=title, eval_results=[result])
-    parts = [f'# {title}', about, f'**Accuracy {a:.1%} ± {se:.1%}** (standard error) on {len(y):,} validation pictures of {len(vocab):,} classes.',
-        '## How to use it', _LOAD.format(repo=repo),
-        '## Data', f'{len(dls.train_ds):,} training and {len(y):,} validation pictures of {len(vocab):,} classes. '+_CHOSEN,
-        '## How it was made', _md_table(_recipe_rows(learn)),
-        '## Each class', 'Found: the share of its pictures that got its name. Right: the share of pictures with its name that are of it.',
-        _md_table(_class_table(pred, y, vocab)),
-        '## Confused pairs', _md_table(pairs) if len(pairs) else 'No validation picture got a wrong name.']
+    task = 'image-classification'
+    result = hub.EvalResult(task_type=task, dataset_type='own', dataset_name='validation pictures',
+        metric_type='accuracy', metric_value=round(a, 4))
+    head = hub.ModelCardData(license=license, library_name='cekd_fastai', pipeline_tag=task,
+        tags=['fastai','fine-grained'], model_name=title, eval_results=[result])
+    judged = f'{len(y):,} validation pictures of {len(vocab):,} classes'
+    accuracy = f'**Accuracy {a:.1%} ± {se:.1%}** (standard error) on {judged}.'
+    data = f'{len(dls.train_ds):,} training and {judged}. {_CHOSEN}'
+    confused = _md_table(pairs) if len(pairs) else 'No validation picture got a wrong name.'
+    parts = [f'# {title}', about, accuracy, '## How to use it', _LOAD.format(repo=repo)]
+    parts += ['## Data', data, '## How it was made', _md_table(_recipe_rows(learn))]
+    parts += ['## Each class', _EACH, _md_table(_class_table(pred, y, vocab)), '## Confused pairs', confused]
     return f'---\n{head.to_yaml()}\n---\n\n'+'\n\n'.join(o for o in parts if o)+'\n'
 
 # %% ../nbs/84_share.ipynb #hu-net
 def _knock(url, res):
     "Put into `res` why `url` does not answer, or nothing"
-    try: urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=_SECONDS).close()
+    head = urllib.request.Request(url, method='HEAD')
+    try: urllib.request.urlopen(head, timeout=_SECONDS).close()
     except urllib.error.HTTPError: pass # it answers
     except Exception as e: res.append(str(getattr(e, 'reason', e)) or type(e).__name__)
 
@@ -145,10 +154,12 @@ def to_hub(
     check_count(k=k)
     if repo is None and folder is None: raise ValueError("`to_hub` needs `repo`, e.g. 'user/birds', or `folder` to write to.")
     if _activation(learn)!='softmax': raise ValueError("`to_hub` writes cards for one class a picture: write this network with `deploy`.")
-    title = title or (repo or Path(folder).resolve().name).split('/')[-1]
+    name = repo or Path(folder).resolve().name
+    title = title or name.split('/')[-1]
     with tempfile.TemporaryDirectory() as tmp:
         dest = Path(folder or tmp)
-        _write_folder(learn, dest, which, _card(learn, title, repo or dest.name, about, license, k))
+        card = _card(learn, title, repo or dest.name, about, license, k)
+        _write_folder(learn, dest, which, card)
         if repo is None: return dest
         with _hub(endpoint, 'write a folder with `to_hub(learn, folder=...)` and upload that later') as hub:
             api = hub.HfApi(endpoint=endpoint)

@@ -29,7 +29,8 @@ def before_fit(self:GradientAccumulation):
 def before_step(self:GradientAccumulation):
     "Skip the step if the window holds too few images yet"
     self.learn.loss_grad *= self.n_acc/find_bs(self.learn.yb) # shows the right loss, as in fastai
-    self.count,self.batches = self.count+_n_images(self.learn),self.batches+1
+    self.count += _n_images(self.learn)
+    self.batches += 1
     if self.count<self.n_acc: raise CancelBatchException
     self.count = self.batches = 0
 
@@ -61,7 +62,8 @@ def step_share(
     "The place of this batch in its optimiser step"
     acc = accumulation(learn)
     if acc is None: return StepShare(getattr(learn.dl, 'rank_weight', lambda i: 1.)(learn.iter))
-    return StepShare(find_bs(learn.yb)/acc.n_acc, acc.batches==0, acc.count+_n_images(learn)>=acc.n_acc)
+    is_last = acc.count+_n_images(learn)>=acc.n_acc
+    return StepShare(find_bs(learn.yb)/acc.n_acc, acc.batches==0, is_last)
 
 def forget_window(
     learn:Learner, # In a training step

@@ -20,8 +20,8 @@ def _fetch():
     "Draw the default set in fastai's data folder, or find it there"
     return make_birds(fastai_path('data')/'synthetic_birds')
 
-BENCHMARKS['synthetic'] = Benchmark('synthetic', 'Birds drawn by make_birds', 20, 800, 400, _fetch, read_cub, 0, '',
-    'cekd_fastai.drawing', 'as this library', '')
+BENCHMARKS['synthetic'] = Benchmark('synthetic', 'Birds drawn by make_birds', 20, 800, 400, fetch=_fetch,
+    reader=read_cub, gb=0, papers='', source='cekd_fastai.drawing', licence='as this library', paper='')
 
 # %% ../nbs/23_synthetic.ipynb #readers
 def diagnostic_parts(
@@ -30,7 +30,8 @@ def diagnostic_parts(
     "The parts on which each pair of classes looks different, keyed by the classes' names as in classes.txt"
     df = _read(path, 'parts/diagnostic_parts.csv', sep=',')
     res = {(a, b): tuple(p.split()) for a,b,p in df.itertuples(index=False)}
-    return res | {(b, a): p for (a, b),p in res.items()}
+    swapped = {(b, a): p for (a, b),p in res.items()}
+    return res|swapped
 
 def bird_parts(
     path # Folder written by `make_birds`

@@ -12,7 +12,7 @@ import sys
 from fastai.vision.all import *
 from safetensors.torch import load_file
 from .core import few
-from .files import not_finite,read_torch
+from .files import _first_line,_is_state_dict,not_finite,read_torch
 
 # %% ../nbs/34_weights.ipynb #read-code
 def _load_file(file):
@@ -20,7 +20,7 @@ def _load_file(file):
     if not file.is_file(): raise FileNotFoundError(f"There is no weights file `{file}`.")
     try: return load_file(file) if file.suffix=='.safetensors' else read_torch(file)
     except Exception as e:
-        raise ValueError(f"`{file}` is not a checkpoint that can be loaded safely ({str(e).splitlines()[0]}): "
+        raise ValueError(f"`{file}` is not a checkpoint that can be loaded safely ({_first_line(e)}): "
             "save a state dict with `torch.save(model.state_dict(), file)`.") from e
 
 _AVERAGES = ('state_dict_ema','model_ema','ema_state_dict','ema')
@@ -29,7 +29,7 @@ _NESTS = (*_AVERAGES,'state_dict','model_state_dict','model','net')
 def _tensors_in(o, depth=3):
     "The first dict of names and tensors in nested dicts, an average before the weights; None if there is none"
     if not isinstance(o, dict) or not o: return None
-    if all(isinstance(k, str) and isinstance(v, Tensor) for k,v in o.items()): return o
+    if _is_state_dict(o): return o
     inner = [o[k] for k in _NESTS if k in o]
     found = (_tensors_in(v, depth-1) for v in inner) if depth else ()
     return first(v for v in found if v is not None)
@@ -56,18 +56,28 @@ class Saved:
         return {'trunk','heads'}<=parts
 
 # %% ../nbs/34_weights.ipynb #name-code
-def _fit(sd, own): return sum(k in own and own[k].shape==v.shape for k,v in sd.items())
+def _fits(k, v, own): return k in own and own[k].shape==v.shape
+
+def _n_fit(sd, own): return sum(_fits(k, v, own) for k,v in sd.items())
+
+# %% ../nbs/34_weights.ipynb #unwrap
+def _below(sd, prefix):
+    "The part of `sd` whose names begin with `prefix`, which is taken off"
+    return {k.removeprefix(prefix):v for k,v in sd.items() if k.startswith(prefix)}
 
 def _unwrapped(sd, own):
     "`sd` without the prefix of names under which most tensors fit"
     sd = {k.removeprefix('module.'):v for k,v in sd.items()}
-    prefixes = dict.fromkeys('.'.join(k.split('.')[:i])+'.' for k in sd for i in (1,2))
-    found = [sd] + [{k[len(p):]:v for k,v in sd.items() if k.startswith(p)} for p in prefixes]
-    return max(found, key=lambda o: _fit(o, own))
+    paths = [k.split('.') for k in sd]
+    prefixes = dict.fromkeys('.'.join(o[:i])+'.' for o in paths for i in (1,2))
+    found = [sd] + [_below(sd, o) for o in prefixes]
+    return max(found, key=lambda o: _n_fit(o, own))
 
+# %% ../nbs/34_weights.ipynb #translate
 def _translated(sd, model):
     "`sd` as timm translates it for the family of `model`"
-    f = getattr(sys.modules.get(type(model).__module__), 'checkpoint_filter_fn', None)
+    module = sys.modules.get(type(model).__module__)
+    f = getattr(module, 'checkpoint_filter_fn', None)
     if f is None: return sd
     try: return f(dict(sd), model)
     except Exception: return sd # not of this family
@@ -77,11 +87,12 @@ def _is_counter(k): return k.endswith('num_batches_tracked')
 
 def _by_position(sd, own, last):
     "`sd` with the names of `own`, if the shapes agree in their order up to the tensors `last`; None otherwise"
+    shapes = [v.shape for v in sd.values()]
     for names in ([*own], [k for k in own if not _is_counter(k)]):
         body = [k for k in names if k not in last]
         tail = names[len(body):] # the classifier, if it comes last
-        shapes = [v.shape for v in sd.values()]
-        if shapes[:len(body)]!=[own[k].shape for k in body] or not set(tail)<=set(last): continue
+        body_fits = shapes[:len(body)]==[own[k].shape for k in body]
+        if not body_fits or not set(tail)<=set(last): continue
         if len(sd) in (len(body),len(names)): return dict(zip(names, sd.values()))
 
 # %% ../nbs/34_weights.ipynb #fill-code
@@ -90,7 +101,8 @@ def classifier_names(
 )->list:           # Names of layers
     "The layers that classify: those that the head names, or its last linear or convolutional layer"
     if hasattr(head, 'classifiers'): return head.classifiers
-    return [k for k,m in head.named_modules() if isinstance(m, (nn.Linear,nn.Conv2d))][-1:]
+    layers = [k for k,m in head.named_modules() if isinstance(m, (nn.Linear,nn.Conv2d))]
+    return layers[-1:]
 
 def _without_parts(sd, known, parts):
     "`sd` without tensors of the optional `parts` that are not `known`"
@@ -101,18 +113,20 @@ def _named(sd, model, own, last):
     "`sd` by the names of `model`"
     sd = _unwrapped(sd, own)
     needed = [k for k in own if k not in last and not _is_counter(k)]
-    def complete(o): return all(k in o and o[k].shape==own[k].shape for k in needed)
-    if complete(sd): return sd
+    def is_complete(o): return all(_fits(k, own[k], o) for k in needed)
+    if is_complete(sd): return sd
     other = _translated(sd, model)
-    if complete(other): return other
-    if not _fit(sd, own): return _by_position(sd, own, last) or sd
-    return max(sd, other, key=lambda o: _fit(o, own))
+    if is_complete(other): return other
+    if not _n_fit(sd, own): return _by_position(sd, own, last) or sd
+    return max(sd, other, key=lambda o: _n_fit(o, own))
 
 # %% ../nbs/34_weights.ipynb #fill-load
 def _refuse(file, model, wrong, n):
     "The error for a file of another network"
     what = f"{len(wrong)} of {n} tensors are missing, unknown or of another shape, the first is `{wrong[0]}`"
     raise ValueError(f"`{file}` does not fit `{type(model).__name__}`: {what}. Check the architecture that it was saved from.")
+
+def _layer_of(k): return k.rpartition('.')[0]
 
 def load_weights(
     model:nn.Module, # The network to fill
@@ -122,22 +136,20 @@ def load_weights(
     "Load a local checkpoint by name, or by position where names differ and all shapes agree"
     saved = file if isinstance(file, Saved) else Saved(file)
     own = model.state_dict()
-    last = tuple(f'{k}.' for k in classifier_names(model))
-    last = [k for k in own if k.startswith(last)] if last else []
+    prefixes = tuple(f'{k}.' for k in classifier_names(model))
+    last = [k for k in own if k.startswith(prefixes)]
     sd = _named(saved.tensors, model, own, last)
     sd = _without_parts(sd, own, getattr(model, 'optional_parts', ()))
-    if but_classifier: sd = {k:v for k,v in sd.items() if k in own and own[k].shape==v.shape or not _of(k, last)}
+    if but_classifier:
+        layers = {_layer_of(k) for k in last}
+        sd = {k:v for k,v in sd.items() if _fits(k, v, own) or _layer_of(k) not in layers}
     kept = {k:v for k,v in own.items() if _is_counter(k) or but_classifier and k in last}
     sd = kept|sd
-    wrong = [k for k,v in own.items() if k not in sd or sd[k].shape!=v.shape]
+    wrong = [k for k,v in own.items() if not _fits(k, v, sd)]
     wrong += [k for k in sd if k not in own]
     if wrong: _refuse(saved.file, model, wrong, len(own))
     model.load_state_dict(sd)
     return model
-
-def _of(k, names):
-    "Is `k` a tensor of the modules that hold `names`?"
-    return k.rpartition('.')[0] in {o.rpartition('.')[0] for o in names}
 
 # %% ../nbs/34_weights.ipynb #br-rows
 def _sources(k, n):
@@ -150,18 +162,20 @@ def _sources(k, n):
     return res+[f'trunk.{rest}'] if part=='branches' else res
 
 def _by_class(new, old, vocab, known):
-    "The tensor `new` of a classifier with the rows of `old` for common classes; None if these are unknown"
-    if not (vocab and known) or (len(new),len(old))!=(len(vocab),len(known)) or new.shape[1:]!=old.shape[1:]: return None
+    "The tensor `new` of a classifier with the rows of `old` for common classes; None if the sizes are of other classes"
+    one_row_each = (len(new),len(old))==(len(vocab),len(known))
+    if not one_row_each or new.shape[1:]!=old.shape[1:]: return None
     row = {o:i for i,o in enumerate(known)}
-    common = [(i,row[o]) for i,o in enumerate(vocab) if o in row]
     res = new.clone()
-    for i,j in common: res[i] = old[j]
+    for i,o in enumerate(vocab):
+        if o in row: res[i] = old[row[o]]
     return res
 
 # %% ../nbs/34_weights.ipynb #br-code
 def _classifier_tensors(heads):
     "Names of the tensors that classify, in a list of heads"
-    return [f'heads.{i}.{k}.{o}' for i,h in enumerate(heads) for k in classifier_names(h) for o in ('weight','bias')]
+    layers = [f'heads.{i}.{k}' for i,h in enumerate(heads) for k in classifier_names(h)]
+    return [f'{k}.{o}' for k in layers for o in ('weight','bias')]
 
 def load_branches(
     net:nn.Module,   # A `BranchNet`
@@ -171,14 +185,18 @@ def load_branches(
     "Fill a network with branches from the file of another, which may have other branches and other classes"
     own,sd,res = net.state_dict(),saved.tensors,{}
     last = _classifier_tensors(net.heads)
-    n = 1+max(int(k.split('.')[1]) for k in sd if k.startswith('heads.'))
+    named = vocab and saved.vocab # are the classes of both known?
+    heads = [k for k in sd if k.startswith('heads.')]
+    n = 1+max(int(k.split('.')[1]) for k in heads)
     for k,v in own.items():
         hits = [sd[o] for o in _sources(k, n) if o in sd]
-        if k in last and saved.vocab!=vocab and hits: hits = [_by_class(v, o, vocab, saved.vocab) if vocab and saved.vocab else o for o in hits]
+        if named and saved.vocab!=vocab and k in last: hits = [_by_class(v, o, vocab, saved.vocab) for o in hits]
         res[k] = first(o for o in hits if o is not None and o.shape==v.shape)
-    wrong = [k for k,v in res.items() if v is None and k not in last and not _is_counter(k) and k.startswith(('trunk','branches','heads'))]
+    absent = [k for k,v in res.items() if v is None and not _is_counter(k)]
+    wrong = [k for k in absent if k not in last and k.startswith(('trunk','branches','heads'))]
     if wrong: _refuse(saved.file, net, wrong, len(own))
-    net.load_state_dict({k:own[k] if v is None else v for k,v in res.items()})
-    new = list(dict.fromkeys(k.rpartition('.')[0] for k,v in res.items() if v is None and not _is_counter(k)))
-    if vocab and saved.vocab: new += [o for o in vocab if o not in saved.vocab]
+    found = {k:v for k,v in res.items() if v is not None}
+    net.load_state_dict(own|found)
+    new = list(dict.fromkeys(map(_layer_of, absent)))
+    if named: new += [o for o in vocab if o not in saved.vocab]
     return new

@@ -33,8 +33,11 @@ def class_slices(
 )->Tensor:         # Shape (n, B, K)
     "Class logits of each branch: of branch `i` every `n`th from the `i`th"
     n,k = len(logits),logits.shape[-1]
-    if k%n==0: return torch.stack([z[...,i::n] for i,z in enumerate(logits)])
-    raise ValueError(f"{n} branches need heads with a multiple of {n} outputs, one per class and branch, but these have {k}.")
+    if k%n:
+        need = f'heads with a multiple of {n} outputs, one per class and branch'
+        raise ValueError(f"{n} branches need {need}, but these have {k}.")
+    own = [z[...,i::n] for i,z in enumerate(logits)]
+    return torch.stack(own)
 
 def aggregate(
     logits:Tensor, # Joint logits of the branches of one network, shape (n, B, n*K)
@@ -54,7 +57,8 @@ def remove_corner(
     if 0 in (a,b):
         raise ValueError(f"The shared map has {h} x {w} places, too few to remove a corner of a quarter of each side: "
             "use larger images, split earlier, or pass transform='permute'.")
-    top,left = i in (0,3),i in (0,2)
+    top = i in (0,3)
+    left = i in (0,2)
     rows = (0,h-a) if top else (h-a,0) # zeros above and below the corner, for `F.pad`
     cols = (0,w-b) if left else (w-b,0)
     corner = F.pad(x.new_ones(a, b), cols+rows)

@@ -35,7 +35,10 @@ def _look(fn, phash):
 # %% ../../nbs/22_data.audit.ipynb #rows
 _COLUMNS = ['problem','file','part','label','detail','remedy']
 
-def _part(t, i): return 'test' if t.is_test[i] else 'valid' if t.is_valid[i] else 'train'
+def _part(t, i):
+    "The part that picture `i` is in"
+    if t.is_test[i]: return 'test'
+    return 'valid' if t.is_valid[i] else 'train'
 
 def _row(t, i, problem, detail, remedy):
     "A row about picture `i` of table `t`"
@@ -49,22 +52,25 @@ def _unreadable_rows(t, looks):
 # %% ../../nbs/22_data.audit.ipynb #near
 def _close(bits, thumbs, i, most_bits, most_grey):
     "Numbers of the pictures after `i` that are near copies of it"
-    apart = (bits.shape[1]-bits[i+1:]@bits[i])/2
+    alike = bits[i+1:]@bits[i] # 1 for each bit that is the same, -1 for each that differs
+    apart = (bits.shape[1]-alike)/2
     near = i+1+np.flatnonzero(apart<=most_bits)
     grey = np.abs(thumbs[near]-thumbs[i]).mean((1,2,3))
     return near[grey<=most_grey]
 
 def _near_pairs(looks, most_bits, most_grey):
     "Pairs of numbers of pictures that are near copies"
-    bits = np.stack([o['bits'] for o in looks])*np.float32(2)-1
+    bits = np.stack([o['bits'] for o in looks])
+    bits = bits*np.float32(2)-1
     thumbs = np.stack([o['thumb'] for o in looks])
     return [(i,j) for i in range(len(looks)) for j in _close(bits, thumbs, i, most_bits, most_grey)]
 
 def _joined(pairs, n):
     "Groups of two or more out of `n` that are joined by pairs"
     i,j = np.array(pairs, dtype=int).reshape(-1, 2).T
-    _,which = connected_components(coo_array((np.ones(len(i)), (i,j)), shape=(n,n)))
-    groups = groupby(range(n), which.__getitem__)
+    links = coo_array((np.ones(len(i)), (i,j)), shape=(n,n))
+    _,group_of = connected_components(links)
+    groups = groupby(range(n), group_of.__getitem__)
     return [o for o in groups.values() if len(o)>1]
 
 # %% ../../nbs/22_data.audit.ipynb #copies
@@ -85,11 +91,11 @@ def _copy_rows(t, looks, most_bits, most_grey):
     seen = [i for i,o in enumerate(looks) if 'fault' not in o]
     if not seen: return []
     same = list(groupby(seen, lambda i: looks[i]['digest']).values())
-    rows = [_copy_row(t, o[0], j, 'exact') for o in same for j in o[1:]]
-    alone = [o[0] for o in same]
-    pairs = _near_pairs([looks[i] for i in alone], most_bits, most_grey)
-    for g in _joined(pairs, len(alone)): rows += [_copy_row(t, alone[g[0]], alone[k], 'near') for k in g[1:]]
-    return rows
+    unique = [o[0] for o in same]
+    pairs = _near_pairs([looks[i] for i in unique], most_bits, most_grey)
+    near = [[unique[k] for k in o] for o in _joined(pairs, len(unique))]
+    groups = [('exact',o) for o in same] + [('near',o) for o in near]
+    return [_copy_row(t, i, j, kind) for kind,(i,*copies) in groups for j in copies]
 
 # %% ../../nbs/22_data.audit.ipynb #groups
 def _group_rows(t, groups):
@@ -97,22 +103,23 @@ def _group_rows(t, groups):
     if groups is None: return []
     names = [groups(o) for o in t.files] if callable(groups) else list(groups)
     if len(names)!=len(t): raise ValueError(f'{len(names)} groups and {len(t)} images: give one for each image')
-    rows = []
-    for name,where in groupby(range(len(t)), names.__getitem__).items():
-        n = Counter(_part(t, i) for i in where)
-        if len(n)<2: continue
-        held_out = first(i for i in where if _part(t, i)!='train')
-        detail = f'group {name!r} has '+' and '.join(f'{k} in {part}' for part,k in n.items())
-        rows.append(_row(t, held_out, 'group across parts', detail, 'split by group: group_col= of a table'))
+    rows,remedy = [],'split by group: group_col= of a table'
+    for name,idxs in groupby(range(len(t)), names.__getitem__).items():
+        counts = Counter(_part(t, i) for i in idxs)
+        if len(counts)<2: continue
+        held_out = first(i for i in idxs if _part(t, i)!='train')
+        spread = ' and '.join(f'{n} in {part}' for part,n in counts.items())
+        rows.append(_row(t, held_out, 'group across parts', f'group {name!r} has {spread}', remedy))
     return rows
 
 def _class_rows(t, least):
     "Classes with fewer than `least` training pictures"
-    n = t.counts().train
-    tiny = n[n<least]
-    of = {o:i for i,o in reversed(list(enumerate(t.labels)))}
+    counts = t.counts().train
+    tiny = counts[counts<least]
+    picture_of = {}
+    for i,o in enumerate(t.labels): picture_of.setdefault(o, i)
     remedy = 'add pictures, leave the class out, or pass balanced=True'
-    return [_row(t, of[o], 'tiny class', f'{k} training images', remedy) for o,k in tiny.items()]
+    return [_row(t, picture_of[o], 'tiny class', f'{n} training images', remedy) for o,n in tiny.items()]
 
 # %% ../../nbs/22_data.audit.ipynb #odd
 _MODES = dict(L='grey: fine if others are grey too', P='a palette: save it as RGB',
@@ -136,7 +143,7 @@ def _mode_rows(t, looks):
     "Pictures of another mode than RGB and than most of them"
     modes = {i: o['mode'] for i,o in enumerate(looks) if 'fault' not in o}
     if not modes: return []
-    usual = Counter(modes.values()).most_common(1)[0][0]
+    (usual,_), = Counter(modes.values()).most_common(1)
     odd = {i:o for i,o in modes.items() if o not in ('RGB',usual)}
     return [_row(t, i, 'odd mode', o, _MODES.get(o, _DEEP)) for i,o in odd.items()]
 
@@ -160,8 +167,12 @@ def check_data(
     phash = _need('imagehash', 'check_data').phash
     t = read_table(getattr(source, 'table', source), **kwargs)
     looks = _in_threads(partial(_look, phash=phash), t.files)
-    rows = _unreadable_rows(t, looks) + _copy_rows(t, looks, most_bits, most_grey) + _group_rows(t, groups)
-    rows += _class_rows(t, least) + _size_rows(t, looks, small, long) + _mode_rows(t, looks)
+    rows = _unreadable_rows(t, looks)
+    rows += _copy_rows(t, looks, most_bits, most_grey)
+    rows += _group_rows(t, groups)
+    rows += _class_rows(t, least)
+    rows += _size_rows(t, looks, small, long)
+    rows += _mode_rows(t, looks)
     rows = sorted(rows, key=lambda o: _rank(o[0]))
     return pd.DataFrame(rows, columns=_COLUMNS)
 
@@ -180,8 +191,11 @@ def suspects(
     files = [dl.items[i] for i in rows]
     p,y = probs[rows],ys[rows]
     top = p.max(1)
-    df = pd.DataFrame(dict(file=files, label=[vocab[o] for o in y], belief=[vocab[o] for o in top.indices]))
-    return df.assign(p_label=p.gather(1, y[:,None])[:,0], p_belief=top.values)
+    labels = [vocab[o] for o in y]
+    beliefs = [vocab[o] for o in top.indices]
+    p_label = p.gather(1, y[:,None])[:,0]
+    df = pd.DataFrame(dict(file=files, label=labels, belief=beliefs))
+    return df.assign(p_label=p_label, p_belief=top.values)
 
 def show_suspects(
     df,  # From `suspects`

@@ -15,17 +15,20 @@ from ..core import few
 # %% ../../nbs/12_data.safe.ipynb #inside
 def _is_below(path, folder):
     "Whether a path, with all links resolved, lies in a folder"
-    return path==folder or path.startswith(folder.rstrip(os.sep)+os.sep)
+    start = folder.rstrip(os.sep)+os.sep
+    return path==folder or path.startswith(start)
 
 def _by_name(files, root):
     "Files that lead out of the folder `root` by their names alone"
     root = os.path.abspath(root)
-    return [o for o in files if '\0' in str(o) or not _is_below(os.path.abspath(o), root)]
+    def leads_out(path): return '\0' in str(path) or not _is_below(os.path.abspath(path), root)
+    return [o for o in files if leads_out(o)]
 
 def _parts_of(files, root):
     "The real places of `root` and of the folders directly in it that hold files; a warning names those elsewhere"
     home = os.path.realpath(root)
-    tops = {os.path.relpath(o, root).split(os.sep)[0] for o in {os.path.dirname(o) for o in files}}
+    folders = {os.path.dirname(o) for o in files}
+    tops = {os.path.relpath(o, root).split(os.sep)[0] for o in folders}
     real = {o: os.path.realpath(os.path.join(root, o)) for o in tops}
     away = [f'{k} (to {v})' for k,v in real.items() if not _is_below(v, home)]
     if away: warnings.warn(f'of {root}, these are links to another place, which are followed: {few(away)}')
@@ -38,7 +41,8 @@ def _by_link(files, root):
     def away(path): return not any(_is_below(os.path.realpath(path), o) for o in homes)
     folders = {os.path.dirname(o) for o in files}
     bad = {o for o in folders if away(o)}
-    return [o for o in files if os.path.dirname(o) in bad or os.path.islink(o) and away(o)]
+    def is_bad(path): return os.path.dirname(path) in bad or os.path.islink(path) and away(path)
+    return [o for o in files if is_bad(o)]
 
 def check_inside(
     files, # Paths, some of them perhaps missing
@@ -48,7 +52,8 @@ def check_inside(
 ):
     "Refuse a list that names files outside of its data set, links included"
     if not files: return
-    bad = _by_name(files, root) or links and _by_link(files, root)
+    bad = _by_name(files, root)
+    if links and not bad: bad = _by_link(files, root)
     if not bad: return
     what = f'{listed} names {len(bad):,} of {len(files):,} files outside of {root}: {few(bad)}'
     raise ValueError(f'{what}; a list may name files of its own folder only: copy them there, or leave them out')
@@ -65,7 +70,9 @@ try:
 except ImportError: pass # Windows has no such bounds
 import numpy as np
 from scipy.io import loadmat
-def plain(o): return o.item() if isinstance(o, np.generic) and o.dtype.names is None else o.tolist() if hasattr(o, 'tolist') else o
+def plain(o):
+    if isinstance(o, np.generic) and o.dtype.names is None: return o.item()
+    return o.tolist() if hasattr(o, 'tolist') else o
 for file,key in want['items']:
     found = loadmat(file, squeeze_me=True, variable_names=[key])
     if key not in found: raise KeyError(f'it holds no {key}')
@@ -83,18 +90,21 @@ def _run(items, seconds, max_gb):
     items = [(str(Path(f).absolute()),k) for f,k in items]
     want = dict(items=items, path=sys.path, memory=int(max_gb*2**30), seconds=seconds)
     env = os.environ | dict(OPENBLAS_NUM_THREADS='1', OMP_NUM_THREADS='1')
+    command = [sys.executable, '-I', '-c', _PARSE, json.dumps(want)]
     how = dict(capture_output=True, text=True, timeout=seconds, env=env, stdin=subprocess.DEVNULL)
-    try: res = subprocess.run([sys.executable, '-I', '-c', _PARSE, json.dumps(want)], **how)
+    try: res = subprocess.run(command, **how)
     except subprocess.TimeoutExpired: return [],f'it takes longer than {seconds} seconds'
     lines = res.stdout.splitlines()
     if not res.returncode: return lines,None
-    last = (res.stderr.strip().splitlines() or [''])[-1]
-    return lines,last if res.returncode==1 and last else 'it crashes the parser'
+    *_,last = res.stderr.strip().splitlines() or ['']
+    is_named = res.returncode==1 and last # by an exception of Python, whose last line it is
+    return lines,last if is_named else 'it crashes the parser'
 
 def _rows(line):
     "Rows of one answer: dictionaries of a structure, values of anything else"
-    o = json.loads(line)
-    return [dict(zip(o['names'], r)) for r in o['rows']] if o['names'] else o['rows']
+    answer = json.loads(line)
+    names,rows = answer['names'],answer['rows']
+    return [dict(zip(names, o)) for o in rows] if names else rows
 
 def read_mats(
     items,      # Pairs of a MATLAB file and the name of a variable in it
@@ -106,5 +116,6 @@ def read_mats(
         if not Path(f).is_file(): raise FileNotFoundError(f'{f} is missing: extract the archive again')
     lines,fault = _run(items, seconds, max_gb)
     if fault is None: return [_rows(o) for o in lines]
-    file,key = items[min(len(lines), len(items)-1)]
+    at_fault = min(len(lines), len(items)-1) # the first one without an answer
+    file,key = items[at_fault]
     raise ValueError(f'{file} cannot be read as a MATLAB file with {key!r} ({fault}): get it again')

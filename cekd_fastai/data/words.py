@@ -49,7 +49,8 @@ def not_there(
     path = Path(path)
     there = first(o for o in path.absolute().parents if o.is_dir())
     wanted = path.absolute().relative_to(there).parts[0]
-    names = sorted(o.name for o in there.iterdir() if o.name[0]!='.' and (o.is_dir() or o.suffix==path.suffix))
+    def could_be(o): return o.name[0]!='.' and (o.is_dir() or o.suffix==path.suffix)
+    names = sorted(o.name for o in there.iterdir() if could_be(o))
     hint = near_hint(wanted, names) if names else 'it is empty'
     return f'{path} does not exist: in {there}, {hint}'
 
@@ -74,7 +75,8 @@ def read_sheet(
 # %% ../../nbs/11_data.words.ipynb #cells
 def _is_blank(o):
     "Whether a cell of a table holds nothing"
-    return o is None or isinstance(o, float) and np.isnan(o) or o is pd.NA or o==''
+    is_nan = isinstance(o, float) and np.isnan(o)
+    return o is None or is_nan or o is pd.NA or o==''
 
 def _paths(files):
     "A column of file names as paths; `ValueError` names the row of what is none"
@@ -99,7 +101,8 @@ _FILLERS = set('set sets data images image imgs img pictures photos folder split
 def _words(name):
     "The words of a name, in small letters: those of `TrainingSet`, `training_set` and `trainingset` are the same"
     apart = re.sub('([a-z])([A-Z])', r'\1 \2', name).lower()
-    return [o.removesuffix('set') or o for o in re.findall(r'[^\W\d_]+|\d+', apart)]
+    found = re.findall(r'[^\W\d_]+|\d+', apart)
+    return [o.removesuffix('set') or o for o in found]
 
 def part_of_name(
     name # Of a folder
@@ -108,4 +111,5 @@ def part_of_name(
     words = _words(name)
     parts = [PART_WORDS[o] for o in words if o in PART_WORDS]
     rest = tuple(o for o in words if o not in _FILLERS and o not in PART_WORDS)
-    return (parts[0] if len(parts)==1 else None),rest
+    part = parts[0] if len(parts)==1 else None
+    return part,rest

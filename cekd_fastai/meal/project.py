@@ -21,10 +21,13 @@ FEATS = ('pooled','tokens')
 
 def _classifier_paths(model):
     "Path of the layer that classifies, one for each branch"
-    if isinstance(model, BranchNet): return [f'heads.{i}.{classifier_names(h)[0]}' for i,h in enumerate(model.heads)]
+    if isinstance(model, BranchNet):
+        layers = [classifier_names(o)[0] for o in model.heads]
+        return [f'heads.{i}.{k}' for i,k in enumerate(layers)]
     own = L(model.get_classifier()) if hasattr(model, 'get_classifier') else []
     names = [k for k,m in model.named_modules() if any(m is o for o in own)]
-    return (names or classifier_names(model))[:1]
+    if not names: names = classifier_names(model)
+    return names[:1]
 
 def _pool(f): return f if f.ndim==2 else f.flatten(2).mean(2)
 
@@ -53,12 +56,15 @@ class FeatureTap:
         self.handles = [self._hook(model.get_submodule(o), o, whole) for o in self.paths]
 
     def _hook(self, m, path, whole):
+        "Keep what the layer that classifies gets, or what any other module gives"
         def _in(m, inp): self._keep(path, inp[0])
         def _out(m, inp, out): self._keep(path, out)
-        return m.register_forward_pre_hook(_in) if self.kind=='pooled' and not whole else m.register_forward_hook(_out)
+        classifies = self.kind=='pooled' and not whole
+        return m.register_forward_pre_hook(_in) if classifies else m.register_forward_hook(_out)
 
     def _keep(self, path, f):
-        if self.on: self.vecs[path] = _pool(f) if self.kind=='pooled' else _as_tokens(f, self.size)
+        if not self.on: return
+        self.vecs[path] = _pool(f) if self.kind=='pooled' else _as_tokens(f, self.size)
 
     def read(self)->Tensor:
         "The features of the last pass, (n, B, C) or (n, B, C, h, w) for n branches"
@@ -97,7 +103,9 @@ class Projection(Aside):
         d:int,         # Features of the student
         dims:list,     # Features of each teacher
         lr:float=1e-3, # Learning rate, until `follow` sets another
-    ): super().__init__([nn.Identity() if o==d else nn.Linear(d, o) for o in dims], partial(torch.optim.Adam, lr=lr))
+    ):
+        nets = [nn.Identity() if o==d else nn.Linear(d, o) for o in dims]
+        super().__init__(nets, partial(torch.optim.Adam, lr=lr))
 
     def follow(self, lr):
         "Take over the student's learning rate"
@@ -105,8 +113,11 @@ class Projection(Aside):
 
     def loss(self, s, feats):
         "Mean squared error of features `s` (n, B, ...) to those of teachers, pairs of their number and (B, ...), mean over these"
-        pairs = [(i,*_compared(s, t)) for i,t in feats]
-        errors = [F.mse_loss(self.nets[i](a), b.expand(len(a), *b.shape)) for i,a,b in pairs]
+        errors = []
+        for i,t in feats:
+            mine,theirs = _compared(s, t)
+            theirs = theirs.expand(len(mine), *theirs.shape) # the same for each branch
+            errors.append(F.mse_loss(self.nets[i](mine), theirs))
         return sum(errors)/len(errors)
 
 # %% ../../nbs/51_meal.project.ipynb #pr-step
@@ -117,9 +128,11 @@ def update(self:Projection,
     at=StepShare(), # The place of the batch in the student's step, from `step_share`
 )->Tensor:          # A scalar with gradient
     "Update the projections once, and give the student its part of the loss"
-    params,s = list(self.nets.parameters()),student.detach().float().requires_grad_()
+    params = list(self.nets.parameters())
+    s = student.detach().float().requires_grad_()
+    feats = [(i,t.float()) for i,t in feats]
     with torch.enable_grad(), torch.autocast(s.device.type, enabled=False):
-        loss = self.loss(s, [(i,t.float()) for i,t in feats])
+        loss = self.loss(s, feats)
         *grads,s_grad = torch.autograd.grad(loss, [*params,s], materialize_grads=True)
     self.opt_step(grads, at)
     return _surrogate([loss], [s_grad], [student])

@@ -23,17 +23,18 @@ def logit_ratio(
     keep:Tensor=None,# Images that count, shape (N,); None: all
 )->float:
     "Mean ratio of the second largest to the largest logit, over images whose largest logit is above 0"
-    top = logits.topk(2, dim=1)[0]
-    ok = top[:,0]>0
+    largest,second = logits.topk(2, dim=1)[0].unbind(1)
+    ok = largest>0
     if keep is not None: ok = ok&keep
-    return _mean(top[ok,1]/top[ok,0])
+    return _mean((second/largest)[ok])
 
 def teacher_numbers(
     logits:Tensor, # Logits of a teacher, shape (N, K)
     y:Tensor,      # Classes, shape (N,)
 )->dict:
     "Accuracy, calibration error, entropy and ratios of logits of a teacher"
-    right,log_p = logits.argmax(1)==y,logits.log_softmax(1)
+    right = logits.argmax(1)==y
+    log_p = logits.log_softmax(1)
     entropy = -(log_p.exp()*log_p).sum(1)
     res = dict(accuracy=_mean(right.float()), ece=ece(logits, y), entropy=_mean(entropy))
     return res | {'ratio':logit_ratio(logits, right), 'ratio all':logit_ratio(logits)}
@@ -45,8 +46,10 @@ def agreement(
     "Share of images on which a teacher chooses the class that another one does, mean over the others"
     picks = torch.stack([o.argmax(1) for o in logits])
     same = (picks[:,None]==picks[None]).float().mean(2)
-    n = len(picks)
-    return ((same.sum(1)-1)/(n-1)).tolist() if n>1 else [math.nan]
+    n_others = len(picks)-1
+    if not n_others: return [math.nan]
+    agreed = same.sum(1)-1 # each one agrees with itself
+    return (agreed/n_others).tolist()
 
 @torch.no_grad()
 def cost(
@@ -55,7 +58,8 @@ def cost(
 )->dict:
     "Multiply-adds of a pass for one image, and parameters, both in millions"
     with FlopCounterMode(display=False) as counter: t(x)
-    return {'multiply-adds (M)':counter.get_total_flops()/2e6, 'parameters (M)':sum(o.numel() for o in t.parameters())/1e6}
+    n_params = sum(o.numel() for o in t.parameters())
+    return {'multiply-adds (M)':counter.get_total_flops()/2e6, 'parameters (M)':n_params/1e6}
 
 # %% ../../nbs/75_meal.rank.ipynb #rank-code
 def _logits_of(teachers, dls, dl, device):
@@ -64,9 +68,11 @@ def _logits_of(teachers, dls, dl, device):
     fitted = [t for t in teachers if t.fitted is not None]
     held = fitted[0].fitted.held if fitted else held_out(train_labels(dls))
     others = [t for t in teachers if t.fitted is None]
-    zs,y = outputs(others, plain_dl(dls, held.nonzero()[:,0].tolist()), device)
+    dl = plain_dl(dls, held.nonzero()[:,0].tolist())
+    zs,y = outputs(others, dl, device)
     zs = iter(zs)
-    return [next(zs) if t.fitted is None else t.fitted.logits for t in teachers],y # of the head that has not seen them
+    all_zs = [next(zs) if t.fitted is None else t.fitted.logits for t in teachers] # of the head that has not seen them
+    return all_zs,y
 
 def rank_teachers(
     dls:DataLoaders,  # The student's data
@@ -79,14 +85,17 @@ def rank_teachers(
     device=None,      # Where the teachers answer; None: where the data is
 )->pd.DataFrame:      # A row for each teacher
     "How good, how sure, how alike and how expensive teachers are on your classes, before you train a student"
-    teachers = [as_teacher(o, trust) for o in (teachers if is_listy(teachers) else [teachers])]
+    if not is_listy(teachers): teachers = [teachers]
+    teachers = [as_teacher(o, trust) for o in teachers]
     if not teachers: raise ValueError("There is no teacher to rank: pass at least one, e.g. the name of a network in timm.")
     x,y = peek(dls)
-    if _unfit(y): raise ValueError(f"Teachers are ranked by one class an image, but {_unfit(y)}.")
+    unfit = _unfit(y)
+    if unfit: raise ValueError(f"Teachers are ranked by one class an image, but {unfit}.")
     teachers = fit_teachers(teachers, dls, head, cache_dir, device=device)
     x = x[:1].to(device or dls.device)
     zs,y = _logits_of(teachers, dls, dl, x.device)
-    rows = [teacher_numbers(z, y) | dict(agreement=a) | cost(t, x) for t,z,a in zip(teachers, zs, agreement(zs))]
+    each = zip(teachers, zs, agreement(zs))
+    rows = [teacher_numbers(z, y) | dict(agreement=a) | cost(t, x) for t,z,a in each]
     df = pd.DataFrame(rows, index=[t.name for t in teachers])
     if by not in df.columns: raise ValueError(f"There is no column `{by}` to sort by; {near_hint(by, df.columns)}")
     return df.sort_values(by, ascending=False)

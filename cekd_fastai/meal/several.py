@@ -27,7 +27,9 @@ class Answer(NamedTuple):
 def _mean_answer(answers):
     "The mean of each block and of the probabilities"
     blocks = [torch.stack(o).mean(0) for o in zip(*[a.blocks for a in answers])]
-    return Answer(blocks, torch.stack([a.p for a in answers]).mean(0), [o for a in answers for o in a.feats])
+    p = torch.stack([a.p for a in answers]).mean(0)
+    feats = [o for a in answers for o in a.feats]
+    return Answer(blocks, p, feats)
 
 # %% ../../nbs/49_meal.several.ipynb #bstat
 @contextmanager

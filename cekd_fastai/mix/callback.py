@@ -219,9 +219,10 @@ def show(self:Mix,
     fig,axs = plt.subplots(n, n_cols, figsize=figsize or (9,1.9*n), squeeze=False)
     for i,row in enumerate(axs):
         j = rec.perm[i].item()
-        _show_source(row[::2], images[i], sems[i], f'host\n{names[i]}', rec.box_a, i, 'red')
-        _show_source(row[1::2], images[j], sems[j], f'donor\n{names[j]}', rec.box_b, i, 'lime')
-        label = f'{rec.lam_a[i]:.2f} {names[i]}\n{rec.lam_b[i]:.2f} {names[j]}'
+        host,donor = names[i],names[j]
+        _show_source(row[::2], images[i], sems[i], f'host\n{host}', rec.box_a, i, 'red')
+        _show_source(row[1::2], images[j], sems[j], f'donor\n{donor}', rec.box_b, i, 'lime')
+        label = f'{rec.lam_a[i]:.2f} {host}\n{rec.lam_b[i]:.2f} {donor}'
         show_panel(row[-1], mixed[i], label)
     fig.tight_layout()
     return shown_once(fig)

@@ -156,14 +156,16 @@ def _between(a, b, n):
 
 def _resampled(x, rec):
     "Each donor, moved and resized so that its box lies on the box of the host, shape of `x`"
-    a,b,(h,w) = rec.box_a,rec.box_b,x.shape[-2:]
+    a,b = rec.box_a,rec.box_b
+    h,w = x.shape[-2:]
     lo,hi,t = _between(_spans(a, 1), _spans(b, 1), h)
     perm = rec.perm[:,None]
     upper = x[perm,:,lo].transpose(1, 2)
     lower = x[perm,:,hi].transpose(1, 2)
     t = t[:,None,:,None].to(x.dtype)
     rows = upper.lerp_(lower, t)
-    lo,hi,t = (o[:,None,None] for o in _between(_spans(a, 0), _spans(b, 0), w))
+    columns = _between(_spans(a, 0), _spans(b, 0), w)
+    lo,hi,t = (o[:,None,None] for o in columns)
     left = rows.gather(3, lo.expand(x.shape))
     right = rows.gather(3, hi.expand(x.shape))
     return left.lerp_(right, t.to(x.dtype))

@@ -34,8 +34,9 @@ def _covered(rects, box):
     x1,y1,x2,y2 = box[...,None].unbind(1) if isinstance(box, Tensor) else box
     w = right.clamp(max=x2)-left.clamp(min=x1)
     h = bottom.clamp(max=y2)-top.clamp(min=y1)
+    inside = w.clamp(min=0)*h.clamp(min=0)
     area = (right-left)*(bottom-top)
-    return w.clamp(min=0)*h.clamp(min=0)/area.clamp(min=1e-6)
+    return inside/area.clamp(min=1e-6)
 
 def oracle_weights(
     rec:MixRecord, # How the batch was mixed
@@ -63,26 +64,30 @@ def part_weights(
         rivals = [differ[a,b] for b in classes if b!=a]
         fewest = min(map(len, rivals))
         near = [o for o in rivals if len(o)==fewest]
+        share = 1/(fewest*len(near))
         for parts in near:
             cols = [PARTS.index(p) for p in parts]
-            res[k,cols] += 1/(fewest*len(near))
+            res[k,cols] += share
     return res
 
 # %% ../../nbs/30_mix.evidence.ipynb #frame-code
 def _one_batch(dls, ims):
     "What the validation transforms make of some pictures of one size, shape (n, 3, H, W), on the CPU"
     dl = dls.test_dl(ims, bs=len(ims), num_workers=0)
-    return dl.one_batch()[0].as_subclass(Tensor).cpu()
+    x = dl.one_batch()[0]
+    return x.as_subclass(Tensor).cpu()
 
 def _flat_colour(dls, value):
     "What becomes of the three channels of a grey picture, shape (3, 1, 1)"
     im = PILImage.create(np.full((32,32,3), value, np.uint8))
-    return _one_batch(dls, [im])[0].mean((1,2))[:,None,None]
+    seen = _one_batch(dls, [im])[0]
+    return seen.mean((1,2))[:,None,None]
 
 def _through(dls, *ims):
     "Pictures of one size after the validation transforms, without their normalisation: black is 0 and white is 1"
     black,white = _flat_colour(dls, 0),_flat_colour(dls, 255)
-    return (_one_batch(dls, ims)-black)/(white-black)
+    seen = _one_batch(dls, ims)
+    return (seen-black)/(white-black)
 
 # %% ../../nbs/30_mix.evidence.ipynb #frame-ramps
 def _ramps(w, h):
@@ -96,13 +101,16 @@ def _ramps(w, h):
 # %% ../../nbs/30_mix.evidence.ipynb #frame-line
 def _axis_frame(channel, n, dim):
     "Scale and offset of the axis along which `channel` rises over `n` pixels of the file; `dim` is the other axis"
-    line = (channel.mean(dim)*255/254*(n-1)+.5).numpy() # the pixel of the file that each pixel of the batch shows
+    share = channel.mean(dim)*255/254 # 0 at the first pixel of the file, 1 at its last
+    line = (share*(n-1)+.5).numpy() # the pixel of the file that each pixel of the batch shows
     pos = np.arange(len(line))+.5
     border = len(line)//8
     mid = slice(border, -border or None)
     slope,start = np.polyfit(pos[mid], line[mid], 1)
     error = abs(slope*pos+start-line)[mid].max()
-    if error>1+n/128 or channel.std(dim).max()>.02:
+    is_bent = error>1+n/128
+    is_uneven = channel.std(dim).max()>.02
+    if is_bent or is_uneven:
         raise ValueError("The validation transforms of `dls` do more to a picture than resize and crop it: "
             "evidence cannot be followed through them.")
     return 1/slope, -start/slope
@@ -113,7 +121,8 @@ def batch_frame(
 )->np.ndarray:       # `[[scale, offset] of x, [scale, offset] of y]`
     "Where the validation transforms put the pixels of a picture: `x` in the batch is `scale*x+offset`"
     w,h = size
-    red,green,_ = _through(dls, _ramps(w, h))[0]
+    seen, = _through(dls, _ramps(w, h))
+    red,green,_ = seen
     return np.array([_axis_frame(red, w, 0), _axis_frame(green, h, 1)])
 
 # %% ../../nbs/30_mix.evidence.ipynb #ev-code
@@ -132,23 +141,26 @@ def _part_rects(root, names, vocab):
     "The places of the parts of drawn birds, as rectangles without area, and their weights"
     parts = bird_parts(root).pivot(index='image', columns='part', values=['x','y']).loc[names]
     x,y = (parts[o][list(PARTS)].to_numpy() for o in 'xy')
+    row = {o:i for i,o in enumerate(vocab)}
     folders = [Path(o).parts[0] for o in names]
-    labels = [list(vocab).index(o) for o in folders]
-    weights = part_weights(root, vocab)[labels].numpy()
-    return np.stack([x,y,x,y], -1), weights*~np.isnan(x)
+    weights = part_weights(root, vocab)[[row[o] for o in folders]].numpy()
+    is_visible = ~np.isnan(x)
+    return np.stack([x,y,x,y], -1), weights*is_visible
 
 def _box_rects(root, names, vocab):
     "The bounding box of each bird, of weight 1"
     boxes = _rows(root, 'bounding_boxes.txt', ['x','y','w','h']).loc[names].to_numpy()
     start,size = boxes[:,None,:2],boxes[:,None,2:]
-    return np.concatenate([start,start+size], -1), np.ones((len(names),1))
+    rects = np.concatenate([start,start+size], -1)
+    return rects, np.ones((len(names),1))
 
 # %% ../../nbs/30_mix.evidence.ipynb #ev-place
 def _corners(rects): return rects[...,:2],rects[...,2:]
 
 def _place(rects, frames, grow):
     "Rectangles of picture files in pixels of the batch, each side moved out by `grow`; places that are not known are 0"
-    scale,offset = (np.tile(frames[...,i], 2)[:,None] for i in (0,1)) # x, y, x, y of each picture
+    frames = np.tile(frames, (1,2,1))[:,None] # x, y, x, y of each picture
+    scale,offset = frames[...,0],frames[...,1]
     a,b = _corners(rects*scale+offset)
     start,end = np.minimum(a, b),np.maximum(a, b) # a loader that mirrors exchanges the corners
     rects = np.concatenate([start-grow,end+grow], -1)
@@ -197,7 +209,8 @@ def find_evidence(
     start,end = _corners(rects)
     area = (end-start).prod(-1)
     weights = weights*inside*(area>0)
-    return Evidence(torch.tensor(rects).float(), torch.tensor(weights).float())
+    rects,weights = (torch.tensor(o).float() for o in (rects,weights))
+    return Evidence(rects, weights)
 
 # %% ../../nbs/30_mix.evidence.ipynb #ev-all
 def evidence_batches(

@@ -34,5 +34,6 @@ def cd_loss(
     "Classifier diversification: how much the classifiers of the branches have in common (arXiv 2010.00795)"
     one_of('cd_loss', [*CD_FORMS], form=form)
     pairs = list(itertools.combinations(weights, 2))
-    with torch.autocast(weights[0].device.type, enabled=False): total = sum(CD_FORMS[form](a, b) for a,b in pairs)
+    in_common = CD_FORMS[form]
+    with torch.autocast(weights[0].device.type, enabled=False): total = sum(in_common(a, b) for a,b in pairs)
     return total/len(pairs) if form=='cos' else total
