@@ -39,8 +39,8 @@ def main(rounds, bs):
     rates = {1:[], 2:[]}
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
-        make_birds(tmp/'birds', n_species=4, n_images=36, n_train=32, size=72, n_workers=0, progress=False)
-        opts = dict(data=tmp/'birds', arch='resnet18', size=64, bs=bs, epochs=2, method='plain', no_pretrained=True, num_workers=0, device='cpu')
+        make_birds(tmp/'birds', n_species=4, n_images=18, n_train=16, size=72, n_workers=0, progress=False)
+        opts = dict(data=tmp/'birds', arch='resnet18', size=64, bs=bs, epochs=1, method='plain', no_pretrained=True, num_workers=0, device='cpu')
         for k in range(rounds):
             for n in (1,2) if k%2==0 else (2,1):
                 rates[n].append(trained(n, tmp/f'run{k}-{n}', opts))
@@ -49,7 +49,7 @@ def main(rounds, bs):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser()
-    p.add_argument('--rounds', type=int, default=5)
+    p.add_argument('--rounds', type=int, default=3)
     p.add_argument('--bs', type=int, default=32, help='images in a step of all processes')
     a = p.parse_args()
     torch.set_num_threads(1)

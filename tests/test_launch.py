@@ -4,6 +4,7 @@ import processes,pytest,torch
 from accelerate.commands import launch as accelerate_launch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError,ProcessFailure
 from cekd_fastai import cli
 from cekd_fastai.drawing.dataset import make_birds
 
@@ -14,8 +15,8 @@ from fastai.vision.all import *
 from fastai.distributed import *
 from accelerate import notebook_launcher
 from torch.distributed.launcher.api import LaunchConfig,elastic_launch
+from cekd_fastai.all import *
 from cekd_fastai.cli import cekd_train
-from cekd_fastai.learner import branch_learner
 folder = Path(sys.argv[1])
 torch.set_num_threads(1)
 default_device(False)
@@ -51,7 +52,8 @@ launch(train, 'node', 4, nodes=2, port=port)
 if not other: os._exit(0)
 assert os.waitpid(other, 0)[1]==0
 opts = dict(arch='cifar_resnet8', size=32, bs=4, epochs=1, no_pretrained=True, num_workers=0, device='cpu')
-launch(partial(cekd_train, data=folder/'birds', out=folder/'run', **opts), each=2, port=free_port())
+def command(): cekd_train(data=folder/'birds', out=folder/'run', **opts)
+launch(command, each=2, port=free_port())
 """
 
 @pytest.fixture(scope='module')
@@ -78,7 +80,7 @@ def test_command(launched):
 
 WORDS = '--data birds --bs 4 --device cpu'.split()
 
-def test_what_launch_starts(monkeypatch):
+def test_what_launch_starts(monkeypatch, capsys):
     "`--launch N` is the line of `torchrun` in the guide, and ends as that does."
     seen = []
     monkeypatch.setattr(torchrun, 'main', seen.append)
@@ -91,6 +93,12 @@ def test_what_launch_starts(monkeypatch):
     monkeypatch.setattr(torchrun, 'main', told)
     with pytest.raises(SystemExit) as e: cli._launch(cli.given())
     assert e.value.code==143
+    for code,leaves in ((3,3), (-9,137)):
+        def failed(words): raise ChildFailedError('cekd-train', {1:ProcessFailure(1, 77, code, '/none')})
+        monkeypatch.setattr(torchrun, 'main', failed)
+        with pytest.raises(SystemExit) as e: cli._launch(cli.given())
+        assert e.value.code==leaves
+    assert capsys.readouterr().err.count('process 1 was killed (signal 9)')==1
 
 def test_what_accelerate_starts(monkeypatch):
     "The line of `accelerate launch` in the guide comes to the same."
