@@ -6,9 +6,10 @@ Each input is a good file with one to three changes: bits, bytes cut out, put in
 a structure that stays well-formed. Input number i of a reader is always the same, so a run that stops goes on where it was, and `--show READER I` repeats one.
 The outcome is a *result*, a *named* error (one line, raised by the library itself), a *raw* error, a *hang* of more than 20 seconds, or a *crash*.
 Readers run in processes of their own, 200 inputs each, which may take 4 GiB above what Python has loaded; the largest growth of one is in the table. Files beside the data
-are compared after each of them."""
-import argparse,collections,hashlib,io,json,os,random,re,resource,shutil,signal,sys,tarfile,tempfile,time,traceback,warnings,zipfile
+are compared after each of them. The program that parses MATLAB files, which the library starts for each reading, runs here in forks of one process that has scipy loaded."""
+import argparse,collections,copy,hashlib,io,json,os,random,re,resource,shutil,signal,subprocess,sys,tarfile,tempfile,time,traceback,warnings,zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from common import here
 
 # Changes to bytes
@@ -235,10 +236,56 @@ def archives(root):
         (root/'a.tgz').write_bytes(spoil_bytes(data, rng) if rng.random()<.6 else data)
     return spoil,lambda: unpack(root/'a.tgz', root/'out'),lambda: shutil.rmtree(root/'out', ignore_errors=True)
 
+_SERVER = """
+import io,json,os,sys,threading,traceback
+import numpy as np
+from scipy.io import loadmat,savemat
+savemat(b := io.BytesIO(), dict(a=np.array([['x']], dtype=object)))
+loadmat(io.BytesIO(b.getvalue())) # so that a fork loads nothing any more
+for line in sys.stdin:
+    program,arg = json.loads(line)
+    pipes = [os.pipe(),os.pipe()]
+    pid = os.fork()
+    if not pid:
+        for fd,(r,w) in zip((1,2), pipes): os.dup2(w, fd)
+        sys.argv,code = ['-c',arg],0
+        try: exec(program, dict(__name__='__main__'))
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        os._exit(code)
+    for _,w in pipes: os.close(w)
+    texts = {}
+    def take(k, fd):
+        with open(fd) as f: texts[k] = f.read()
+    ts = [threading.Thread(target=take, args=(k,r)) for k,(r,_) in enumerate(pipes)]
+    for o in ts: o.start()
+    for o in ts: o.join()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    print(json.dumps([code,texts[0],texts[1]]), flush=True)
+"""
+
+class ForkServer:
+    "`subprocess.run` of a Python program, in forks of one process that has scipy loaded"
+    p = None
+    def run(self, cmd, **kwargs):
+        if self.p is None: self.p = subprocess.Popen([cmd[0],'-I','-c',_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kwargs['env'])
+        try:
+            print(json.dumps(cmd[-2:]), file=self.p.stdin, flush=True)
+            code,out,err = json.loads(self.p.stdout.readline())
+        except BaseException: # a hang too: the next one gets a new server
+            self.p.kill()
+            self.p = None
+            raise
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
 @reader
 def matlab(root):
     "Lists of Dogs, in MATLAB files"
     import numpy as np
+    from cekd_fastai.data import safe
+    safe.subprocess = SimpleNamespace(run=ForkServer().run, TimeoutExpired=subprocess.TimeoutExpired, DEVNULL=subprocess.DEVNULL)
     from scipy.io import savemat
     from cekd_fastai.data.readers import read_dogs
     fs = ['a/1.jpg','b/2.jpg','a/3.jpg','b/4.jpg']
@@ -281,10 +328,11 @@ def networks(root):
     small_net(root)
     file = root/'net.pt'
     data,im = file.read_bytes(),picture(root/'a.jpg')
+    good = torch.load(file, weights_only=True)
+    good.pop('sum')
     def spoil(rng):
         if rng.random()<.4: return file.write_bytes(spoil_bytes(data, rng))
-        saved = torch.load(io.BytesIO(data), weights_only=True)
-        saved.pop('sum')
+        saved = copy.deepcopy(good)
         part = rng.choice(('recipe','info','info','all'))
         if part=='all': spoil_tree(saved, rng, (*VALUES, torch.ones(3), torch.zeros(1).expand(2**33), torch.full((3,), float('nan'))))
         else: spoil_tree(saved[part], rng)
@@ -318,11 +366,13 @@ def checkpoints(root):
     "Checkpoints of a run: other bytes, and other contents under a good checksum"
     import torch
     from safetensors.torch import save
-    from cekd_fastai.runstate import newest_checkpoint,pack,write_checkpoint
+    from cekd_fastai.runstate import check_layout,newest_checkpoint,pack,write_checkpoint
     root.mkdir(parents=True, exist_ok=True)
     file = root/'checkpoint-00-0001-000000.ckpt'
-    net = dict(model=dict(a=torch.ones(3)), opt=[torch.tensor(1.)]*3)
-    state = dict(fit=0, epoch=1, batch=0, about=dict(bs=4), best=None, start=dict(rng=(1,2)), now=dict(learn={}, seen={1,2}), net=net)
+    rng = dict(random_state=(3,(1,2),None), torch_state=torch.ones(3))
+    net = dict(model=dict(a=torch.ones(3)), notes={}, grads=[None,True], opt=dict(state=[torch.tensor(1.)]*3))
+    now = dict(cbs=dict(Recorder=dict(attrs=dict(seen={1,2}))), metrics=[], learn={}, rng=rng)
+    state = dict(fit=0, epoch=1, batch=0, about=dict(args={}, bs=4), best=None, start=dict(loaders=[{}], rng=rng), now=now, net=net, others=[])
     write_checkpoint(file, state)
     data = file.read_bytes()
     def spoil(rng):
@@ -334,7 +384,7 @@ def checkpoints(root):
         body = save(tensors, dict(state=json.dumps(note)))
         if rng.random()<.2: body = spoil_bytes(body, rng)
         file.write_bytes(f'cekd-checkpoint 1 {hashlib.sha256(body).hexdigest()}\n'.encode()+body)
-    return spoil,lambda: newest_checkpoint(root),lambda: None
+    return spoil,lambda: newest_checkpoint(root, check=check_layout),lambda: None
 
 @reader
 def answers(root):
@@ -361,6 +411,7 @@ def answers(root):
 # Running
 
 ours = here.parent/'cekd_fastai'
+MEMORY = '/dev/shm' # Linux keeps files of this folder in memory, which spares waiting for a disk
 
 def is_named(e, last):
     "Whether an error was raised by the library itself, in one line"
@@ -411,7 +462,7 @@ def child(name, idxs, out):
     "Do some inputs in a process of its own; returns the number of the input at which it was, None if it came through"
     pid = os.fork()
     if pid==0:
-        tmp = Path(tempfile.mkdtemp())
+        tmp = Path(tempfile.mkdtemp(dir=MEMORY if Path(MEMORY).is_dir() else None))
         was = int(Path('/proc/self/statm').read_text().split()[0])*4096
         resource.setrlimit(resource.RLIMIT_AS, (was+4*2**30,)*2)
         resource.setrlimit(resource.RLIMIT_CORE, (0,0))
@@ -473,15 +524,15 @@ def write(folder, command):
 if __name__=='__main__':
     p = argparse.ArgumentParser()
     p.add_argument('--n', type=int, default=10_000, help='inputs of each reader')
-    p.add_argument('--slow', type=int, default=400, help='inputs of readers that start a process for each')
     p.add_argument('--minutes', type=float, default=60, help='time in all')
     p.add_argument('--readers', nargs='*', default=list(READERS))
     p.add_argument('--folder', type=Path, default=Path(tempfile.gettempdir())/'fuzz', help='where outcomes are kept, to go on')
     p.add_argument('--show', nargs=2, help='a reader and the number of an input: read it here')
     a = p.parse_args()
     a.folder.mkdir(parents=True, exist_ok=True)
-    import cekd_fastai.all # chkstyle: ignore
+    import torch,cekd_fastai.all # chkstyle: ignore
     # once, before the processes are made
+    torch.set_num_threads(1)
     if a.show:
         tmp = Path(tempfile.mkdtemp())
         picture(tmp/'photos'/'mine.jpg')
@@ -492,5 +543,5 @@ if __name__=='__main__':
     until = time.time()+60*a.minutes
     for k,name in enumerate(a.readers):
         left = (until-time.time())/(len(a.readers)-k)
-        campaign(name, a.slow if name=='matlab' else a.n, time.time()+left, a.folder)
-    write(a.folder, f"python benchmarks/fuzz.py --n {a.n} --slow {a.slow} --minutes {a.minutes:g}")
+        campaign(name, a.n, time.time()+left, a.folder)
+    write(a.folder, f"python benchmarks/fuzz.py --n {a.n} --minutes {a.minutes:g}")

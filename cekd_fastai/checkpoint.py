@@ -8,14 +8,14 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/checkpoint.html.md"""
 __all__ = ['run_about', 'run_difference', 'Resume', 'Checkpoint']
 
 # %% ../nbs/68_checkpoint.ipynb #imports
-import hashlib,json,shutil,signal
+import hashlib,json,shutil,signal,time
 from contextlib import suppress
 from fastai.vision.all import *
 from .core import check_count,check_not_negative,few,unwrap_model,write_whole
 from .mix.callback import Mix
 from .distill import Distill
 from .ranks import Later,meeting_place,over_all,together
-from .runstate import checkpoint_files,copy_plain,newest_checkpoint,state_bytes,state_of,write_checkpoint
+from .runstate import WrongState,check_layout,checkpoint_files,copy_plain,newest_checkpoint,state_bytes,state_of,write_checkpoint
 from .runstate import load_net_state,load_now_state,load_start_state,net_state,now_state,start_state
 
 # %% ../nbs/68_checkpoint.ipynb #about
@@ -107,7 +107,9 @@ class Checkpoint(Callback):
     resumer = None  # `Resume`, until there is nothing to skip any more
     signal = None   # Number of a signal that has come
     handlers = None # What took signals before
-    vote = None     # What all processes know of signals, on its way
+    vote = None     # What all processes know of signals and clocks, on its way
+    written = 0.    # When the last file was written
+    fresh = False   # Was it because of the clock, one batch ago?
     _stateattrs = ('state','start','at','resumer','handlers','vote')
     def __init__(self,
         folder='checkpoints',      # Where to write, one folder for each run
@@ -116,10 +118,11 @@ class Checkpoint(Callback):
         monitor:str='valid_loss',  # Loss or metric that makes one the best; a loss or error is best when low
         resume:bool=True,          # Go on from what is in the folder; False: refuse a folder that has checkpoints
         args:dict=None,            # Whatever else tells runs apart, as plain data
+        minutes:float=10,          # Write after the first batch, and within an epoch if the last file is older; 0: neither
         signals:bool=True,         # On SIGTERM, SIGHUP and SIGINT write a checkpoint and leave
     ):
         check_count(keep=keep)
-        check_not_negative('Checkpoint', every=every)
+        check_not_negative('Checkpoint', every=every, minutes=minutes)
         store_attr()
         self.folder = Path(folder)
 
@@ -157,6 +160,7 @@ def write(self:Checkpoint,
     "Write one checkpoint and let go of the oldest; a disk that refuses is a warning"
     net = net_state(self.learn)
     others = _gather_bytes(dict(start=self.start, now=now, notes=net['notes']))
+    self.written = time.monotonic()
     if rank_distrib(): return
     place = dict(fit=self.fit_no, epoch=epoch, batch=batch)
     state = place | dict(about=self.about, best=self.best, start=self.start, now=now, net=net, others=others)
@@ -182,13 +186,15 @@ def newest(self:Checkpoint)->dict|None:
     "The newest good checkpoint, with what belongs to this process; the same in all processes"
     device = getattr(self.learn.dls, 'device', None) or 'cpu'
     if together() and rank_distrib(): torch.distributed.barrier() # the first process sets bad files aside
-    state = newest_checkpoint(self.folder, device)
+    state = newest_checkpoint(self.folder, device, check_layout)
     if not together(): return state
     if not rank_distrib(): torch.distributed.barrier()
     _agree([-1,-1,-1] if state is None else [state[o] for o in ('fit','epoch','batch')])
     if state is None or not rank_distrib() or len(state['others'])+1!=num_distrib(): return state
-    own = state_of(bytes(state['others'][rank_distrib()-1].tolist()), device)
-    return state | dict(start=own['start'], now=own['now'], net=state['net'] | dict(notes=own['notes']))
+    try:
+        own = state_of(bytes(state['others'][rank_distrib()-1].tolist()), device)
+        return state | dict(start=own['start'], now=own['now'], net=state['net'] | dict(notes=own['notes']))
+    except Exception as e: raise WrongState(f"The checkpoint in `{self.folder}` holds nothing for process {rank_distrib()}: choose another folder.") from e
 
 @patch
 def find(self:Checkpoint)->dict|None:
@@ -211,6 +217,7 @@ def begin(self:Checkpoint):
     self.check_room()
     self.state = self.find()
     self.fitting,self.signal,self.is_best = True,None,False
+    self.written,self.fresh = time.monotonic() if self.state else -math.inf,False # a new run writes after its first batch
     self.listen()
     if self.state is None: return self.go_on()
     later = self.state['fit']>self.fit_no
@@ -219,6 +226,7 @@ def begin(self:Checkpoint):
     if later: self.state = None
     else:
         self.best,self.start = self.state['best'],self.state['start']
+        load_start_state(self.learn, self.start) # again when its epoch begins; here to see that it can be
         load_now_state(self.learn, self.state['now'])
 
 # %% ../nbs/68_checkpoint.ipynb #cb-fit
@@ -265,32 +273,40 @@ def after_epoch(self:Checkpoint):
 
 # %% ../nbs/68_checkpoint.ipynb #cb-heard
 @patch
-def heard(self:Checkpoint)->int|None:
-    "The number of a signal that any process has taken, after the same batch in all of them"
-    if not (together() and self.signals): return self.signal
+def is_late(self:Checkpoint)->bool:
+    "Whether the last file is older than it may be, by the clock of this process"
+    return bool(self.minutes) and time.monotonic()-self.written>60*self.minutes
+
+@patch
+def heard(self:Checkpoint)->tuple:
+    "The number of a signal, None without one, and whether a file is late; the same after the same batch in all processes"
+    if not together(): return self.signal,self.is_late()
+    if not (self.signals or self.minutes): return None,False
     place = meeting_place()
-    sent = Later(over_all(torch.tensor(int(self.signal or 0), device=place)))
+    sent = Later(over_all(torch.tensor(2*int(self.signal or 0)+self.is_late(), device=place)))
     last,self.vote = self.vote or sent,sent
-    n = (sent if place.type=='cpu' else last).get()
+    n,late = divmod((sent if place.type=='cpu' else last).get(), 2)
     if n: self.signal = n
-    return n or None
+    return n or None,bool(late)
 
 # %% ../nbs/68_checkpoint.ipynb #cb-batch
 @patch
 def after_batch(self:Checkpoint):
     "Write, or give back, the end of a batch"
     if not self.fitting: return
-    if not self.learn.training: return self.leave() if self.heard() else None
+    told,late = self.heard()
+    if not self.learn.training: return self.leave() if told else None
     done = self.learn.iter+1
     if self.resumer:
         self.resumer.wake()
         if done<self.target[1]: return
         load_now_state(self.learn, self.state['now'], replay=True)
         self.go_on()
-    due,signal = self.every and done%self.every==0,self.heard()
-    if not due and not signal and done<self.learn.n_iter: return
+    late = late and not self.fresh # on GPUs one more answer is on its way
+    self.fresh,due = late,late or (self.every and done%self.every==0)
+    if not due and not told and done<self.learn.n_iter: return
     self.at,self.place = now_state(self.learn),(self.learn.epoch,done)
-    if signal: self.leave()
+    if told: self.leave()
     if due: self.write(*self.place, self.at)
 
 @patch

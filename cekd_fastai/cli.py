@@ -224,14 +224,22 @@ def _launch(said):
     if 'RANK' in os.environ: sys.exit('cekd-train: --launch within `torchrun` would start too many processes: leave one of them out.')
     import logging
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL) # the first process has said it
     logging.getLogger('torch.distributed.run').setLevel(logging.CRITICAL)
     words = _without('--launch', sys.argv[1:])
     try: run.main(['--standalone','--nproc-per-node',str(n),'-m','cekd_fastai.cli',*words])
-    except ChildFailedError as e: sys.exit(e.get_first_failure()[1].exitcode%256)
-    except run.SignalException as e: sys.exit(128+e.sigval)
+    except ChildFailedError as e: _lost(*e.get_first_failure())
+    except SignalException as e: sys.exit(128+e.sigval)
     sys.exit()
+
+def _lost(rank, failure):
+    "End as the first process that failed; for one that was killed this is the only sentence"
+    n = -failure.exitcode
+    if n<=0: sys.exit(failure.exitcode)
+    print(f'cekd-train: process {rank} was killed (signal {n}), and the others have been ended; what was written stays: go on with --resume.', file=sys.stderr)
+    sys.exit(128+n)
 
 def _without(flag, words):
     "The words of a command line without an option and its value"

@@ -10,7 +10,8 @@ from cekd_fastai.data.loaders import fine_grained_dls
 from cekd_fastai.learner import branch_learner,meal_learner
 from cekd_fastai.mix.callback import CutMix
 from cekd_fastai.mix.snapmix import SnapMix
-from cekd_fastai.runstate import checkpoint_files,newest_checkpoint,read_checkpoint
+from cekd_fastai.core import one_sentence
+from cekd_fastai.runstate import WrongState,check_layout,checkpoint_files,newest_checkpoint,read_checkpoint,write_checkpoint
 from cekd_fastai.synthetic import make_birds
 from cekd_fastai.train import sgd
 
@@ -147,6 +148,80 @@ def test_bad_file(spoil, tmp_path):
         again = fit(make, Checkpoint(tmp_path, signals=False), seed=7)[1]
     assert same(whole, again) and f.with_suffix('.bad').exists()
 
+def test_by_the_clock(tmp_path):
+    "A new run writes after its first batch, and again within an epoch when the newest file is too old; not when it goes on."
+    make = lambda: branch_learner(toy(), arch, **kw)
+    whole = fit(make)[1]
+    with pytest.raises(SystemExit): fit(make, Checkpoint(tmp_path/'a', signals=False), Die(0,2))
+    assert [o.name for o in checkpoint_files(tmp_path/'a')]==['checkpoint-00-0000-000001.ckpt']
+    with pytest.raises(SystemExit): fit(make, Checkpoint(tmp_path/'a', signals=False), Die(0,2))
+    assert len(checkpoint_files(tmp_path/'a'))==1
+    assert same(whole, fit(make, Checkpoint(tmp_path/'a', signals=False), seed=7)[1])
+    with pytest.raises(SystemExit): fit(make, Checkpoint(tmp_path/'b', minutes=1e-9, signals=False), Die(1,2))
+    assert checkpoint_files(tmp_path/'b')[-1].name=='checkpoint-00-0001-000002.ckpt'
+    with pytest.raises(SystemExit): fit(make, Checkpoint(tmp_path/'c', minutes=0, signals=False), Die(0,2))
+    assert not checkpoint_files(tmp_path/'c')
+
+# Files whose checksum is right and whose contents are not
+
+def _place(state, path):
+    "What holds the place `path`, and the key there; `next` is the first key"
+    for k in path[:-1]: state = state[k]
+    return state,next(iter(state)) if path[-1] is next else path[-1]
+
+def put(*path, to):
+    "A change to a state: another value at a place"
+    def change(state):
+        o,k = _place(state, path)
+        o[k] = to
+    return change
+
+def drop(*path):
+    "A change to a state: nothing at a place"
+    def change(state):
+        o,k = _place(state, path)
+        del o[k]
+    return change
+
+PLACE = [drop('fit'), put('epoch', to='1'), put('batch', to=-1), put('best', to={}), drop('start'), put('start', to=torch.ones(3)), put('now', to=True), put('net', to={}),
+    drop('net','notes'), put('net','opt', to=[]), put('about', to=3), drop('about','args'), put('others', to=None)]
+INSIDE = [put('net','model',next, to=3), drop('net','model',next), put('net','grads',0, to=[1]), put('net','grads',0, to=torch.ones(7)),
+    put('net','opt','state',0, to=3), put('net','opt','state',0,'grad_avg', to=0), put('net','opt','state',0,'grad_avg', to=torch.ones(2,2)), put('net','opt','hypers', to=[]),
+    drop('net','opt','hypers',0,'lr'), put('net','opt','hypers',0,'lr', to='x'), put('now','rng', to={}), put('now','rng','numpy_state', to='x'), put('now','rng','random_state', to=(1,2)),
+    drop('now','cbs','ParamScheduler:0','attrs','hps','lr'), put('now','cbs','ParamScheduler:0','attrs','hps', to=7), put('now','cbs','Recorder:0', to=0),
+    put('now','cbs','Recorder:0','attrs','losses', to='x'), put('now','learn','train_iter', to='x'), put('now','learn','model', to=1), put('now','metrics', to=[]),
+    put('start','loaders', to=[7]), put('start','loaders',0,'rng', to=(1,)), put('start','rng', to={})]
+
+@pytest.fixture(scope='module')
+def file_of_a_run(tmp_path_factory):
+    "A checkpoint from within the second epoch"
+    tmp = tmp_path_factory.mktemp('run')
+    with pytest.raises(SystemExit): fit(small, Checkpoint(tmp, every=1, signals=False), Die(1,2))
+    return checkpoint_files(tmp)[-1]
+
+def small(): return branch_learner(toy(), arch, 1, **kw)
+
+@pytest.mark.parametrize('change', PLACE)
+def test_other_contents(change, file_of_a_run, tmp_path):
+    "A file that is no run is named and set aside, like a damaged one."
+    state = read_checkpoint(file_of_a_run)
+    change(state)
+    write_checkpoint(f := tmp_path/file_of_a_run.name, state)
+    with pytest.warns(UserWarning, match=f'{f.name}` was not written by `Checkpoint` .*the one before is used'):
+        assert newest_checkpoint(tmp_path, check=check_layout) is None
+
+@pytest.mark.parametrize('change', INSIDE)
+def test_other_contents_inside(change, file_of_a_run, tmp_path):
+    "Contents that do not fit the run are an error in one sentence, before the first batch."
+    state = read_checkpoint(file_of_a_run)
+    change(state)
+    write_checkpoint(tmp_path/file_of_a_run.name, state)
+    class Never(Callback):
+        order,run_valid = 1900,False
+        def after_pred(self): raise AssertionError('a batch was trained on')
+    with pytest.raises(WrongState) as e: fit(small, Checkpoint(tmp_path, signals=False), Never())
+    assert one_sentence(e.value).startswith('The checkpoint ') and one_sentence(e.value).endswith('choose another folder.')
+
 def test_file_runs_nothing(tmp_path):
     "A pickle in the place of a checkpoint is not opened."
     import pickle
@@ -225,4 +300,4 @@ def test_signals(tmp_path):
         assert names[-1]==('checkpoint-00-0001-000000.ckpt' if n==9 else 'checkpoint-00-0001-000002.ckpt')
         assert run(str(n), '0').stdout==whole.stdout
     res = run('twice', '2+2')
-    assert res.returncode==130 and [o.name for o in checkpoint_files(tmp_path/'twice')]==['checkpoint-00-0001-000000.ckpt']
+    assert res.returncode==130 and checkpoint_files(tmp_path/'twice')[-1].name=='checkpoint-00-0001-000000.ckpt'

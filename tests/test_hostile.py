@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np,pandas as pd,pytest,torch
 from PIL import Image
+from fastai.vision.all import PILImage
 from safetensors.torch import save_file
 from scipy.io import savemat
 from cekd_fastai.weights import load_weights
@@ -12,7 +13,7 @@ from cekd_fastai.data.benchmarks import _FILES,BENCHMARKS,read_table
 from cekd_fastai.data.check import presize,verify
 from cekd_fastai.data.download import _addresses,_get,unpack
 from cekd_fastai.data.folders import images_of
-from cekd_fastai.data.image import LONGEST,open_image
+from cekd_fastai.data.image import LONGEST,ResizeShort,open_image
 from cekd_fastai.data.readers import read_aircraft,read_cars,read_cub,read_dogs,read_pets
 from cekd_fastai.data.safe import _PARSE,read_mats
 from cekd_fastai.data.table import ImageTable
@@ -386,11 +387,26 @@ def test_description_that_is_none(net_file, tmp_path, kw):
     torch.save(saved, tmp_path/'b.pt')
     with fails(ValueError, 'b.pt', f'no sound {next(iter(kw))}'): Deployed(tmp_path/'b.pt')
 
-def test_picture_for_a_network(net_file, tmp_path):
-    d = Deployed(net_file)
+@pytest.mark.parametrize('upright', [True,False])
+def test_picture_for_a_network(net_file, tmp_path, upright):
+    "Whether it opens pictures as this library does or as fastai's `ImageBlock` does"
+    saved = torch.load(net_file, weights_only=True)
+    saved['info']['upright'] = upright
+    del saved['sum']
+    torch.save(saved, tmp_path/'b.pt')
+    d = Deployed(tmp_path/'b.pt')
     Image.new('RGB', (1,20_000)).save(tmp_path/'a.png')
+    (tmp_path/'c.png').write_bytes(b'no picture')
     with fails(OSError, 'a.png', 'too long'): d.predict(tmp_path/'a.png')
+    with fails(OSError, 'c.png', 'no known format'): d.predict(tmp_path/'c.png')
     with fails(ValueError, 'too long'): d.predict(Image.open(tmp_path/'a.png'))
+
+def test_long_picture_through_other_doors(tmp_path):
+    "An array, and a picture that fastai's own `ImageBlock` has opened: scaled without a bound it would take gigabytes."
+    f = tmp_path/'a.png'
+    Image.new('RGB', (1,20_000)).save(f)
+    with fails(ValueError, 'too long'): open_image(np.zeros((20_000,1,3), np.uint8))
+    with fails(ValueError, 'too long'): ResizeShort(512)(PILImage.create(f))
 
 # Answers of teachers
 

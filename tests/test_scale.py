@@ -12,7 +12,7 @@ from cekd_fastai.learner import GradCheckpoint,branch_learner,css_learner,meal_l
 from cekd_fastai.mix.callback import CutMix
 from cekd_fastai.mix.snapmix import SnapMix
 from cekd_fastai.online.callback import ONLINE
-from cekd_fastai.runstate import checkpoint_files
+from cekd_fastai.runstate import checkpoint_files,newest_checkpoint
 from cekd_fastai.safely import named_faults
 from cekd_fastai.soft_labels import OnlineLabelSmoothing
 from cekd_fastai.own_targets import PSKD,StoredTargets
@@ -223,11 +223,15 @@ def in_ranks(rank, tmp):
     except SystemExit as e: res['told'] = e.code
     res['told_at'] = [o.name for o in checkpoint_files(tmp/'told')]
     res['after_told'] = weights(train(kept(tmp, Checkpoint(tmp/'told'))))+[torch.rand(1)]
+    late = dict(minutes=1e9 if rank else 1e-9, signals=False) # the clock of one process counts for all
+    try: train(kept(tmp, Stop(die), Checkpoint(tmp/'clock', **late)))
+    except SystemExit: res['clock'] = [o.name for o in checkpoint_files(tmp/'clock')]
+    res['after_clock'] = weights(train(kept(tmp, Checkpoint(tmp/'clock', **late))))+[torch.rand(1)]
     torch.save(res, tmp/f'res{rank}')
     def gone(): os._exit(7) if rank else None
     start = time.time()
     try:
-        with named_faults(): train(kept(tmp, Stop(gone)))
+        with named_faults(): train(kept(tmp, Stop(gone), Checkpoint(tmp/'gone')))
     except OSError as e: (tmp/'said').write_text(f'{time.time()-start:.0f} {e}')
     os._exit(0)
 
@@ -271,7 +275,8 @@ def test_resumed_ranks(ranks):
     "Killed within an epoch, or told to stop, and started again: each process ends as if nothing had happened."
     a,b,_ = ranks
     assert a['died']==b['died']==9
-    for o in (a,b): assert apart(o['whole'], o['resumed'])==0 and apart(o['whole'], o['after_told'])==0
+    assert a['clock'][-1].startswith('checkpoint-00-0001-')
+    for o in (a,b): assert all(apart(o['whole'], o[k])==0 for k in ('resumed','after_told','after_clock'))
     assert a['whole'][-1]!=b['whole'][-1]
 
 def test_signal_to_one(ranks):
@@ -280,6 +285,8 @@ def test_signal_to_one(ranks):
     assert a['told']==b['told']==143 and a['told_at'][-1].startswith('checkpoint-00-0001-')
 
 def test_one_is_gone(ranks):
-    "One process that is gone ends the other within seconds, in one sentence."
+    "One process that is gone within an epoch ends the other within seconds, in one sentence and with a checkpoint."
     seconds,said = (ranks[2]/'said').read_text().split(' ', 1)
     assert int(seconds)<60 and said.startswith('Another process of this run has ended; what was written stays')
+    newest = newest_checkpoint(ranks[2]/'gone')
+    assert newest and len(newest['others'])==1

@@ -112,7 +112,10 @@ def open_image(
         im = fn.copy() # Which decodes it, whatever its format
         return PILImage(_rgb(ImageOps.exif_transpose(im)))
     is_file = isinstance(fn, (Path,str,bytes)) or hasattr(fn, 'read')
-    if not is_file: return PILImage(_rgb(PILImage.create(fn)))
+    if not is_file:
+        im = PILImage(_rgb(PILImage.create(fn)))
+        check_long(im.size)
+        return im
     gone = f'{fn} does not exist: check the path, or build the table again'
     try: return _read(io.BytesIO(fn) if isinstance(fn, bytes) else fn, draft, box)
     except FileNotFoundError as e: raise FileNotFoundError(gone) from e
@@ -174,6 +177,7 @@ class ResizeShort(DisplayedTransform):
         self.size = size
         super().__init__()
     def _target(self, w, h):
+        check_long((w,h)) # However it was opened
         short = min(w, h)
         return round(w*self.size/short),round(h*self.size/short)
     def encodes(self, x:Image.Image):
