@@ -9,8 +9,9 @@ __all__ = ['PictureInput', 'deploy', 'Deployed']
 
 # %% ../nbs/76_deploy.ipynb #imports
 from fastai.vision.all import *
+from PIL import UnidentifiedImageError
 from .core import data_stats,data_vocab,eval_mode,few,one_sentence,unwrap_model,write_whole
-from .data.image import ResizeShort,ResizeSquare,scaling_tfms,open_image,recipe_tfms
+from .data.image import ResizeShort,ResizeSquare,check_long,scaling_tfms,open_image,recipe_tfms
 from .data.loaders import OpenImage
 from .files import check_info
 from .branches import BranchNet,load_net,save_net
@@ -44,20 +45,27 @@ def _rebuild(step):
     return _BY_NAME[name](**kw)
 
 # %% ../nbs/76_deploy.ipynb #dp-input
+def _why(e): return 'no known format' if isinstance(e, UnidentifiedImageError) else str(e) or type(e).__name__
+
 def _open_stock(o, draft=None):
     "Open `o` as fastai's `ImageBlock` does"
-    if isinstance(o, Image.Image): return PILImage(o.convert('RGB'))
-    try: im = PILImage.create(o)
+    if isinstance(o, Image.Image):
+        check_long(o.size)
+        return PILImage(o.convert('RGB'))
+    try:
+        im = PILImage.create(o)
+        check_long(im.size)
     except FileNotFoundError: raise
     except Exception as e:
         name = o if isinstance(o, (Path,str)) else 'the bytes'
-        raise OSError(f'{name} cannot be read as an image ({type(e).__name__}): replace or delete it') from e
+        raise OSError(f'{name} cannot be read as an image ({_why(e)}): replace or delete it') from e
     return PILImage(im if im.mode=='RGB' else im.convert('RGB'))
 
 def _of_channels(values, device):
     "The numbers of the three colours as a tensor of shape (3, 1, 1)"
     return tensor(values, device=device)[:,None,None]
 
+# %% ../nbs/76_deploy.ipynb #dp-input-class
 class PictureInput:
     "From pictures to the input of a network, as a file describes it"
     def __init__(self,

@@ -16,7 +16,7 @@ from .losses import cross_target,soft_probs,z_scores
 from .mix.evidence import evidence_batches,oracle_weights
 from .branches import PeerNet
 from .distill import Components,log_parts
-from .cekd import CEKD,label_shares,teacher_logits
+from .cekd import CEKD,_prob_of,label_shares,teacher_logits
 
 # %% ../nbs/43_diagnose.ipynb #angle
 def _angle(a, b):
@@ -39,11 +39,12 @@ def target_angle(
     standardise:bool=False, # Is the soft target compared with `z_scores` of the logits?
 )->Tensor:         # Degrees, shape (B,)
     "Angle between the gradients of the mixed label and of the soft target at the logits"
-    # `F.one_hot` would wait for the device to see whether all classes are in range
-    t = y if y.is_floating_point() else torch.zeros_like(z, dtype=torch.float).scatter_(1, y[:,None], 1)
-    soft = soft_probs(z, T or 1., standardise=standardise)-q
-    if standardise: soft = _through_z_scores(z, soft)
-    return _angle(soft_probs(z)-cross_target(t, rec), soft)
+    if not y.is_floating_point(): # `F.one_hot` would wait for the device to see whether all classes are in range
+        y = torch.zeros_like(z, dtype=torch.float).scatter_(1, y[:,None], 1)
+    by_label = soft_probs(z)-cross_target(y, rec)
+    by_target = soft_probs(z, T or 1., standardise=standardise)-q
+    if standardise: by_target = _through_z_scores(z, by_target)
+    return _angle(by_label, by_target)
 
 # %% ../nbs/43_diagnose.ipynb #noise
 @patch
@@ -54,11 +55,12 @@ def eval_target(self:CEKD,
 )->Tensor:         # Shape (B, K)
     "The cross target for mixed images, in evaluation mode, the mean over peers"
     net = unwrap_model(self.learn.model)
-    if self.teacher=='ema': return cross_target(soft_probs(self.ema_logits(x), self.T, standardise=self.standardise), rec)
+    how = dict(T=self.T, standardise=self.standardise)
+    if self.teacher=='ema': return cross_target(soft_probs(self.ema_logits(x), **how), rec)
     with eval_mode(net):
         z,feats = net.branch_forward(x)
         if self.fuse=='maps': z = self._region_logits(feats, rec, x.shape[-2:])
-    q = soft_probs(teacher_logits(z, self.teacher), self.T, standardise=self.standardise).mean(0)
+    q = soft_probs(teacher_logits(z, self.teacher), **how).mean(0)
     return q if self.fuse=='maps' else cross_target(q, rec)
 
 @patch
@@ -69,9 +71,10 @@ def _host_errors(self:CEKD, x, y, ev):
     rec = mixed[1]
     other = y[rec.perm]
     q = self.eval_target(x, rec)
-    q_host,q_donor = q.gather(1, y[:,None])[:,0],q.gather(1, other[:,None])[:,0]
+    q_host,q_donor = _prob_of(q, y),_prob_of(q, other)
     deserved = oracle_weights(rec, ev)
-    by_label,by_target = label_shares(rec).lam_a,q_host/(q_host+q_donor)
+    by_label = label_shares(rec).lam_a
+    by_target = q_host/(q_host+q_donor)
     errors = torch.stack([(by_label-deserved).abs(), (by_target-deserved).abs()], 1)
     return errors[rec.mixed & (y!=other) & ~deserved.isnan()]
 

@@ -14,16 +14,21 @@ from torch.overrides import TorchFunctionMode
 from .core import few,one_sentence
 
 # %% ../nbs/32_files.ipynb #zip
-def _first_line(e): return first(o for o in str(e).splitlines() if o.strip()) or type(e).__name__
+def _first_line(e):
+    "The first line of an error that says something, else its name"
+    lines = [o for o in str(e).splitlines() if o.strip()]
+    return lines[0] if lines else type(e).__name__
+
+def _is_packed(o): return o.compress_type!=zipfile.ZIP_STORED or o.file_size!=o.compress_size
 
 def _fault_of_zip(file):
     "What is wrong with the members of a file of torch, None if nothing is"
     with zipfile.ZipFile(file) as f:
-        if any(o.compress_type!=zipfile.ZIP_STORED or o.file_size!=o.compress_size for o in f.infolist()):
-            return 'its members are packed, and torch does not pack them'
+        if any(map(_is_packed, f.infolist())): return 'its members are packed, and torch does not pack them'
         bad = f.testzip()
     return bad and f'the checksum of its member {bad} differs'
 
+# %% ../nbs/32_files.ipynb #load
 def _load(file):
     "What a torch file holds, read without running code"
     if zipfile.is_zipfile(file) and (fault := _fault_of_zip(file)): raise ValueError(f'it is damaged: {fault}')
@@ -36,22 +41,31 @@ def _tensors(o):
     "All tensors in nested lists and dictionaries"
     if isinstance(o, Tensor): return [o]
     if isinstance(o, dict): o = list(o.values())
-    return [t for v in o for t in _tensors(v)] if isinstance(o, (list,tuple,set)) else []
+    if not isinstance(o, (list,tuple,set)): return []
+    return [t for v in o for t in _tensors(v)]
+
+def _is_odd(t): return t.layout!=torch.strided or t.is_quantized or t.device.type!='cpu'
 
 def _check_tensors(ts, size):
     "Refuse tensors that are no plain numbers, or more than a file of `size` bytes can hold"
-    odd = first(t for t in ts if t.layout!=torch.strided or t.is_quantized or t.device.type!='cpu')
-    if odd is not None: raise ValueError('it holds a tensor that is sparse, quantised or empty of numbers')
-    most = max([t.numel()*t.element_size() for t in ts], default=0)
-    whole = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in ts}.values())
-    if max(most, whole)>size: raise ValueError(f'its tensors claim {max(most, whole)/2**20:,.0f} MiB, and it has {size/2**20:,.2f}')
+    if any(map(_is_odd, ts)): raise ValueError('it holds a tensor that is sparse, quantised or empty of numbers')
+    largest = max([t.numel()*t.element_size() for t in ts], default=0)
+    storages = [t.untyped_storage() for t in ts]
+    whole = sum({o.data_ptr(): o.nbytes() for o in storages}.values()) # tensors may share one
+    claimed = max(largest, whole)
+    if claimed>size: raise ValueError(f'its tensors claim {claimed/2**20:,.0f} MiB, and it has {size/2**20:,.2f}')
+
+# %% ../nbs/32_files.ipynb #finite
+def _is_finite(t):
+    "Whether the numbers of a tensor are finite; a single number may be infinite, as a bound that bounds nothing"
+    if not (t.is_floating_point() or t.is_complex()): return True
+    return t.isfinite().all() if t.ndim else not t.isnan()
 
 def not_finite(
     sd # Tensors by name
 )->list: # Their names
-    "Tensors that hold a number that is not finite; a single number may be infinite, as a bound that bounds nothing"
-    floats = [(k,v) for k,v in sd.items() if v.is_floating_point() or v.is_complex()]
-    return [k for k,v in floats if v.isnan().any() or v.ndim and not v.isfinite().all()]
+    "Tensors that hold a number that is not finite; a single number may be infinite"
+    return [k for k,v in sd.items() if not _is_finite(v)]
 
 # %% ../nbs/32_files.ipynb #read
 def read_torch(
@@ -72,7 +86,8 @@ def _plain(o):
         data = o.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         return [str(o.dtype),list(o.shape),hashlib.sha256(data).hexdigest()]
     if isinstance(o, dict): return [[str(k),_plain(v)] for k,v in o.items()]
-    return [_plain(v) for v in o] if isinstance(o, (list,tuple)) else repr(o)
+    if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
+    return repr(o)
 
 def net_sum(
     recipe, # How to build the network
@@ -80,7 +95,8 @@ def net_sum(
     info    # What stands beside them
 )->str:
     "Checksum of the content of a file of `save_net`"
-    return hashlib.sha256(json.dumps(_plain([recipe,state,info])).encode()).hexdigest()
+    text = json.dumps(_plain([recipe,state,info]))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../nbs/32_files.ipynb #parts
 _LEADS_OUT = {'pretrained','weights','checkpoint_path','pretrained_cfg','pretrained_cfg_overlay','cache_dir'}
@@ -90,30 +106,39 @@ def _fault_of_recipe(o, depth=0):
     if depth>4: return 'lists within lists'
     if o is None or isinstance(o, (bool,float)): return
     if isinstance(o, int): return None if abs(o)<2**31 else f'the number {o:.0e}'
-    if isinstance(o, str): return f'the address {o!r}' if ':' in o or '..' in o or o[:1]=='/' else None
+    if isinstance(o, str):
+        is_address = ':' in o or '..' in o or o.startswith('/')
+        return f'the address {o!r}' if is_address else None
     if isinstance(o, dict):
         bad = [k for k in o if not isinstance(k, str) or k in _LEADS_OUT]
         if bad: return f'the argument {bad[0]!r}'
         o = list(o.values())
     if not isinstance(o, (list,tuple)): return f'a {type(o).__name__}'
-    return first(v for v in (_fault_of_recipe(v, depth+1) for v in o) if v)
+    faults = (_fault_of_recipe(v, depth+1) for v in o)
+    return first(v for v in faults if v)
+
+def _is_state_dict(o):
+    "Whether `o` is a dictionary of tensors by name"
+    return isinstance(o, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k,v in o.items())
 
 def _check_parts(recipe, state, info):
     "Refuse parts that are not what they are called"
-    if not isinstance(recipe, dict) or not isinstance(recipe.get('build'), str): raise ValueError('its recipe names no builder')
+    has_builder = isinstance(recipe, dict) and isinstance(recipe.get('build'), str)
+    if not has_builder: raise ValueError('its recipe names no builder')
     if not isinstance(info, dict): raise ValueError('what stands beside its weights is no dictionary')
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k,v in state.items()):
-        raise ValueError('its weights are no tensors by name')
+    if not _is_state_dict(state): raise ValueError('its weights are no tensors by name')
     bad = _fault_of_recipe(recipe)
     if bad: raise ValueError(f'its recipe holds {bad}')
     vocab,n_out = info.get('vocab'),recipe.get('n_out')
-    if vocab and isinstance(vocab, (list,tuple)) and isinstance(n_out, int) and len(vocab)!=n_out:
-        raise ValueError(f'it names {len(vocab)} classes, and its network has {n_out}')
+    counted = vocab and isinstance(vocab, (list,tuple)) and isinstance(n_out, int)
+    if counted and len(vocab)!=n_out: raise ValueError(f'it names {len(vocab)} classes, and its network has {n_out}')
     n = recipe.get('n_branches')
     if isinstance(n, int) and n>len(state): raise ValueError(f'its recipe has {n:,} branches, and its weights are {len(state)}')
     if names := not_finite(state): raise ValueError(f'{few(names)} holds numbers that are not finite')
 
 # %% ../nbs/32_files.ipynb #saved
+_PARTS = ('recipe','state_dict','info')
+
 def read_saved(
     file # Written by `save_net` or `deploy`
 )->tuple: # Recipe, weights by name, and what stands beside them
@@ -121,11 +146,13 @@ def read_saved(
     if not Path(file).is_file(): raise FileNotFoundError(f"There is no file `{file}`.")
     try:
         saved = read_torch(file)
-        lack = [k for k in ('recipe','state_dict','info') if not isinstance(saved, dict) or k not in saved]
+        held = saved if isinstance(saved, dict) else {}
+        lack = [k for k in _PARTS if k not in held]
         if lack: raise ValueError(f"it has no {few(lack)}")
-        res = [saved[k] for k in ('recipe','state_dict','info')]
+        res = [saved[k] for k in _PARTS]
         _check_parts(*res)
-        if saved.get('sum', '') not in ('', net_sum(*res)): raise ValueError('it is damaged: its checksum differs')
+        noted = saved.get('sum', '') # older files have none
+        if noted not in ('', net_sum(*res)): raise ValueError('it is damaged: its checksum differs')
     except ValueError as e: raise ValueError(f"`{file}` was not written by `save_net` or `deploy` ({e}).") from e
     return tuple(res)
 
@@ -136,16 +163,21 @@ def _asked(func, args, kwargs):
     "About how many numbers a call of torch makes anew"
     if func in _MAKERS:
         size = kwargs.get('size', args)
-        size = size[0] if len(size) and isinstance(size[0], (tuple,list)) else size
+        if len(size) and isinstance(size[0], (tuple,list)): size = size[0]
         return math.prod(o for o in size if isinstance(o, int))
-    if func in (torch.arange,torch.linspace): return max([abs(o) for o in args if isinstance(o, (int,float))], default=0)
-    if func in (Tensor.clone,Tensor.repeat,Tensor.contiguous): return args[0].numel()*math.prod(o for o in args[1:] if isinstance(o, int))
+    if func in (torch.arange,torch.linspace):
+        bounds = [abs(o) for o in args if isinstance(o, (int,float))]
+        return max(bounds, default=0)
+    if func in (Tensor.clone,Tensor.repeat,Tensor.contiguous):
+        times = [o for o in args[1:] if isinstance(o, int)]
+        return args[0].numel()*math.prod(times)
     return 0
 
 def _maps(x, w, bias=None, stride=1, *args, **kwargs):
     "About how many numbers a convolution gives; it takes the arguments of `torch.conv2d`"
     step = math.prod(stride) if isinstance(stride, (tuple,list)) else stride**2
-    return x.shape[0]*w.shape[0]*x.shape[-1]*x.shape[-2]/step
+    places = x.shape[-1]*x.shape[-2]
+    return x.shape[0]*w.shape[0]*places/step
 
 class _Watch(TorchFunctionMode):
     "Adds up what torch is asked for, and stops at `most` bytes"
@@ -189,20 +221,33 @@ def _is_numbers(o, n, above=-math.inf):
     if not isinstance(o, (list,tuple)) or len(o)!=n: return False
     return all(isinstance(v, (int,float)) and math.isfinite(v) and v>above for v in o)
 
+def _is_small(o):
+    "Whether no number in an argument is a giant"
+    if isinstance(o, (list,tuple)): return all(map(_is_small, o))
+    return not isinstance(o, (int,float)) or abs(o)<=_MOST_PIXELS
+
 def _is_step(o):
     "Whether `o` is the name of a transform and its arguments, none of them a giant"
-    if not isinstance(o, (list,tuple)) or len(o)!=2 or not isinstance(o[0], str) or not isinstance(o[1], dict): return False
-    def small(v):
-        if isinstance(v, (list,tuple)): return all(map(small, v))
-        return not isinstance(v, (int,float)) or abs(v)<=_MOST_PIXELS
-    return all(isinstance(k, str) and small(v) for k,v in o[1].items())
+    if not isinstance(o, (list,tuple)) or len(o)!=2: return False
+    name,args = o
+    if not isinstance(name, str) or not isinstance(args, dict): return False
+    return all(isinstance(k, str) and _is_small(v) for k,v in args.items())
 
+# %% ../nbs/32_files.ipynb #sound
 def _are_steps(o): return isinstance(o, list) and all(map(_is_step, o))
 
-_INFO = dict(vocab=lambda o: isinstance(o, (list,tuple)) and len(o)>0 and all(isinstance(v, (str,int,float)) for v in o),
-    mean=lambda o: _is_numbers(o, 3), std=lambda o: _is_numbers(o, 3, 0), size=lambda o: _is_numbers(o, 2, 0) and max(o)<=_MOST_PIXELS,
-    steps=_are_steps, batch_steps=_are_steps, activation=lambda o: o in ('softmax','sigmoid'), thresh=lambda o: _is_numbers([o], 1),
-    draft=lambda o: o is None or _is_numbers([o], 1, 0) and o<=2*_MOST_PIXELS)
+def _is_vocab(o):
+    "Whether `o` is a list of names, at least one"
+    if not isinstance(o, (list,tuple)) or not len(o): return False
+    return all(isinstance(v, (str,int,float)) for v in o)
+
+# %% ../nbs/32_files.ipynb #sizes
+def _is_size(o): return _is_numbers(o, 2, 0) and max(o)<=_MOST_PIXELS
+def _is_draft(o): return o is None or _is_numbers([o], 1, 0) and o<=2*_MOST_PIXELS
+
+_IS_SOUND = dict(vocab=_is_vocab, mean=partial(_is_numbers, n=3), std=partial(_is_numbers, n=3, above=0), size=_is_size,
+    steps=_are_steps, batch_steps=_are_steps, activation=lambda o: o in ('softmax','sigmoid'),
+    thresh=lambda o: _is_numbers([o], 1), draft=_is_draft)
 
 # %% ../nbs/32_files.ipynb #info-check
 def check_info(
@@ -210,5 +255,8 @@ def check_info(
     file       # Its file, for the message
 ):
     "Refuse a description of pictures and classes that cannot be one"
-    bad = [k for k,ok in _INFO.items() if k in info and not ok(info[k])]
-    if bad: raise ValueError(f"`{file}` has no sound {few(bad)}, which {'is' if len(bad)==1 else 'are'} {few((repr(info[k])[:40] for k in bad))}: write it again with `deploy`.")
+    bad = [k for k,is_sound in _IS_SOUND.items() if k in info and not is_sound(info[k])]
+    if not bad: return
+    are = 'is' if len(bad)==1 else 'are'
+    values = [repr(info[k])[:40] for k in bad]
+    raise ValueError(f"`{file}` has no sound {few(bad)}, which {are} {few(values)}: write it again with `deploy`.")

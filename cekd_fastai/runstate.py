@@ -217,6 +217,7 @@ def net_state(
     res = dict(model=dict(sd), notes=dict(sd._metadata), grads=[_grad(p) for p in net.parameters()])
     return res | dict(opt=learn.opt.state_dict(), scaler=scaler and scaler.state_dict())
 
+# %% ../nbs/67_runstate.ipynb #state-opt
 _STATS = ('grad_avg','sqr_avg','slow','step','do_wd','force_train') # of fastai's optimisers
 
 def _check_opt(opt, state):
@@ -284,6 +285,7 @@ def _like(new, old, name):
         if k not in new: raise TypeError(f'{name} has no {k!r}')
         _like(new[k], old[k], f'{k!r} of {name}')
 
+# %% ../nbs/67_runstate.ipynb #state-kinds
 def _check_kinds(o, state):
     "Refuse attributes that are of another sort than those of `o`, an object of fastai or of this library"
     if type(o).__module__.split('.')[0] not in ('fastai','cekd_fastai'): return
