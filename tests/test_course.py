@@ -44,17 +44,17 @@ def good():
     return [md('\n'.join(['# Lesson 2: Small', '', '> A small one', '', *lessons.badges(name)])), code(lessons.install, id='install'),
         md('Hello.\n\n## What you will be able to do\n\n- a\n- b\n- c'), md('Imports.'),
         code('from fastai.vision.all import *\nfrom cekd_fastai.all import *', id='imports'),
-        md('## Birds\n\n`make_birds` draws birds. See [mix](../28_mix.callback.ipynb) and `[x](no.ipynb)`.'),
+        md('## Birds\n\n`make_birds` draws birds. See [mix](../29_mix.callback.ipynb) and `[x](no.ipynb)`.'),
         code('x = make_birds()\nprint(x)', text('3\n'), id='birds'), code('plot_it()', picture(), id='plot'), md('A picture of it.'),
         md('## Exercises\n\nTry them.'), *exercises,
         md('## Questionnaire\n\n' + '\n'.join(f'{i}. Why?' for i in range(1, 9))),
-        md('## Read on\n\n`make_birds`: [28 mix.callback](../28_mix.callback.ipynb), [paper](https://arxiv.org/abs/1)')]
+        md('## Read on\n\n`make_birds`: [29 mix.callback](../29_mix.callback.ipynb), [paper](https://arxiv.org/abs/1)')]
 
 def judged(cells, tmp_path):
     "Faults of a lesson with these cells, by rule."
     path = tmp_path/'course'/f'{name}.ipynb'
     path.parent.mkdir(exist_ok=True)
-    (tmp_path/'28_mix.callback.ipynb').touch()
+    (tmp_path/'29_mix.callback.ipynb').touch()
     path.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
     return {k: lessons.faults(path, k, lib) for k in lessons.rules}
 
@@ -84,7 +84,7 @@ wrong = [('start', swap('# Lesson 2', '# Lesson 2', '# Lesson 3'), 'the first li
     ('sections', swap('## Questionnaire', '## Questionnaire', '## Questions'), 'the sections must be'),
     ('sections', swap('Hello', '\n- b\n- c', ''), '3 to 5 bullets, not 1'),
     ('sections', swap('## Questionnaire', '8. Why?', ''), '8 to 12 numbered questions, not 7'),
-    ('sections', swap('## Read on', '../28_mix.callback.ipynb', 'https://a.b'), 'must link to the reference'),
+    ('sections', swap('## Read on', '../29_mix.callback.ipynb', 'https://a.b'), 'must link to the reference'),
     ('sections', swap('## Read on', 'arxiv.org', 'a.org'), 'a paper on arXiv'),
     ('sections', insert('Hello', md('## One\n\n## Two')), 'near the top'),
     ('exercises', remove('### Exercise 3'), '3 to 6 exercises, not 2'),
@@ -106,7 +106,7 @@ wrong = [('start', swap('# Lesson 2', '# Lesson 2', '# Lesson 3'), 'the first li
     ('names', swap('birds', 'print', 'CEKD()\nprint'), 'cell `birds` uses `CEKD`'),
     ('names', swap('## Birds', '`make_birds`', 'make_birds'), 'cell `birds` uses `make_birds`'),
     ('reading', swap('## Read on', '`make_birds`', 'birds'), 'does not say where `make_birds` is explained'),
-    ('links', swap('## Birds', '../28_mix', '28_mix'), 'the link 28_mix.callback.ipynb leads nowhere'),
+    ('links', swap('## Birds', '../28_mix', '28_mix'), 'the link 29_mix.callback.ipynb leads nowhere'),
     ('links', insert('Hello', md('<img src="no.png">')), 'the link no.png leads nowhere'),
     ('figures', put('plot', outputs=[picture(599)]), 'is 599 pixels wide'),
     ('figures', swap('plot', 'plot_it()', 'plot_it(fontsize=7)'), 'letters of 7 points'),

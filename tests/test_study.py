@@ -78,7 +78,7 @@ def test_page_takes_cells(benchmark):
     page = benchmark('page')
     text = page.cell_text('nbs/studies/cekd.ipynb', 'birds-md')
     assert text.startswith('Now the same') and '](../benchmarks/README.md#' in text
-    assert page.cell_text('nbs/studies/cekd.ipynb', 'title').count('](../nbs/42_cekd.ipynb)')==1
+    assert page.cell_text('nbs/studies/cekd.ipynb', 'title').count('](../nbs/43_cekd.ipynb)')==1
 
 @pytest.mark.parametrize('line,fault', [('{{table nothing}}','no benchmarks/results/nothing.json'), ('{{cell nbs/x.ipynb a}}','nbs/x.ipynb, which does not exist'),
     ('{{cell nbs/studies/cekd.ipynb nothing}}','the cell `nothing`'), ('{{row a}}','begins with `table` or `cell`'), ('{{table online}}','shows no table of')])

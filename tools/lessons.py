@@ -86,7 +86,7 @@ def section_faults(l):
     if not 3<=bullets<=5: res.append(f'`## {wanted[0]}` must have 3 to 5 bullets, not {bullets}')
     if not 8<=len(asked)<=12: res.append(f'`## Questionnaire` must have 8 to 12 numbered questions, not {len(asked)}')
     if not re.search(r'\]\(\.\./\d\d_[\w.]+\.ipynb', more):
-        res.append('`## Read on` must link to the reference, as in `[28 mix.callback](../28_mix.callback.ipynb)`')
+        res.append('`## Read on` must link to the reference, as in `[29 mix.callback](../29_mix.callback.ipynb)`')
     if 'arxiv.org/abs/' not in more: res.append('`## Read on` must link to a paper on arXiv')
     return res
 
