@@ -203,13 +203,9 @@ def drawn(cell):
 
 _points = re.compile(r"(?:fontsize|(?:title|label|font\.|legend\.font)size)['\"]?\s*[=:]\s*(\d+)")
 
-# Stored before their figures grew: a lesson that is run again leaves this list, and the list leaves with the last one
-older = '03_mixing','04_two_heads','06_many_teachers','07_staying_different'
-
 def figure_faults(l):
     "Figures that one can see: at least 600 pixels wide, which is their size on the screen, and letters of at least 8 points."
-    seen = [] if l.path.stem in older else l.code
-    narrow = [f"the picture of cell `{c['id']}` is {o.width} pixels wide: 600 at least" for c in seen for o in drawn(c) if o.width<600]
+    narrow = [f"the picture of cell `{c['id']}` is {o.width} pixels wide: 600 at least" for c in l.code for o in drawn(c) if o.width<600]
     return narrow + [f"cell `{c['id']}` writes letters of {n} points: 8 at least" for c in l.code for n in _points.findall(c['source']) if int(n)<8]
 
 rules = dict(start=start_faults, sections=section_faults, exercises=exercise_faults, code=code_faults, outputs=output_faults, size=size_faults,
