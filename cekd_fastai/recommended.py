@@ -42,6 +42,7 @@ class Recommended:
     schedule:str='one-cycle'
     n_branches:int=2
     label_smoothing:float=.1
+    freeze_bn:bool=False   # Keep the statistics of batch normalisation that come with the weights?
 
 @functools.lru_cache(64)
 def _seen(arch):
@@ -61,7 +62,7 @@ def recommended(
     if is_listy(arch): return recommended(arch[0], pretrained)
     size,has_norm = (_seen.__wrapped__ if isinstance(arch, nn.Module) else _seen)(arch)
     if not pretrained: return Recommended(arch, False, size, lr=1e-3, head_lr=1., wd=.01 if has_norm else .05)
-    if has_norm: return Recommended(arch, True, size, lr=1e-3, head_lr=10., wd=.01)
+    if has_norm: return Recommended(arch, True, size, lr=1e-3, head_lr=10., wd=.01, freeze_bn=True)
     return Recommended(arch, True, size, lr=1e-4, head_lr=10., wd=.05, layer_decay=.75)
 
 # %% ../nbs/66_recommended.ipynb #rec-use
@@ -91,6 +92,8 @@ def learner(self:Recommended,
     "A `branch_learner` with these settings, whose rates are in `learn.lr`, where `fit_one_cycle` looks"
     kw = dict(pretrained=self.pretrained, n_branches=self.n_branches, opt_func=Adam, wd=self.wd, splitter=self.splitter)
     kw |= dict(loss_func=LabelSmoothingCrossEntropyFlat(self.label_smoothing)) | kwargs
+    learned = kw['pretrained'] or kw.get('weights') is not None
+    kw.setdefault('freeze_bn', self.freeze_bn and learned) # random weights come without statistics
     ours = kw['opt_func'] is Adam
     own = [NoDecay()] if ours else []
     learn = branch_learner(dls, self.arch, cbs=[*own,*L(cbs)], **kw)
