@@ -1,11 +1,12 @@
-"""Few photographs of look-alikes, trained until they are known by heart: four ways on the drawn birds, each with the same multiply-adds.
+"""Few photographs of look-alikes, trained until they are known by heart: five ways on the drawn birds, each with the same multiply-adds.
 
     python benchmarks/few_images.py --seeds 5 # benchmarks/results/few_images.json; a second start goes on where the first ended
 
 Each of 20 species has only a few training images, so every network here knows them all, as on real birds. And as on real birds nobody
 starts from random weights: a small backbone is trained first, on 28 *other* drawn species, and all start from it. Size, images and
 epochs were fixed with plain training alone, on other drawings, so that it knows its training images. SnapMix's look at the clean
-image is not counted in the multiply-adds."""
+image is not counted in the multiply-adds. `fine_tune` is what a fastai user writes: `aug_transforms`, `vision_learner` and `fine_tune` with
+its default rate; the epoch with a frozen body counts two thirds."""
 import json,time
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
@@ -15,51 +16,66 @@ from cekd_fastai.core import write_whole
 from cekd_fastai.results import about
 from make_train import backbone,net
 from common import here # after fastai
+from fine_tune import NoValid,user_dls
 
 runs = here.parent/'runs'
 size,trunk,branch = 56,28.05,1.08 # of a picture, and million multiply-adds
 epochs,per_class,rate,wd = 30,8,2e-3,.05 # few images for many epochs, so that plain training knows them all
 # Branches, label smoothing, and images that are distilled: half of the batches are mixed, and pass the network clean as well
-methods = {'plain': (1,0,None), 'label smoothing': (1,.1,None), '2 branches, label smoothing': (2,.1,None),
+methods = {'fine_tune': None, 'plain': (1,0,None), 'label smoothing': (1,.1,None), '2 branches, label smoothing': (2,.1,None),
     'CEKD + SnapMix, label smoothing': (2,.1,SnapMix)}
 
 def cost(n, mix): return (trunk+n*branch)*(1.5 if mix else 1)/(trunk+branch)
-def epochs_of(n, mix): return round(epochs/cost(n, mix))
+def epochs_of(name):
+    "Whole epochs of a way within those of plain training, without the frozen one of `fine_tune`"
+    return epochs-1 if name=='fine_tune' else round(epochs/cost(methods[name][0], methods[name][2]))
+def share(name):
+    "Multiply-adds of a way over those of plain training"
+    return (epochs-1/3)/epochs if name=='fine_tune' else epochs_of(name)*cost(methods[name][0], methods[name][2])/epochs
 
-class NoValid(Callback):
-    "The test images are read once, after the last epoch"
-    order = -100
-    def before_validate(self): raise CancelValidException
+def user_learner(birds, weights):
+    "What a fastai user has: the same network and weights, with `vision_learner`"
+    dls = user_dls(read_table(birds), size, 96, imagenet_stats)
+    learn = vision_learner(dls, 'resnet10t', pretrained=False, metrics=accuracy, cbs=ChannelsLast(), channels=net['channels'])
+    state = {k.replace('trunk.', '').replace('branches.0.', ''):v for k,v in torch.load(weights, weights_only=True).items() if 'heads' not in k}
+    learn.model[0].model.load_state_dict(state)
+    return learn
 
-def train(name, seed, birds, weights):
-    "Train one way, then test it"
+def own_learner(name, seed, birds, weights):
+    "A learner of this library"
     n,smooth,mix = methods[name]
-    set_seed(seed)
     dls = fine_grained_dls(birds, size=size, bs=32, in_memory=True)
     loss = LabelSmoothingCrossEntropyFlat(eps=smooth) if smooth else CrossEntropyLossFlat()
     cbs = [ChannelsLast()] + ([mix(prob=.5),CEKD()] if mix else [])
     set_seed(seed)
-    learn = branch_learner(dls, 'resnet10t', n, pretrained=False, weights=weights, arch_args=net, loss_func=loss, wd=wd,
+    return branch_learner(dls, 'resnet10t', n, pretrained=False, weights=weights, arch_args=net, loss_func=loss, wd=wd,
         metrics=accuracy, cbs=cbs)
-    groups,start = len(learn.splitter(learn.model)),time.time()
-    lrs = [rate]*(groups-1)+[10*rate] # new heads learn faster
-    with learn.no_bar(), learn.no_logging(), learn.added_cbs(NoValid()): learn.fit_one_cycle(epochs_of(n, mix), lrs)
+
+def fit(learn, name):
+    if name=='fine_tune': return learn.fine_tune(epochs_of(name))
+    lrs = [rate]*(len(learn.splitter(learn.model))-1)+[10*rate] # new heads learn faster
+    learn.fit_one_cycle(epochs_of(name), lrs)
+
+def train(name, seed, birds, weights):
+    "Train one way, then read the test images once"
+    set_seed(seed)
+    learn,start = user_learner(birds, weights) if name=='fine_tune' else own_learner(name, seed, birds, weights),time.time()
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(NoValid()): fit(learn, name)
     secs = time.time()-start
     with learn.no_bar(), learn.no_logging(): known,acc = (float(learn.validate(ds_idx=i)[1]) for i in (0,1))
-    return dict(method=name, seed=seed, epochs=epochs_of(n, mix), accuracy=round(acc, 5), train=round(known, 5), seconds=round(secs, 1))
+    return dict(method=name, seed=seed, epochs=epochs_of(name), accuracy=round(acc, 5), train=round(known, 5), seconds=round(secs, 1))
 
 def table(rows):
     "One line for each way: its epochs, its accuracy, and its gain over plain training of the same seed"
     plain = {r['seed']:r['accuracy'] for r in rows if r['method']=='plain'}
     lines = ['| method | epochs | multiply-adds | training images % | test images % | over plain | each seed |','|---|---|---|---|---|---|---|']
-    for k,(n,_,mix) in methods.items():
+    for k in methods:
         d = [r for r in rows if r['method']==k]
         if not d: continue
         gain = [100*(r['accuracy']-plain[r['seed']]) for r in d if r['seed'] in plain]
-        share = epochs_of(n, mix)*cost(n, mix)/epochs
         each = ', '.join(f"{100*r['accuracy']:.1f}" for r in d)
         known,acc = (f'{100*np.mean([r[o] for r in d]):.1f}' for o in ('train','accuracy'))
-        lines.append(f"| {k} | {d[0]['epochs']} | {share:.2f} | {known} | {acc} | {'' if k=='plain' else over(gain)} | {each} |")
+        lines.append(f"| {k} | {'1 + ' if k=='fine_tune' else ''}{d[0]['epochs']} | {share(k):.2f} | {known} | {acc} | {'' if k=='plain' else over(gain)} | {each} |")
     return '\n'.join(lines)
 
 def over(gain):

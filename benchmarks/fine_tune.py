@@ -1,6 +1,6 @@
 """The recommended recipe beside fastai's `fine_tune`: the same network, weights, statistics and picture size, at equal compute.
 
-    python benchmarks/fine_tune.py --data-dir DIR --stage select # learning rate of `fine_tune`, on a fifth of 50 birds' training images
+    python benchmarks/fine_tune.py --data-dir DIR --stage select # learning rate of `fine_tune`, and frozen norms, on a fifth of 50 birds' training images
     python benchmarks/fine_tune.py --data-dir DIR --which flowers # 12 flowers; also birds50 and birds200
     python benchmarks/fine_tune.py --data-dir DIR --stage time   # steps of both sides in turns, and how pictures are loaded
     python benchmarks/fine_tune.py --stage table
@@ -28,10 +28,13 @@ sets = dict(flowers=dict(data='oxford-flowers17-12classes', classes=None, epochs
     birds50=dict(data='CUB_200_2011', classes=50, epochs=8, title='50 birds'),
     birds200=dict(data='CUB_200_2011', classes=None, epochs=5, title='200 birds'))
 
-# What is compared. `fastai` says which part of the recipe a fastai user's code has taken over
-methods = {'fine_tune': dict(fastai=()), 'fine_tune, rate chosen': dict(fastai=(), chosen=True),
+# What is compared. `recommended` is two branches with label smoothing as `recommended(arch).learner(dls)` gives them. `fastai` says which part of the recipe a fastai user's code has taken over
+methods = {'fine_tune': dict(fastai=()), 'recommended': dict(branches=2, recommended=True),
+    'recommended, norms trained': dict(branches=2, recommended=True, freeze_bn=False), 'fine_tune, rate chosen': dict(fastai=(), chosen=True),
     'plain': dict(branches=1), 'label smoothing': dict(branches=1, smooth=.1),
-    '2 branches': dict(branches=2), '2 branches, label smoothing': dict(branches=2, smooth=.1)}
+    '2 branches': dict(branches=2), '2 branches, label smoothing': dict(branches=2, smooth=.1),
+    'SnapMix': dict(branches=1, mix=True, passes=7/6), 'CEKD + SnapMix, label smoothing': dict(branches=2, smooth=.1, mix=True, cekd=True, passes=1.5)}
+# Half of the batches are mixed. For these SnapMix looks at the clean images once, a third of a step, and CEKD trains on them too, a whole step
 # Where the difference comes from. Of a timm model `fine_tune` makes two groups, and its body learns at the rate over `lr_mult`, 100
 stairs = {'fine_tune, lr_mult=1': dict(fastai=(), mult=1), 'fine_tune, crops and flips only': dict(fastai=('loader',)), '... and kept statistics of norms': dict(fastai=('loader','norms')),
     '... and all layers from the first epoch': dict(fastai=('loader','norms','whole'))}
@@ -48,12 +51,12 @@ def find(folder, name):
         with tarfile.open(pack) as f: f.extractall(out, filter='data')
     return out/name
 
-def user_dls(table):
-    "Loaders as a fastai user writes them, with the split of the table"
+def user_dls(table, size=size, whole=160, stats=None):
+    "Loaders as a fastai user writes them, with the split of the table; `vision_learner` adds the statistics of pretrained weights"
     valid = set(np.array(table.files, dtype=object)[table.is_valid])
     files = lambda t: [f for f,o in zip(t.files, t.is_test) if not o]
     block = DataBlock((ImageBlock,CategoryBlock), get_items=files, get_y=parent_label, splitter=FuncSplitter(lambda f: f in valid),
-        item_tfms=Resize(160), batch_tfms=aug_transforms(size=size, min_scale=.75))
+        item_tfms=Resize(whole), batch_tfms=aug_transforms(size=size, min_scale=.75)+([Normalize.from_stats(*stats)] if stats else []))
     return block.dataloaders(table, bs=bs, num_workers=0)
 
 class NoValid(Callback):
@@ -70,27 +73,34 @@ def make(s, m, seed, folder, held_out):
     if own==(): dls = user_dls(read_table(source, **split))
     else: dls = fine_grained_dls(source, size=size, bs=bs, stats=arch, in_memory=True, **split)
     set_seed(seed)
+    if 'recommended' in m:
+        freeze = m.get('freeze_bn', True)
+        return recommended(arch).learner(dls, pretrained=False, weights=weights, freeze_bn=freeze, metrics=accuracy, cbs=ChannelsLast())
     if own is None:
         loss = CrossEntropyLossFlat() if not m.get('smooth') else LabelSmoothingCrossEntropyFlat(eps=m['smooth'])
         return branch_learner(dls, arch, m['branches'], pretrained=False, weights=weights, freeze_bn=True, loss_func=loss,
-            metrics=accuracy, cbs=ChannelsLast())
+            metrics=accuracy, cbs=[ChannelsLast()]+[SnapMix(prob=.5)]*('mix' in m)+[CEKD()]*('cekd' in m))
     cbs = [ChannelsLast()]+[BnFreeze()]*('norms' in own)
     return vision_learner(dls, arch, metrics=accuracy, pretrained_cfg_overlay=dict(file=str(weights)), cbs=cbs)
 
+def cost(m):
+    "Multiply-adds of an epoch of the recipe over those of an epoch of `fine_tune`"
+    return m.get('passes', 1)*(trunk+m['branches']*branch)/(trunk+branch)
+
 def epochs_of(m, E):
     "Whole epochs within the multiply-adds of one frozen and `E` further epochs of `fine_tune`"
-    if m.get('fastai') is not None: return E
-    return int((E+2/3)*(trunk+branch)/(trunk+m['branches']*branch))
+    return int((E+2/3)/cost(m)) if m.get('fastai') is None else E
 
 def compute(m, E):
     "Multiply-adds of a run over those of `fine_tune`"
-    if m.get('fastai') is None: share = epochs_of(m, E)*(trunk+m['branches']*branch)/(trunk+branch)
+    if m.get('fastai') is None: share = epochs_of(m, E)*cost(m)
     else: share = E+(0 if 'whole' in m['fastai'] else 2/3)
     return share/(E+2/3)
 
 def fit(learn, m, E, lr):
     own = m.get('fastai')
     with learn.no_bar(), learn.no_logging(), learn.added_cbs(NoValid()):
+        if 'recommended' in m: return learn.fit_one_cycle(epochs_of(m, E)) # its rates are in `learn.lr`
         if own is None:
             n = len(learn.splitter(learn.model))
             return learn.fit_one_cycle(epochs_of(m, E), [lr]*(n-1)+[10*lr])
@@ -110,7 +120,7 @@ def one_run(name, m, key, seed, folder, lr, held_out=False):
 
 def best(rows):
     "The rate of `fine_tune` that was best on held-out training images; the default where nothing was chosen"
-    runs = {r['rate']:r['accuracy'] for r in rows if r['stage']=='select'}
+    runs = {r['rate']:r['accuracy'] for r in rows if r['stage']=='select' and r['method']=='fine_tune'}
     return max(runs, key=runs.get) if runs else user_rates[0]
 
 def select_table(rows):
@@ -176,7 +186,7 @@ def times(folder, rounds):
             t1 = time.perf_counter()
             learn = r['learn']
             out = learn.model(x)
-            each = [out] if isinstance(out, Tensor) else out[1] # of a network with branches the mean and each branch
+            each = [out] if isinstance(out, Tensor) else out[0] # a network with branches gives the logits of each, then features
             sum(learn.loss_func(o, y) for o in each).backward()
             learn.opt.step()
             learn.opt.zero_grad()
@@ -218,6 +228,7 @@ def main(
     if stage=='time': return times(data_dir, rounds)
     if stage=='select':
         for lr in user_rates: run('fine_tune', methods['fine_tune'], 'birds50', 0, lr, True)
+        for o in ('recommended','recommended, norms trained'): run(o, methods[o], 'birds50', 0, rate, True)
     if stage=='final':
         for key in which.split(','):
             for seed in range(first, seeds):
