@@ -106,7 +106,7 @@ wrong = [('start', swap('# Lesson 2', '# Lesson 2', '# Lesson 3'), 'the first li
     ('names', swap('birds', 'print', 'CEKD()\nprint'), 'cell `birds` uses `CEKD`'),
     ('names', swap('## Birds', '`make_birds`', 'make_birds'), 'cell `birds` uses `make_birds`'),
     ('reading', swap('## Read on', '`make_birds`', 'birds'), 'does not say where `make_birds` is explained'),
-    ('links', swap('## Birds', '../28_mix', '28_mix'), 'the link 29_mix.callback.ipynb leads nowhere'),
+    ('links', swap('## Birds', '../29_mix', '29_mix'), 'the link 29_mix.callback.ipynb leads nowhere'),
     ('links', insert('Hello', md('<img src="no.png">')), 'the link no.png leads nowhere'),
     ('figures', put('plot', outputs=[picture(599)]), 'is 599 pixels wide'),
     ('figures', swap('plot', 'plot_it()', 'plot_it(fontsize=7)'), 'letters of 7 points'),

@@ -25,7 +25,7 @@ def test_no_row_of_the_recipe_costs_more_than_fine_tune():
     for s in recipe.sets.values():
         for k,m in {**recipe.methods,**recipe.stairs}.items():
             share = recipe.compute(m, s['epochs'])
-            assert share==1 if m.get('fastai') is not None and 'whole' not in m['fastai'] else .8<share<=1, k
+            assert share==1 if m.get('fastai') is not None and 'whole' not in m['fastai'] else .7<share<=1, k
     two = recipe.methods['2 branches, label smoothing']
     assert recipe.epochs_of(two, 5)==4 and recipe.compute(two, 5)==pytest.approx(4*96.5/70.6/(17/3))
 
@@ -35,7 +35,7 @@ def test_the_rate_of_fine_tune_is_chosen_on_held_out_images_only():
     assert (recipe.best(rows),recipe.best(rows[2:]))==(5e-3,2e-3)
 
 def test_ways_to_train_on_few_images_have_equal_multiply_adds():
-    for n,_,mix in door.methods.values(): assert door.epochs_of(n, mix)*door.cost(n, mix)==pytest.approx(door.epochs, rel=.02)
+    for k in door.methods: assert door.share(k)==pytest.approx(1, rel=.02)
 
 def test_differences_are_paired_by_seed():
     row = lambda method, seed, acc: dict(method=method, seed=seed, epochs=9, accuracy=acc, train=1., seconds=1.)
