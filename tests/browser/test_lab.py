@@ -27,10 +27,16 @@ def run_all(page, timeout=600_000):
     return page.evaluate(cells_js)
 
 def figures(page, shots, name):
-    "Widths on the screen of the figures that are not folded, of each of which a screenshot is kept."
-    found = page.locator('.jp-RenderedImage img:visible').all()
-    for k,o in enumerate(found): o.screenshot(path=shots/f'lab_{name}_{k}.png')
-    return [o.bounding_box()['width'] for o in found]
+    "Widths on the screen of the figures that are not folded, of each of which a screenshot is kept; cells are drawn when they come into view."
+    widths = []
+    for i in range(page.evaluate('() => jupyterapp.shell.currentWidget.content.widgets.length')):
+        page.evaluate('i => jupyterapp.shell.currentWidget.content.scrollToItem(i, "start")', i)
+        page.wait_for_timeout(50)
+        cell = page.locator(f'.jp-Cell[data-windowed-list-index="{i}"] .jp-RenderedImage img:visible')
+        for o in cell.all():
+            o.screenshot(path=shots/f'lab_{name}_{len(widths)}.png')
+            widths.append(o.bounding_box()['width'])
+    return widths
 
 def test_lab_opens_the_first_lesson(lab, browser):
     "The address that `make lab` prints leads to the first lesson, with this environment's kernel."
