@@ -155,7 +155,7 @@ def write(name, title, command, rows, lines):
 
 def write_tables(rows):
     "The result files of what has been run"
-    what = 'EfficientNet-Lite0 from ImageNet weights, 96 px, batches of 32, one thread of a busy machine'
+    what = 'EfficientNet-Lite0 from ImageNet weights, 96 px'
     chosen,final = ([r for r in rows if r['stage']==o] for o in ('select','final'))
     command = 'python benchmarks/fine_tune.py'
     if chosen: write('fine_tune_select', f'Learning rate of fine_tune: {what}', f'{command} --stage select', chosen, select_table(rows))
