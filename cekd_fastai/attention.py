@@ -45,15 +45,19 @@ class _LastAttention(TorchFunctionMode):
         return None if row is None else row.float().mean(1)
 
 # %% ../nbs/27_attention.ipynb #att-read
+def _may_read(head):
+    "Whether tokens stand in front of the places that a head takes, unless it was found out that it does not read them"
+    kind = getattr(head, 'takes', [None])[0] # of a `Mapped`: the number of tokens in front
+    return isinstance(kind, int) and kind>0 and head.reads_front is not False
+
 def reads_class_token(
     head:nn.Module, # From a last map to logits, in evaluation mode
     feat:Tensor     # Last maps, shape (B, C, h, w)
 )->bool:
     "Does a head read the tokens in front, and no other? Tried once, and noted at the head"
-    kind = getattr(head, 'takes', [None])[0] # of a `Mapped`: the number of tokens in front
-    if not isinstance(kind, int) or kind<1: return False
+    if not _may_read(head): return False
     if head.reads_front is not None: return head.reads_front
-    c = feat.shape[1]//(kind+1)
+    c = feat.shape[1]//(head.takes[0]+1)
     one = feat[:1].detach()
     bare,blind = one.clone(),one.clone()
     bare[:,:c],blind[:,c:] = 0,0
@@ -122,11 +126,13 @@ def class_attention(
 ):
     "Inside, `cam` weighs maps by the attention of the class token in the pass that runs there; by the head alone if compiled or without softmax"
     model,seen = unwrap_model(model),ClassAttention()
-    if _compiled(model):
+    ends = list(_ends(model))
+    known = ends and not any(_may_read(head) for *_,head in ends) # a network of convolutions is not slowed down
+    if known or _compiled(model):
         yield seen
         return
     seen.mode,behind = _LastAttention(),{}
-    hooks = [h for o in _ends(model) for h in _watch_branch(seen, seen.mode, behind, *o)]
+    hooks = [h for o in ends for h in _watch_branch(seen, seen.mode, behind, *o)]
     try:
         with seen, seen.mode: yield seen
     finally:
