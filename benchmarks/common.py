@@ -1,5 +1,5 @@
 "What benchmark scripts, notebooks and the page of all results share. It needs nothing of the library, so it starts at once."
-import json,re
+import json,re,statistics
 from pathlib import Path
 import pandas as pd
 
@@ -36,6 +36,10 @@ def result_table(
         idxs = [names.index(o) for o in cols]
         lines = ['|'+'|'.join(o.strip('|').split('|')[i] for i in idxs)+'|' for o in lines]
     return f"**{res['title']}** (`{res['command']}`, {where})\n\n" + '\n'.join(lines)
+
+def over(gain):
+    "Mean of paired differences, with its standard error where there are several"
+    return f'{statistics.mean(gain):+.1f}' + (f' ± {statistics.stdev(gain)/len(gain)**.5:.1f}' if len(gain)>1 else '')
 
 def status(key):
     "A line of this process's status on Linux, such as `VmRSS` or the peak `VmHWM`, in GiB"

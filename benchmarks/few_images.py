@@ -15,7 +15,7 @@ from cekd_fastai.all import *
 from cekd_fastai.core import write_whole
 from cekd_fastai.results import about
 from make_train import backbone,net
-from common import here # after fastai
+from common import here,over # after fastai
 from fine_tune import NoValid,user_dls
 
 runs = here.parent/'runs'
@@ -77,10 +77,6 @@ def table(rows):
         known,acc = (f'{100*np.mean([r[o] for r in d]):.1f}' for o in ('train','accuracy'))
         lines.append(f"| {k} | {'1 + ' if k=='fine_tune' else ''}{d[0]['epochs']} | {share(k):.2f} | {known} | {acc} | {'' if k=='plain' else over(gain)} | {each} |")
     return '\n'.join(lines)
-
-def over(gain):
-    "Mean of paired differences, with its standard error where there are several"
-    return f'{np.mean(gain):+.1f}' + (f' ± {np.std(gain, ddof=1)/len(gain)**.5:.1f}' if len(gain)>1 else '')
 
 def write(rows):
     "The result file of the study"

@@ -97,6 +97,10 @@ def compute(m, E):
     else: share = E+(0 if 'whole' in m['fastai'] else 2/3)
     return share/(E+2/3)
 
+def is_fair(m, E):
+    "Whether whole epochs of a row come close to the multiply-adds of `fine_tune`; other rows are not run"
+    return compute(m, E)>.8
+
 def fit(learn, m, E, lr):
     own = m.get('fastai')
     with learn.no_bar(), learn.no_logging(), learn.added_cbs(NoValid()):
@@ -234,6 +238,7 @@ def main(
             for seed in range(first, seeds):
                 for name,m in {**methods, **(stairs if stair else {})}.items():
                     if only and name not in only.split(';'): continue
+                    if not is_fair(m, sets[key]['epochs']): continue
                     own = m.get('fastai')
                     lr = best(rows) if m.get('chosen') else user_rates[0]
                     if m.get('chosen') and lr==user_rates[0]: continue # it is the default

@@ -15,7 +15,7 @@ from cekd_fastai.all import *
 from cekd_fastai.core import write_whole
 from cekd_fastai.meal.callback import MEAL
 from cekd_fastai.results import about
-from common import here # after fastai
+from common import here,over # after fastai
 from fine_tune import NoValid,find
 
 size,bs,epochs,views = 56,32,100,10
@@ -91,9 +91,8 @@ def table(rows):
         if not d: continue
         acc = [100*r['accuracy'] for r in d]
         gain = [100*(r['accuracy']-base[r['seed']]) for r in d if r['seed'] in base and name in methods and name!='labels']
-        over = f'{np.mean(gain):+.1f}' + (f' ± {np.std(gain, ddof=1)/len(gain)**.5:.1f}' if len(gain)>1 else '') if gain else ''
         time_ = f"{np.mean([r['seconds']/cost[r['seed']] for r in d if r['seed'] in cost]):.2f}" if name in methods and cost else ''
-        lines.append(f"| {name} | {100*np.mean([r['train'] for r in d]):.1f} | {np.mean(acc):.1f} | {', '.join(f'{o:.1f}' for o in acc)} | {over} | {time_} |")
+        lines.append(f"| {name} | {100*np.mean([r['train'] for r in d]):.1f} | {np.mean(acc):.1f} | {', '.join(f'{o:.1f}' for o in acc)} | {over(gain) if gain else ''} | {time_} |")
     return '\n'.join(lines)
 
 def write(rows):

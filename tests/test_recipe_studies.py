@@ -24,8 +24,11 @@ def test_no_row_of_the_recipe_costs_more_than_fine_tune():
     "The frozen epoch of `fine_tune` counts two thirds; the recipe has whole epochs within that."
     for s in recipe.sets.values():
         for k,m in {**recipe.methods,**recipe.stairs}.items():
+            if not recipe.is_fair(m, s['epochs']):
+                assert k=='CEKD + SnapMix, label smoothing' and s['epochs']==5 # too few epochs for its two passes
+                continue
             share = recipe.compute(m, s['epochs'])
-            assert share==1 if m.get('fastai') is not None and 'whole' not in m['fastai'] else .7<share<=1, k
+            assert share==1 if m.get('fastai') is not None and 'whole' not in m['fastai'] else .8<share<=1, k
     two = recipe.methods['2 branches, label smoothing']
     assert recipe.epochs_of(two, 5)==4 and recipe.compute(two, 5)==pytest.approx(4*96.5/70.6/(17/3))
 
