@@ -96,10 +96,12 @@ def _inside(v, low, high, above):
     return fits and (high is None or (v<high if above else v<=high))
 
 def check_numbers(
-    args:dict, # Arguments of `cekd_train`
+    args:dict,      # Arguments of `cekd_train`, or of another command
+    least=_FROM, # Smallest and largest value of each, allowed themselves
+    more=_ABOVE, # Values that each must lie between
 ):
     "Refuse, without loading anything, numbers outside their range"
-    for above,ranges in ((False,_FROM),(True,_ABOVE)):
+    for above,ranges in ((False,least),(True,more)):
         for k,(low,high) in ranges.items():
             v = args.get(k)
             if not isinstance(v, (int,float)) or _inside(v, low, high, above): continue
@@ -135,8 +137,9 @@ LISTS = dict(methods=lambda: _named('method'), mixes=lambda: _named('mix'), benc
     recipes=lambda: [_recipe_line(k, v) for k,v in PAPER_RUNS.items()], backbones=_backbone_lines)
 
 class _List(argparse.Action):
-    "`--list`: print one of `LISTS` and end"
+    "`--list`: print one of `LISTS`, or their names, and end"
     def __call__(self, parser, namespace, value, option=None):
+        if value is None: parser.exit(0, f"--list takes one of {', '.join(LISTS)}.\n")
         try: print('\n'.join(LISTS[value]()), flush=True)
         except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # `| head` has seen enough
         parser.exit()
@@ -169,7 +172,7 @@ def cli_parser():
     p = _Parser('cekd-train', 'cekd-train [options]', cekd_train.__doc__, _EXAMPLES,
         formatter_class=_Format, argument_default=argparse.SUPPRESS)
     p.add_argument('--version', action='version', version=f'cekd_fastai {__version__}')
-    p.add_argument('--list', action=_List, choices=list(LISTS), help='print what there is to choose from, and end')
+    p.add_argument('--list', action=_List, nargs='?', choices=list(LISTS), help='print what there is to choose from, and end')
     for name,o in docments(cekd_train, full=True, returns=False).items():
         if name in GROUPS: group = p.add_argument_group(GROUPS[name])
         _add(group, name, o)

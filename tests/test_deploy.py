@@ -381,7 +381,7 @@ def test_several_labels_in_a_table(photos, tmp_path):
     assert df.labels.tolist()==[';'.join(d.classes(d(o)[0])) for o in files]
     assert any(';' in o for o in df.labels)
 
-SCRIPT = "from cekd_fastai.predict import cekd_predict\nif __name__=='__main__': cekd_predict()\n"
+SCRIPT = "from cekd_fastai.commands import cekd_predict\nif __name__=='__main__': cekd_predict()\n"
 
 def command(*args): return processes.start(SCRIPT, *args)
 

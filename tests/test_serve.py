@@ -8,7 +8,8 @@ from cekd_fastai.explain import add_examples
 from cekd_fastai.onnx_file import export_onnx
 from cekd_fastai.page import PAGE
 from cekd_fastai.predict import open_net
-from cekd_fastai.serve import _only_here,cekd_serve,serve_app
+from cekd_fastai.commands import cekd_serve
+from cekd_fastai.serve import _only_here,serve_app
 
 pytest.importorskip('starlette')
 from starlette.testclient import TestClient

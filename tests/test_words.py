@@ -1,5 +1,5 @@
 "Wrong words: what a user gets wrong is answered in one sentence that names the fault and the remedy, in the words of a notebook or of the terminal."
-import pickle,re
+import pickle,re,subprocess,sys
 from pathlib import Path
 import numpy as np,pandas as pd,pytest,torch
 import fastai.callback.mixup as stock
@@ -7,7 +7,7 @@ from fastai.vision.all import OrderedDict,get_image_files
 from cekd_fastai.all import CEKD,as_teacher,branch_learner,fine_grained_dls,make_birds,verify
 from cekd_fastai.cli import _defaults,cekd_train
 from cekd_fastai.options import as_options
-from cekd_fastai.predict import cekd_predict
+from cekd_fastai.commands import cekd_predict
 from cekd_fastai.train import build
 
 @pytest.fixture(scope='module')
@@ -105,6 +105,16 @@ def test_options_of_predict(tmp_path):
     (tmp_path/'photos').mkdir()
     with pytest.raises(SystemExit, match='^cekd-predict: There is no file'): cekd_predict('none.pt', [str(tmp_path/'photos')])
     assert as_options('bs=0: pass a whole number', ('csv','top'), bs='batch')=='--batch 0: pass a whole number'
+
+def test_commands_interrupted_while_loading(tmp_path):
+    "Ctrl-C while torch is loaded is one sentence and 130; nothing else is said."
+    (tmp_path/'torch.py').write_text('import os,signal\nos.kill(os.getpid(), signal.SIGINT)\n')
+    (tmp_path/'birds.pt').touch()
+    for name,*args in (('cekd-predict',tmp_path), ('cekd-serve',)):
+        start = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nfrom cekd_fastai.commands import {name.replace('-', '_')} as main\nmain()\n"
+        (tmp_path/'start.py').write_text(start)
+        res = subprocess.run([sys.executable, tmp_path/'start.py', tmp_path/'birds.pt', *args], capture_output=True, text=True)
+        assert (res.returncode,res.stderr.strip(),res.stdout)==(130,f'{name}: interrupted.','')
 
 # Teachers
 

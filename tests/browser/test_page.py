@@ -31,7 +31,7 @@ def photos(tmp_path_factory):
 def address(photos):
     "Address of a server in a process of its own, bound as the command binds it."
     script = photos/'serve_script.py' # as the console script starts it
-    script.write_text("from cekd_fastai.serve import cekd_serve\nif __name__=='__main__': cekd_serve()\n")
+    script.write_text("from cekd_fastai.commands import cekd_serve\nif __name__=='__main__': cekd_serve()\n")
     p = subprocess.Popen([sys.executable, '-W', 'ignore', script, photos/'birds.pt', '--port', '0'], stdout=subprocess.PIPE, text=True)
     try: yield p.stdout.readline().split()[0]
     finally:
