@@ -26,13 +26,13 @@ def _holds_stages(m, x, out):
     return type(m) is nn.Sequential and _height(x)>2*_height(out)>2
 
 def _chain_parts(model, x):
-    "Parts of `model` up to its pooling as `(name, module)`, the heights of their outputs, and the children that follow"
+    "Parts of `model` up to its pooling as `(name, module)`, the heights of their outputs, the last output, and the children that follow"
     parts,heights = [],[]
     todo = list(model.named_children())
     while todo:
         name,m = todo[0]
         if len(todo)==1 and parts: break # the last child is the classifier, or holds it
-        out = m(x)
+        out = m(x.clone()) # a child may change its input in place, and the next one may have to be a part of the head
         if _holds_stages(m, x, out):
             stages = [(f'{name}.{k}',c) for k,c in m.named_children()]
             todo = stages + todo[1:]
@@ -41,7 +41,7 @@ def _chain_parts(model, x):
         parts.append((name,m))
         heights.append(_height(out))
         todo,x = todo[1:],out
-    return parts,heights,todo
+    return parts,heights,x,todo
 
 # %% ../nbs/36_arch.ipynb #chain-head
 def _joints():
@@ -108,14 +108,13 @@ def chain(
     with eval_mode(model):
         try:
             want = model(x)
-            parts,heights,rest = _chain_parts(model, x)
+            parts,heights,feat,rest = _chain_parts(model, x)
         except torch.OutOfMemoryError: raise
         except (RuntimeError,TypeError,ValueError,NotImplementedError,AttributeError,IndexError) as e:
             why = 'its children do not run one after the other, with a spatial map between them'
             raise not_a_chain(name, why) from e
         if not parts or heights[-1]==1: raise not_a_chain(name, 'it has no spatial feature map')
-        body = nn.Sequential(*L(parts).itemgot(1))
-        head = _find_head(L(rest).itemgot(1), body(x), want)
+        head = _find_head(L(rest).itemgot(1), feat, want)
         if head is None: raise not_a_chain(name, 'its `forward` does more than run its children')
     return parts,heights,head
 

@@ -82,7 +82,7 @@ def check_names(
 
 # %% ../nbs/91_cli.ipynb #check-num
 _FROM = dict(classes=(1,None), per_class=(1,None), size=(1,None), num_workers=(0,None), n_branches=(1,None), epochs=(1,None), bs=(1,None),
-    wd=(0,None), warmup=(0,None), mix_prob=(0,1))
+    wd=(0,None), warmup=(0,None), mix_prob=(0,1), label_smoothing=(0,.99))
 _ABOVE = dict(valid_pct=(0,1), lr=(0,None), head_lr=(0,None))
 
 def _range(low, high, above):
@@ -163,6 +163,7 @@ def _add(group, name, o):
     flag = '--' + name.replace('_', '-')
     shown = '' if o.default in (None,(),False) else f' (default: {o.default})'
     text = (o.docment+shown).replace('%', '%%')
+    if o.anno is bool and o.default is None: return group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     if o.anno is bool: return group.add_argument(flag, action='store_true', help=text)
     kind,*more = get_args(o.anno) or [o.anno]
     group.add_argument(flag, type=kind, metavar=kind.__name__, help=text, **(more[0] if more else {}))
@@ -280,13 +281,14 @@ def cekd_train(
     split:str=None,             # Part after which branches are private, or head; by default before the last stage
     weights:str=None,           # Local checkpoint with pretrained weights
     no_pretrained:bool=False, # Start from random weights, download nothing
-    freeze_bn:bool=False, # Keep the statistics of batch normalisation
+    freeze_bn:bool=None, # Keep the statistics of batch normalisation, by default as recommended for the backbone
     freeze_trunk:bool=False, # Train branches and heads only
     recipe:str=None,            # A published experiment (--list recipes), e.g. cekd-cub-resnet101; options given beside it win
     epochs:int=20,              # Number of epochs
     bs:int=32,                  # Images in a batch
     lr:float=None,              # Largest learning rate, by default as recommended for the backbone; more for heads, see head_lr
     head_lr:float=None,         # How many times faster the heads of a pretrained network learn, by default 10
+    label_smoothing:float=None, # Share of a label that goes to all classes, by default 0.1; 0 for meal, css and recipes
     wd:float=None,              # Weight decay, by default 0.01, or 0.05 for a backbone without batch normalisation
     opt:str=None,               # adam (the default), sgd (with momentum 0.9) or nesterov
     schedule:str='one-cycle',   # one-cycle, or steps: a tenth of the rate after each milestone

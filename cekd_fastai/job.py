@@ -109,7 +109,7 @@ def rehearsal(
         small = rehearse(args, Path(tmp))
         kept_run(small)
     if rank_distrib(): return
-    plan = {k:args[k] for k in 'data arch method mix size bs epochs lr wd opt schedule milestones'.split()}
+    plan = {k:args[k] for k in 'data arch method mix size bs epochs lr wd label_smoothing freeze_bn opt schedule milestones'.split()}
     print(f"dry run done, nothing is kept; the experiment: {plan}, published: {args.get('published')}")
 
 # %% ../nbs/90_job.ipynb #job-both

@@ -65,11 +65,16 @@ def _has_own_size(data):
     reader = getattr(BENCHMARKS.get(data) if isinstance(data, str) else None, 'reader', None)
     return RECIPES[getattr(reader, 'keywords', {}).get('recipe', 'crop')]!=RECIPES['crop']
 
+_ADVISED = 'lr head_lr wd opt size freeze_bn label_smoothing'.split()
+_PAPERS = dict(freeze_bn=False, label_smoothing=0.) # what no published experiment here has
+
 def advised(
     args:dict, # Arguments of `cekd_train`
 )->dict:
     "The arguments with what is recommended where they have None"
-    names = [k for k in ('lr','head_lr','wd','opt','size') if k in args and args[k] is None]
+    if args.get('recipe'): args = args | {k:v for k,v in _PAPERS.items() if args.get(k, v) is None}
+    elif args.get('method') in ('css','meal') and args.get('label_smoothing', 0) is None: args = args | dict(label_smoothing=0.)
+    names = [k for k in _ADVISED if k in args and args[k] is None]
     if not names: return args
     r = _advice(SimpleNamespace(**args))
     if not r.pretrained or _has_own_size(args['data']): names = [k for k in names if k!='size']
@@ -148,6 +153,7 @@ def build(
     opts = named_values(a.method_args, 'of a method')
     more = named_values(a.learner_args, 'of a learner')
     kw = {o:args[o] for o in ('split','weights','freeze_bn','wd')}
+    if a.label_smoothing: kw['loss_func'] = LabelSmoothingCrossEntropyFlat(a.label_smoothing)
     kw |= dict(pretrained=not a.no_pretrained, arch_args=named_values(a.arch_args))
     check_args(a)
     take_device(a)
@@ -253,6 +259,8 @@ def check_used(
     if a.method!='meal':
         given = a.teachers or a.trust or a.adversarial!='joint'
         _unused(given, '--teachers, --adversarial and --trust are for MEAL: add --method meal')
+    labels = a.method!='meal' or any(o.startswith('w_hard=') for o in a.method_args)
+    _unused(a.label_smoothing and not labels, '--label-smoothing is for labels, which MEAL leaves out: add --method-args w_hard=.5')
     _unused(a.stairs and not a.warmup, '--stairs is for a warm-up: add --warmup')
     from_scratch = a.no_pretrained and not a.weights
     _unused(from_scratch and a.head_lr not in (None,10), '--head-lr is for pretrained weights: leave out --no-pretrained')

@@ -21,10 +21,11 @@ from cekd_toys import BoxMix,FixedMix
 arch,n_out = 'cifar_resnet8',3
 kw = dict(pretrained=False, freeze_bn=True, loss_func=CrossEntropyLossFlat(), metrics=accuracy, opt_func=SGD)
 
-def toy(bs=4, n=16, **kwargs):
+def toy(bs=4, n=16, n_valid=4, **kwargs):
     g = torch.Generator().manual_seed(0)
     items = L(zip(torch.randn(n, 3, 16, 16, generator=g), torch.randint(0, n_out, (n,), generator=g)))
-    dls = DataLoaders.from_dsets(items, items, bs=bs, val_bs=4, device='cpu', **dict(shuffle=False, drop_last=False) | kwargs)
+    kwargs = dict(shuffle=False, drop_last=False, num_workers=0) | kwargs # a process that loads is a copy of this large one
+    dls = DataLoaders.from_dsets(items, items[:n_valid], bs=bs, val_bs=4, device='cpu', **kwargs)
     dls.c = n_out
     return dls
 
@@ -147,8 +148,8 @@ def test_lazy_guard(tmp_path):
         def after_loss(self):
             if self.train_iter in self.at: self.learn.loss_grad = self.learn.loss_grad*math.nan
     class Lazy(Guard): lazy = True
-    dls = toy()
-    dls.train_ds[5][0][0,3,3] = math.inf
+    dls = toy(n_valid=8)
+    dls.train_ds[5][0][0,3,3] = math.inf # in training and in validation
     spoil = Spoil()
     spoil.at = [3]
     for make in (cekd,meal,METHODS['one']):
@@ -176,7 +177,7 @@ class Boxes(Callback):
 
 def uneven(learn_cbs=(), bs=4, n=13):
     set_seed(1)
-    learn = plain(toy(bs, n), FrozenNorms(), *learn_cbs)
+    learn = plain(toy(bs, n, n), FrozenNorms(), *learn_cbs)
     learn.dls.valid.bs = bs
     return learn
 
