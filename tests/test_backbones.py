@@ -7,13 +7,15 @@ from functools import partial
 from torch import nn
 from cekd_fastai.arch import make_arch
 from cekd_fastai.branches import branch_net,branch_splitter,save_net
+from cekd_fastai.cli import _defaults
 from cekd_fastai.core import data_stats
 from cekd_fastai.data.loaders import fine_grained_dls
 from cekd_fastai.deploy import Deployed,deploy
+from cekd_fastai.drawing.dataset import make_birds
 from cekd_fastai.ema import ModelEMA
 from cekd_fastai.learner import branch_learner,css_learner,online_learner
 from cekd_fastai.recommended import recommended
-from cekd_fastai.train import advised
+from cekd_fastai.train import advised,build
 from cekd_fastai.tuning import layer_groups,undecayed_params
 from cekd_fastai.weights import Saved
 
@@ -199,6 +201,21 @@ def test_settings():
     args = dict(arch='test_vit', no_pretrained=False, weights=None, data='synthetic', lr=None, wd=None, opt=None, head_lr=3., size=None)
     assert {k:advised(args)[k] for k in ('lr','wd','opt','head_lr','size')}==dict(lr=1e-4, wd=.05, opt='adam', head_lr=3., size=160)
     assert advised(args|dict(data='cifar10'))['size'] is None and advised(args|dict(no_pretrained=True))['size'] is None
+
+def test_command_smooths_and_keeps_statistics():
+    "Labels are smoothed and statistics kept as recommended; not by MEAL and CSS, nor in a paper's experiment; what is given counts."
+    args = dict(arch='test_resnet', no_pretrained=False, weights=None, data='synthetic', method='cekd', recipe=None, freeze_bn=None, label_smoothing=None)
+    def both(**kw): return [advised(args|kw)[k] for k in ('freeze_bn','label_smoothing')]
+    assert both()==[True,.1] and both(no_pretrained=True)==[False,.1] and both(arch='test_vit')==[False,.1]
+    assert both(method='meal')==both(method='css')==[True,0.] and both(recipe='cekd-cub-resnet101')==[False,0.]
+    assert both(freeze_bn=False, label_smoothing=.3)==[False,.3] and both(recipe='css-cifar100', label_smoothing=.2)==[False,.2]
+
+def test_command_has_the_loss(tmp_path):
+    birds = make_birds(tmp_path/'birds', n_species=2, n_images=3, n_train=2, size=40, progress=False)
+    own = {k:v for k,v in _defaults().items()}|dict(data=birds, arch='test_resnet', size=32, bs=2, no_pretrained=True, num_workers=0, method='plain')
+    for given,eps in ((None,.1), (.3,.3)): assert build(own|dict(label_smoothing=given)).loss_func.eps==eps
+    assert isinstance(build(own|dict(label_smoothing=0.)).loss_func, CrossEntropyLossFlat)
+    with pytest.raises(ValueError, match='--label-smoothing is for labels, which MEAL leaves out'): build(own|dict(method='meal', teachers=['x.pt'], label_smoothing=.1))
 
 # what builds a backbone
 
