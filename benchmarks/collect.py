@@ -7,7 +7,8 @@ from cekd_fastai.core import write_whole
 from cekd_fastai.results import about
 from common import here
 
-defaults = {k:p.default for k,p in inspect.signature(cekd_train).parameters.items()}
+# Runs are compared with those recorded before the command smoothed labels and kept statistics by itself
+defaults = {k:p.default for k,p in inspect.signature(cekd_train).parameters.items()} | dict(freeze_bn=False, label_smoothing=0.)
 
 # Names that arguments of a method have had since runs were recorded
 RENAMED = dict(cekd=dict(alpha='w_cross', beta='w_clean'))
