@@ -24,9 +24,10 @@ test: install ## run every check: style, sync, notebooks, wheel, pytest
 test-browser: install ## run lessons in JupyterLab and read the site, in a browser
 	@$(PY) tools/browser.py
 
-prepare: install ## after editing notebooks: export, clean, README.md, page of results, style
+prepare: install ## after editing notebooks: export, clean, tables, README.md, page of results, style
 	@$(BIN)/nbdev-export
 	@$(BIN)/nbdev-clean
+	@$(PY) tools/tables.py
 	@$(PY) tools/readme.py
 	@$(PY) benchmarks/page.py
 	@$(PY) tools/check.py style

@@ -3,11 +3,12 @@ import ast,importlib,inspect,json,os,pkgutil,re,runpy,shutil,subprocess,sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest,setuptools,yaml
+from fastcore.nbio import mk_cell,new_nb
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-import cekd_fastai,readme
+import cekd_fastai,readme,tables
 try: import tomllib
 except ImportError: import tomli as tomllib
 
@@ -380,3 +381,15 @@ def test_no_local_paths_fails():
     "The pattern sees a local path, and leaves web addresses and relative paths alone."
     assert local_path.search('open("/' + 'opt/x")') and local_path.search('cd /' + 'work/main')
     assert not local_path.search('https://a.b/home/x net/home/y ~/opt/z')
+
+def test_an_old_table_is_seen():
+    "A cell that stores another table than its result file has, or none; a cell that shows something else is left alone."
+    code = "#| echo: false\nMarkdown(result_table('token_maps', only=('mean',)))"
+    nb = new_nb([mk_cell(code), mk_cell('1+1'), mk_cell(code, 'markdown')])
+    (cell,new), = tables.stale(nb)
+    lines = new[0]['data']['text/markdown'].splitlines()
+    assert cell.source==code and lines[2].startswith('| reads |') and all(o.startswith('| mean') for o in lines[4:])
+    cell.outputs = new
+    assert tables.stale(nb)==[]
+    cell.outputs = [tables.output(new[0]['data']['text/markdown'].replace('0.2', '0.3'))]
+    assert len(tables.stale(nb))==1

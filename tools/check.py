@@ -50,6 +50,7 @@ def sync():
         for cmd in ('nbdev-export', 'nbdev-clean'): run(cmd, cwd=new, quiet=True)
         now = _files(new)
         _report(old, now)
+        run(sys.executable, 'tools/tables.py', '--check', cwd=new, remedy='run `make prepare`')
         run(sys.executable, 'tools/readme.py', '--check', cwd=new, remedy='README.md is made from nbs/index.ipynb')
         run(sys.executable, 'benchmarks/page.py', '--check', cwd=new, remedy='benchmarks/README.md is made from benchmarks/page.md: run `make prepare`')
 
