@@ -127,8 +127,8 @@ def docs():
 
 def pytest():
     "pytest tests"
-    # One process per core, as the notebooks have; each takes about 1 GB, so there are at most eight.
-    run(sys.executable, '-m', 'pytest', 'tests', '-n', 'logical', '--maxprocesses=8', '--dist=worksteal', '--durations=15', OMP_NUM_THREADS='1')
+    # One process per core, as the notebooks have; each takes about 1 GB, so there are at most eight. A file stays in one, so that what its tests share is made once.
+    run(sys.executable, '-m', 'pytest', 'tests', '-n', 'logical', '--maxprocesses=8', '--dist=loadfile', '--durations=15', OMP_NUM_THREADS='1')
 
 # Of those that run side by side the longest comes first; pytest is last, and without a word of ours after it, so that its closing line ends the output.
 stages = dict(docs=docs, wheel=wheel, style=style, sync=sync, notebooks=notebooks, pytest=pytest)
