@@ -12,7 +12,8 @@ def watched(browser, size, **kw):
     page,faults = browser.new_page(viewport=sizes[size], **kw),[]
     page.on('console', lambda m: m.type in ('error', 'warning') and faults.append(f'console: {m.text}'))
     page.on('pageerror', lambda e: faults.append(f'script: {e}'))
-    page.on('requestfailed', lambda r: faults.append(f'failed: {r.url}'))
+    # what a reader leaves before it is there has not failed
+    page.on('requestfailed', lambda r: r.failure!='net::ERR_ABORTED' and faults.append(f'failed: {r.url}'))
     page.on('response', lambda r: r.status>=400 and faults.append(f'{r.status}: {r.url}'))
     page.on('request', lambda r: '127.0.0.1' not in r.url and not r.url.startswith('data:') and faults.append(f'leaves the site: {r.url}'))
     return page,faults
