@@ -42,13 +42,18 @@ def _as_many_rates(learn):
         raise ValueError(f"{m[1]} values of `{m[2]}` for {n} groups of parameters{_group_names(learn)}: pass {n}, or one for all.") from e
 
 class BranchLearner(Learner):
-    "A `Learner` that names the groups of its network where a list of learning rates does not fit them"
+    "A `Learner` that names the groups of its network where a list of learning rates does not fit them, and the file that it exports"
     @delegates(Learner.fit)
     def fit(self, n_epoch, *args, **kwargs):
         with _as_many_rates(self): return super().fit(n_epoch, *args, **kwargs)
     @delegates(Learner.fit_one_cycle)
     def fit_one_cycle(self, n_epoch, *args, **kwargs):
         with _as_many_rates(self): return super().fit_one_cycle(n_epoch, *args, **kwargs)
+    @delegates(Learner.export)
+    def export(self, fname='export.pkl', **kwargs):
+        "As fastai's, and gives the file that it wrote"
+        super().export(fname, **kwargs)
+        return self.path/fname
 
 # %% ../nbs/64_learner.ipynb #le-input
 def _shape(dls):
