@@ -1,5 +1,5 @@
 "Runs that are killed and started again: every kind of data and optimiser, several fits, signals, and files that are bad."
-import os,shutil,signal
+import math,os,shutil,signal
 import processes,pytest,torch
 from fastai.vision.all import (Adam,Callback,CrossEntropyLossFlat,DataLoaders,EarlyStoppingCallback,
     GradientAccumulation,L,RandomResizedCrop,SGD,accuracy,aug_transforms,random,set_seed)
@@ -187,7 +187,7 @@ PLACE = [drop('fit'), put('epoch', to='1'), put('batch', to=-1), put('best', to=
     drop('net','notes'), put('net','opt', to=[]), put('about', to=3), drop('about','args'), put('others', to=None)]
 INSIDE = [put('net','model',next, to=3), drop('net','model',next), put('net','grads',0, to=[1]), put('net','grads',0, to=torch.ones(7)),
     put('net','opt','state',0, to=3), put('net','opt','state',0,'grad_avg', to=0), put('net','opt','state',0,'grad_avg', to=torch.ones(2,2)), put('net','opt','hypers', to=[]),
-    drop('net','opt','hypers',0,'lr'), put('net','opt','hypers',0,'lr', to='x'), put('now','rng', to={}), put('now','rng','numpy_state', to='x'), put('now','rng','random_state', to=(1,2)),
+    drop('net','opt','hypers',0,'lr'), put('net','opt','hypers',0,'lr', to='x'), put('net','opt','hypers',0,'sqr_mom', to=True), put('net','opt','hypers',0,'lr', to=math.inf), put('net','opt','state',0,'step', to=-1), put('now','rng', to={}), put('now','rng','numpy_state', to='x'), put('now','rng','random_state', to=(1,2)),
     drop('now','cbs','ParamScheduler:0','attrs','hps','lr'), put('now','cbs','ParamScheduler:0','attrs','hps', to=7), put('now','cbs','Recorder:0', to=0),
     put('now','cbs','Recorder:0','attrs','losses', to='x'), put('now','learn','train_iter', to='x'), put('now','learn','model', to=1), put('now','metrics', to=[]),
     put('start','loaders', to=[7]), put('start','loaders',0,'rng', to=(1,)), put('start','rng', to={})]
