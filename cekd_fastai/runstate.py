@@ -292,13 +292,15 @@ def _like(new, old, name):
 # %% ../nbs/68_runstate.ipynb #state-kinds
 def _check_kinds(o, state):
     "Refuse attributes that are of another sort than those of `o`, an object of fastai or of this library"
-    if type(o).__module__.split('.')[0] not in ('fastai','cekd_fastai'): return
+    whose = type(o).__module__.split('.')[0]
+    if whose not in ('fastai','cekd_fastai'): return
     for k,v in state.items():
-        if v is not None: _like(v, getattr(o, k, None), f'`{k}` of `{type(o).__name__}`')
+        if v is not None or whose=='fastai': _like(v, getattr(o, k, None), f'`{k}` of `{type(o).__name__}`')
 
 def _load_attrs(o, state, replay=False):
     "Give `o` its plain attributes back, and let it find its place again"
     _check_kinds(o, state)
+    if isinstance(o, AvgSmoothLoss) and not isinstance(state.get('val', o.val), Tensor): raise TypeError('the smoothed loss is no tensor')
     vars(o).update(state)
     if replay and hasattr(type(o), 'resume'): o.resume()
 

@@ -376,7 +376,7 @@ def test_older_network_is_read(net_file, tmp_path):
     torch.save(saved, tmp_path/'b.pt')
     assert len(load_net(tmp_path/'b.pt')[1]['vocab'])==3
 
-INFO = [dict(size=[32,10**6]), dict(std=[0,1,1]), dict(mean=[math.nan]*3), dict(mean='x'), dict(vocab=7), dict(vocab=[]),
+INFO = [dict(size=[32,10**6]), dict(std=[0,1,1]), dict(mean=[math.nan]*3), dict(mean='x'), dict(vocab=7), dict(vocab=[]), dict(vocab=torch.ones(3)),
     dict(steps=[['ResizeShort',dict(size=10**6)]]), dict(steps=3), dict(steps=[['x']]), dict(activation='evil'), dict(thresh='x'), dict(draft='x')]
 
 @pytest.mark.parametrize('kw', INFO)
@@ -386,6 +386,13 @@ def test_description_that_is_none(net_file, tmp_path, kw):
     del saved['sum']
     torch.save(saved, tmp_path/'b.pt')
     with fails(ValueError, 'b.pt', f'no sound {next(iter(kw))}'): Deployed(tmp_path/'b.pt')
+
+def test_pictures_without_pixels(net_file, tmp_path):
+    saved = torch.load(net_file, weights_only=True)
+    saved['info']['steps'] = [['CropPad',dict(size=[32,0])]]
+    del saved['sum']
+    torch.save(saved, tmp_path/'b.pt')
+    with fails(ValueError, 'b.pt', 'a side of them has no pixels'): Deployed(tmp_path/'b.pt')
 
 @pytest.mark.parametrize('upright', [True,False])
 def test_picture_for_a_network(net_file, tmp_path, upright):

@@ -149,19 +149,6 @@ def seed_batch(self:TargetCache,
     set_seed(self.seed + self.view*100_003 + i)
 
 @patch
-def check(self:TargetCache)->bool:
-    "Whether this view is what it was when it was noted, or not noted; if not, it counts as such"
-    if self.view not in self.done or [self.view,zlib.crc32(self.data[self.view])] in self.sums: return True
-    warn(f"MEAL: the answers in `{self.folder}` are not what was written there, so the teachers answer anew.")
-    self.mark(self.view, done=False)
-    return False
-
-@patch
-def resume(self:TargetCache):
-    "Go on within an epoch; if its answers have been changed meanwhile, what is written of it does not count"
-    if not self.check(): self.n_batches = -2**40 # never the number of batches of an epoch
-
-@patch
 def start_view(self:TargetCache,
     epoch:int, # Number of the epoch
     loaders,   # The loaders whose order is repeated
@@ -183,6 +170,20 @@ def end_batch(self:TargetCache,
     if self.student_rng is None: return
     self.student_rng = get_random_states()
     self.seed_batch(i+1)
+
+# %% ../../nbs/53_meal.targets.ipynb #on-check
+@patch
+def check(self:TargetCache)->bool:
+    "Whether this view is what it was when it was noted, or not noted; if not, it counts as such"
+    if self.view not in self.done or [self.view,zlib.crc32(self.data[self.view])] in self.sums: return True
+    warn(f"MEAL: the answers in `{self.folder}` are not what was written there, so the teachers answer anew.")
+    self.mark(self.view, done=False)
+    return False
+
+@patch
+def resume(self:TargetCache):
+    "Go on within an epoch; if its answers have been changed meanwhile, what is written of it does not count"
+    if not self.check(): self.n_batches = -2**40 # never the number of batches of an epoch
 
 # %% ../../nbs/53_meal.targets.ipynb #on-restore
 @patch

@@ -1,33 +1,26 @@
-"Runs with torch's own optimisers go on where they were; what is exported or deployed after a fit is free of compiled code."
-from functools import partial
+"What is exported or deployed after a compiled fit is free of it."
 import pytest,torch
-from fastai.vision.all import Callback,OptimWrapper,load_learner
+from fastai.vision.all import Callback,CrossEntropyLossFlat,accuracy,load_learner
 from cekd_fastai.cekd import CEKD
 from cekd_fastai.compiled import Compile
 from cekd_fastai.data.loaders import fine_grained_dls
 from cekd_fastai.deploy import Deployed,deploy
 from cekd_fastai.learner import branch_learner
 from cekd_fastai.mix.callback import CutMix
-from test_checkpoint import arch,birds,killed,kw,toy # noqa: F401
+from cekd_fastai.synthetic import make_birds
 from test_scale import quiet
-
-OPTS = dict(adamw=torch.optim.AdamW, nesterov=partial(torch.optim.SGD, momentum=.9, nesterov=True))
-
-@pytest.mark.parametrize('opt', OPTS)
-def test_torch_optimisers(opt, tmp_path):
-    "Killed and resumed is not killed, with an optimiser of torch in fastai's wrapper and rates for three groups."
-    make = lambda: branch_learner(toy(), arch, cbs=CutMix(), opt_func=partial(OptimWrapper, opt=OPTS[opt]), **kw)
-    killed(make, tmp_path, [(2,0,False), (2,2,True)], fit=lambda o: o.fit_one_cycle(4, [.01,.01,.02]))
 
 class Interrupt(Callback):
     order,run_valid = 1500,False
     def after_batch(self): raise KeyboardInterrupt
 
 @pytest.mark.parametrize('cb', [None,Interrupt])
-def test_deployed_after_compile(cb, birds, tmp_path):
+def test_deployed_after_compile(cb, tmp_path):
     "Files written after a compiled fit, also one that was interrupted, answer as the network does uncompiled, and compile nothing."
-    dls = fine_grained_dls(birds, size=32, bs=8, num_workers=0, device='cpu')
-    learn = branch_learner(dls, arch, cbs=[CutMix(),CEKD(),Compile('eager')], path=tmp_path, **kw)
+    birds = make_birds(tmp_path/'birds', n_species=3, n_images=8, n_train=5, size=40, n_workers=0, progress=False)
+    dls = fine_grained_dls(birds, size=32, bs=5, num_workers=0, device='cpu')
+    learn = branch_learner(dls, 'cifar_resnet8', cbs=[CutMix(),CEKD(),Compile('eager')], path=tmp_path,
+        pretrained=False, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     try: quiet(learn, 1, cbs=cb and cb())
     except KeyboardInterrupt: assert cb
     learn.remove_cbs(learn.cbs.filter(lambda o: isinstance(o, (CutMix,CEKD))))
