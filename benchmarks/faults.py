@@ -102,10 +102,15 @@ def count_calls(name, tmp):
     return forked(f)[0]['ok']
 
 def random_kills(tmp, whole, n, seconds, rng):
-    for i in range(n):
-        folder = tmp/f'random{i}'
+    "Moments are drawn until `n` kills have met a run that had not ended"
+    kills = 0
+    while kills<n:
+        shutil.rmtree(folder := tmp/'random', ignore_errors=True)
         _,code = forked(lambda: train(folder), rng.uniform(.02, 1)*seconds)
-        yield ('killed' if code==-9 else 'it had ended'),goes_on(folder, whole)
+        again = goes_on(folder, whole)
+        if code!=-9 and again=='the same weights': continue
+        kills += 1
+        yield ('killed' if code==-9 else 'it had ended'),again
 
 def rename_kills(tmp, whole):
     "Before and after each rename of a whole run"

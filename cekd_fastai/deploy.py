@@ -304,7 +304,7 @@ class Deployed:
         self.activation = _ACTIVATIONS[self.info['activation']]
         try:
             self.input = PictureInput(self.info, device)
-            self.pixels(Image.new('RGB', (8,8)))
+            if not self.pixels(Image.new('RGB', (8,8))).numel(): raise ValueError('a side of them has no pixels')
         except Exception as e: raise ValueError(f"`{file}` describes its pictures in a way that does not work ({one_sentence(e)}).") from e
         self.mean,self.std = self.input.mean,self.input.std
 

@@ -130,7 +130,7 @@ def _check_parts(recipe, state, info):
     bad = _fault_of_recipe(recipe)
     if bad: raise ValueError(f'its recipe holds {bad}')
     vocab,n_out = info.get('vocab'),recipe.get('n_out')
-    counted = vocab and isinstance(vocab, (list,tuple)) and isinstance(n_out, int)
+    counted = isinstance(vocab, (list,tuple)) and vocab and isinstance(n_out, int)
     if counted and len(vocab)!=n_out: raise ValueError(f'it names {len(vocab)} classes, and its network has {n_out}')
     n = recipe.get('n_branches')
     if isinstance(n, int) and n>len(state): raise ValueError(f'its recipe has {n:,} branches, and its weights are {len(state)}')

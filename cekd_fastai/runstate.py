@@ -221,14 +221,18 @@ def net_state(
 _STATS = ('grad_avg','sqr_avg','slow','step','do_wd','force_train') # of fastai's optimisers
 
 def _check_opt(opt, state):
-    "Refuse what is no state of `opt`: numbers where tensors belong, or tensors of another shape than their parameters"
+    "Refuse what is no state of `opt`: numbers where tensors belong, tensors of another shape than their parameters, numbers out of range"
     if isinstance(opt, OptimWrapper): return # torch looks at the state itself
-    for a,b in zip(state['hypers'], opt.hypers, strict=True): _like(a, b, 'the rates')
+    for a,b in zip(state['hypers'], opt.hypers, strict=True):
+        _like(a, b, 'the rates')
+        for k,v in a.items():
+            if isinstance(v, (int,float)) and (not math.isfinite(v) or 'mom' in k and not 0<=v<1): raise ValueError(f'the rate `{k}` is {v}')
     ps,kinds = opt.all_params().itemgot(0),{}
     for p,o in zip(ps, state['state'], strict=True):
         for k,v in o.items():
             if k not in _STATS: continue # that of an optimiser of your own
             shaped = isinstance(v, Tensor) and v.ndim>0
+            if k=='step' and not v>=0: raise ValueError(f'the optimiser has made {v} steps')
             if kinds.setdefault(k, (_kind(v),shaped))!=(_kind(v),shaped): raise TypeError(f'`{k}` of the optimiser is of two sorts')
             if shaped and v.shape!=p.shape: raise TypeError(f'`{k}` of the optimiser is of another shape than its parameter')
 
@@ -288,13 +292,15 @@ def _like(new, old, name):
 # %% ../nbs/68_runstate.ipynb #state-kinds
 def _check_kinds(o, state):
     "Refuse attributes that are of another sort than those of `o`, an object of fastai or of this library"
-    if type(o).__module__.split('.')[0] not in ('fastai','cekd_fastai'): return
+    whose = type(o).__module__.split('.')[0]
+    if whose not in ('fastai','cekd_fastai'): return
     for k,v in state.items():
-        if v is not None: _like(v, getattr(o, k, None), f'`{k}` of `{type(o).__name__}`')
+        if v is not None or whose=='fastai': _like(v, getattr(o, k, None), f'`{k}` of `{type(o).__name__}`')
 
 def _load_attrs(o, state, replay=False):
     "Give `o` its plain attributes back, and let it find its place again"
     _check_kinds(o, state)
+    if isinstance(o, AvgSmoothLoss) and not isinstance(state.get('val', o.val), Tensor): raise TypeError('the smoothed loss is no tensor')
     vars(o).update(state)
     if replay and hasattr(type(o), 'resume'): o.resume()
 

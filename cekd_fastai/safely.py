@@ -38,7 +38,8 @@ def lock_folder(
         finally: file.unlink(missing_ok=True)
 
 # %% ../nbs/88_safely.ipynb #faults
-_LOST = ('Connection closed by peer','Connection reset by peer','Broken pipe','NCCL','gloo')
+_LOST = ('connection closed by peer','connection reset by peer','broken pipe','nccl','gloo')
+_LATE = ('wait timeout','timed out after','waiting for clients','timed out initializing')
 _MEMORY = ('out of memory',"can't allocate memory",'not enough memory')
 
 def _no_memory(e):
@@ -54,7 +55,9 @@ def named_faults():
         if _no_memory(e):
             remedy = 'lower --bs (--grad-accum keeps the step as large) or --size, or add --grad-checkpoint or --precision'
             raise OSError(f"The memory is too small for this run: {remedy}.") from e
-        if any(o in str(e) for o in _LOST): raise OSError(f"Another process of this run has ended; {go_on}.") from e
+        if isinstance(e, getattr(torch.distributed, 'DistError', ())) and any(o in str(e).lower() for o in _LATE):
+            raise OSError(f"Other processes of this run have not come: start all of them, with the same address and port; {go_on}.") from e
+        if any(o in str(e).lower() for o in _LOST): raise OSError(f"Another process of this run has ended; {go_on}.") from e
         if 'DataLoader timed out' in str(e):
             raise OSError(f"A process that loads images has stopped answering; {go_on}, perhaps with fewer --num-workers.") from e
         if 'DataLoader worker' not in str(e): raise

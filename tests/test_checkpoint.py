@@ -1,8 +1,9 @@
 "Runs that are killed and started again: every kind of data and optimiser, several fits, signals, and files that are bad."
-import os,shutil,signal
+import math,os,shutil,signal
+from functools import partial
 import processes,pytest,torch
 from fastai.vision.all import (Adam,Callback,CrossEntropyLossFlat,DataLoaders,EarlyStoppingCallback,
-    GradientAccumulation,L,RandomResizedCrop,SGD,accuracy,aug_transforms,random,set_seed)
+    GradientAccumulation,L,OptimWrapper,RandomResizedCrop,SGD,accuracy,aug_transforms,random,set_seed)
 from cekd_fastai.branches import branch_net
 from cekd_fastai.cekd import CEKD
 from cekd_fastai.checkpoint import Checkpoint,Resume
@@ -77,6 +78,14 @@ def test_without(tmp_path):
 
 @pytest.mark.parametrize('opt', [Adam,SGD,sgd])
 def test_optimisers(opt, tmp_path): killed(lambda: branch_learner(toy(), arch, cbs=[SnapMix(),CEKD(teacher='ema')], opt_func=opt, **kw), tmp_path)
+
+TORCH = dict(adamw=torch.optim.AdamW, nesterov=partial(torch.optim.SGD, momentum=.9, nesterov=True))
+
+@pytest.mark.parametrize('opt', TORCH)
+def test_torch_optimisers(opt, tmp_path):
+    "Killed and resumed is not killed, with an optimiser of torch in fastai's wrapper and rates for three groups."
+    make = lambda: branch_learner(toy(), arch, cbs=CutMix(), opt_func=partial(OptimWrapper, opt=TORCH[opt]), **kw)
+    killed(make, tmp_path, [(2,0,False), (2,2,True)], fit=lambda o: o.fit_one_cycle(4, [.01,.01,.02]))
 
 DATA = dict(plain={}, balanced=dict(balanced=True), memory=dict(in_memory=True, balanced=True), crops=dict(item_tfms=RandomResizedCrop(32)),
     turned=dict(batch_tfms=aug_transforms(size=32)))
@@ -187,9 +196,11 @@ PLACE = [drop('fit'), put('epoch', to='1'), put('batch', to=-1), put('best', to=
     drop('net','notes'), put('net','opt', to=[]), put('about', to=3), drop('about','args'), put('others', to=None)]
 INSIDE = [put('net','model',next, to=3), drop('net','model',next), put('net','grads',0, to=[1]), put('net','grads',0, to=torch.ones(7)),
     put('net','opt','state',0, to=3), put('net','opt','state',0,'grad_avg', to=0), put('net','opt','state',0,'grad_avg', to=torch.ones(2,2)), put('net','opt','hypers', to=[]),
-    drop('net','opt','hypers',0,'lr'), put('net','opt','hypers',0,'lr', to='x'), put('now','rng', to={}), put('now','rng','numpy_state', to='x'), put('now','rng','random_state', to=(1,2)),
+    drop('net','opt','hypers',0,'lr'), put('net','opt','hypers',0,'lr', to='x'), put('net','opt','hypers',0,'sqr_mom', to=True), put('net','opt','hypers',0,'lr', to=math.inf), put('net','opt','state',0,'step', to=-1), put('now','rng', to={}), put('now','rng','numpy_state', to='x'), put('now','rng','random_state', to=(1,2)),
     drop('now','cbs','ParamScheduler:0','attrs','hps','lr'), put('now','cbs','ParamScheduler:0','attrs','hps', to=7), put('now','cbs','Recorder:0', to=0),
-    put('now','cbs','Recorder:0','attrs','losses', to='x'), put('now','learn','train_iter', to='x'), put('now','learn','model', to=1), put('now','metrics', to=[]),
+    put('now','cbs','Recorder:0','attrs','losses', to='x'), put('now','cbs','Recorder:0','attrs','losses', to=None),
+    *(put('now','cbs','Recorder:0','parts','smooth_loss',k, to=v) for k,v in (('count',None),('val',.5))),
+    put('now','learn','train_iter', to='x'), put('now','learn','model', to=1), put('now','metrics', to=[]),
     put('start','loaders', to=[7]), put('start','loaders',0,'rng', to=(1,)), put('start','rng', to={})]
 
 @pytest.fixture(scope='module')

@@ -376,7 +376,7 @@ def test_older_network_is_read(net_file, tmp_path):
     torch.save(saved, tmp_path/'b.pt')
     assert len(load_net(tmp_path/'b.pt')[1]['vocab'])==3
 
-INFO = [dict(size=[32,10**6]), dict(std=[0,1,1]), dict(mean=[math.nan]*3), dict(mean='x'), dict(vocab=7), dict(vocab=[]),
+INFO = [dict(size=[32,10**6]), dict(std=[0,1,1]), dict(mean=[math.nan]*3), dict(mean='x'), dict(vocab=7), dict(vocab=[]), dict(vocab=torch.ones(3)),
     dict(steps=[['ResizeShort',dict(size=10**6)]]), dict(steps=3), dict(steps=[['x']]), dict(activation='evil'), dict(thresh='x'), dict(draft='x')]
 
 @pytest.mark.parametrize('kw', INFO)
@@ -386,6 +386,13 @@ def test_description_that_is_none(net_file, tmp_path, kw):
     del saved['sum']
     torch.save(saved, tmp_path/'b.pt')
     with fails(ValueError, 'b.pt', f'no sound {next(iter(kw))}'): Deployed(tmp_path/'b.pt')
+
+def test_pictures_without_pixels(net_file, tmp_path):
+    saved = torch.load(net_file, weights_only=True)
+    saved['info']['steps'] = [['CropPad',dict(size=[32,0])]]
+    del saved['sum']
+    torch.save(saved, tmp_path/'b.pt')
+    with fails(ValueError, 'b.pt', 'a side of them has no pixels'): Deployed(tmp_path/'b.pt')
 
 @pytest.mark.parametrize('upright', [True,False])
 def test_picture_for_a_network(net_file, tmp_path, upright):
@@ -430,11 +437,32 @@ def test_answers_that_were_cut_short(tmp_path, spoil):
     with pytest.warns(UserWarning, match='was cut short or changed, so the teachers answer anew'): c,_ = answers(tmp_path)
     assert c.done==[] and c.data.shape==(1,10,4)
 
-@pytest.mark.parametrize('note', ['','[]','{"done":7}','{"done":[9,-1,"x",0.0]}','{','\x00'])
+@pytest.mark.parametrize('note', ['','[]','{"sums":7}','{"sums":[[9,1],[-1,1],["x",1]]}','{"sums":[0]}','{','\x00','['*100_000])
 def test_odd_note_of_answers(tmp_path, note):
     c,file = answers(tmp_path)
     c.note.write_text(note)
-    assert [o for o in answers(tmp_path)[0].done if o!=0]==[]
+    assert answers(tmp_path)[0].done==[]
+
+@pytest.mark.parametrize('spoil', [lambda c: c.data.__setitem__((0,4,1), 2), lambda c: c.note.write_text('{"sums":[[0,7]]}')])
+def test_answers_that_were_changed(tmp_path, spoil):
+    "They are not used, and an epoch that goes on in their midst is not noted as whole."
+    def begin():
+        c,_ = answers(tmp_path)
+        c.start_view(0, [])
+        return c
+    c = begin()
+    c.data[:] = 1
+    c.mark(0)
+    c.leave_view()
+    assert begin().done==[0]
+    spoil(c)
+    with pytest.warns(UserWarning, match='not what was written there'): assert begin().done==[]
+    c = begin()
+    c.n_batches,c.sums = 1,[[0,7]] # from a checkpoint
+    with pytest.warns(UserWarning, match='not what was written there'): c.resume()
+    c.n_batches += 1
+    c.end_view(2)
+    assert c.done==[]
 
 # Links that lead in circles, for whoever reads a folder of pictures
 

@@ -1,11 +1,13 @@
 "Several processes started from a notebook, and what `--launch` and `accelerate launch` start."
-import signal,sys
+import signal,socket,sys
 import processes,pytest,torch
 from accelerate.commands import launch as accelerate_launch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError,ProcessFailure
 from cekd_fastai import cli
+from cekd_fastai.runstate import checkpoint_files
+from cekd_fastai.synthetic import make_birds
 
 SCRIPT = """
 import os,socket,sys
@@ -84,3 +86,48 @@ def test_what_accelerate_starts(monkeypatch):
     accelerate_launch.launch_command(accelerate_launch.launch_command_parser().parse_args(words))
     a = seen[0]
     assert (int(a.nproc_per_node),a.module,a.training_script,list(a.training_script_args))==(2,True,'cekd_fastai.cli',WORDS)
+
+NODE = """
+import os,signal,sys
+from torch.distributed.launcher.api import LaunchConfig,elastic_launch
+from cekd_fastai import cli
+from cekd_fastai.checkpoint import Checkpoint
+node,port,die,*words = sys.argv[1:]
+
+def train():
+    old = Checkpoint.after_epoch
+    def after_epoch(self):
+        old(self)
+        if die=='1' and os.environ['RANK']=='1': os.kill(os.getpid(), signal.SIGKILL)
+    Checkpoint.after_epoch = after_epoch
+    cli.cekd_train(**cli.given(words))
+
+# as `torchrun --nnodes 2 --node-rank node --nproc-per-node 1 --master-addr 127.0.0.1 --master-port port`, without a new Python for the training
+config = LaunchConfig(2, 2, 1, run_id='none', rdzv_backend='static', rdzv_endpoint=f'127.0.0.1:{port}', rdzv_configs=dict(rank=int(node)), max_restarts=0, start_method='fork')
+elastic_launch(config, train)()
+"""
+
+def two_nodes(outs, *words, die=False):
+    "Two launchers with one process each, which share a port"
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        port = s.getsockname()[1]
+    env = dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+    ps = [processes.start(NODE, k, port, int(die), '--out', o, *words, env=env) for k,o in enumerate(outs)]
+    for p in ps: p.wait(120)
+    return ps
+
+def test_two_nodes(tmp_path):
+    "One node is lost after the first epoch: the other ends with a sentence, both go on from a folder that they share, and only the first writes."
+    make_birds(tmp_path/'birds', n_species=3, n_images=8, n_train=5, size=40, n_workers=0, progress=False)
+    words = f'--data {tmp_path/"birds"} --arch cifar_resnet8 --no-pretrained --method plain --size 32 --bs 2 --epochs 2 --num-workers 0 --device cpu'.split()
+    out,other = tmp_path/'run',tmp_path/'other'
+    ps = two_nodes([out,other], *words, die=True)
+    assert all(p.returncode for p in ps) and 'Another process of this run has ended; what was written stays' in ps[0].stderr
+    assert [o.name for o in checkpoint_files(out/'checkpoints')]==['checkpoint-00-0000-000001.ckpt','checkpoint-00-0001-000000.ckpt'] and not other.exists()
+    ps = two_nodes([out,other], *words, '--resume')
+    assert all(p.returncode for p in ps) and 'have found different checkpoints: use a folder that all machines share' in ps[0].stderr
+    ps = two_nodes([out,out], *words, '--resume')
+    assert [p.returncode for p in ps]==[0,0], ps[1].stderr
+    assert len((out/'history.csv').read_text().splitlines())==3 and not (out/'checkpoints').exists()
+    assert 'accuracy' in ps[0].stdout and 'accuracy' not in ps[1].stdout and not other.exists()

@@ -94,11 +94,11 @@ def _is_whole(file, shape):
     except Exception: return False
     return a.shape==shape and a.dtype==np.float32 and a.flags.c_contiguous
 
-def _views_done(note, views):
-    "Which views a note has as complete; none if it is no such note"
-    try: done = json.loads(note.read_text())['done']
-    except (ValueError,KeyError,TypeError,OSError): return []
-    return [o for o in range(views) if isinstance(done, list) and o in done]
+def _noted(note, views):
+    "The views that a note has as complete, each with its checksum; none if it is no such note"
+    try: sums = dict(json.loads(note.read_text())['sums'])
+    except (ValueError,KeyError,TypeError,OSError,RecursionError): return []
+    return [[o,sums[o]] for o in range(views) if o in sums]
 
 class TargetCache:
     "A memory-mapped file with the teachers' answers, one row for each image of each repeated epoch, a *view*"
@@ -123,18 +123,21 @@ class TargetCache:
         if there and not exists: warn(f"MEAL: `{file}` was cut short or changed, so the teachers answer anew.")
         how = dict(mode='r+') if exists else dict(mode='w+', dtype=np.float32, shape=shape)
         self.data = np.lib.format.open_memmap(file, **how)
-        self.done = _views_done(self.note, views) if exists else []
+        self.sums = _noted(self.note, views) if exists else []
         self.save_note()
+
+    done = property(lambda self: [o for o,_ in self.sums]) # views that are complete
 
     def save_note(self):
         "Write which views are complete"
-        text = json.dumps(dict(key=self.key, done=self.done))
+        text = json.dumps(dict(key=self.key, sums=self.sums))
         write_whole(self.note, lambda p: p.write_text(text))
 
     def mark(self, view, done=True):
         "Record that a view is complete, or that it is not to be used"
-        self.done = [o for o in self.done if o!=view] + [view]*done
         self.data.flush()
+        self.sums = [o for o in self.sums if o[0]!=view]
+        if done: self.sums.append([view,zlib.crc32(self.data[view])])
         self.save_note()
 
 # %% ../../nbs/53_meal.targets.ipynb #on-seed
@@ -152,6 +155,7 @@ def start_view(self:TargetCache,
 ):
     "Begin an epoch that can be repeated"
     self.view = epoch%self.views
+    self.check()
     self.n_batches = 0
     self.changed = None # on the device: whether pixels of this epoch differ from those on disk
     self.student_rng = get_random_states()
@@ -166,6 +170,20 @@ def end_batch(self:TargetCache,
     if self.student_rng is None: return
     self.student_rng = get_random_states()
     self.seed_batch(i+1)
+
+# %% ../../nbs/53_meal.targets.ipynb #on-check
+@patch
+def check(self:TargetCache)->bool:
+    "Whether this view is what it was when it was noted, or not noted; if not, it counts as such"
+    if self.view not in self.done or [self.view,zlib.crc32(self.data[self.view])] in self.sums: return True
+    warn(f"MEAL: the answers in `{self.folder}` are not what was written there, so the teachers answer anew.")
+    self.mark(self.view, done=False)
+    return False
+
+@patch
+def resume(self:TargetCache):
+    "Go on within an epoch; if its answers have been changed meanwhile, what is written of it does not count"
+    if not self.check(): self.n_batches = -2**40 # never the number of batches of an epoch
 
 # %% ../../nbs/53_meal.targets.ipynb #on-restore
 @patch
