@@ -27,17 +27,19 @@ def _holds_stages(m, x, out):
 
 def _chain_parts(model, x):
     "Parts of `model` up to its pooling as `(name, module)`, the heights of their outputs, the last output, and the children that follow"
-    parts,heights = [],[]
+    parts,heights,first = [],[],x
     todo = list(model.named_children())
     while todo:
         name,m = todo[0]
         if len(todo)==1 and parts: break # the last child is the classifier, or holds it
-        out = m(x.clone()) # a child may change its input in place, and the next one may have to be a part of the head
+        before,out = x._version,m(x)
         if _holds_stages(m, x, out):
             stages = [(f'{name}.{k}',c) for k,c in m.named_children()]
             todo = stages + todo[1:]
             continue
-        if _height(out)==1: break # the map is pooled: the head begins here
+        if _height(out)==1: # the map is pooled: the head begins here
+            if x._version!=before: x = nn.Sequential(*L(parts).itemgot(1))(first) # which changed its input in place
+            break
         parts.append((name,m))
         heights.append(_height(out))
         todo,x = todo[1:],out

@@ -160,7 +160,7 @@ def read_saved(
 _MAKERS = {getattr(torch, o) for o in 'empty zeros ones full rand randn'.split()}
 
 def _asked(func, args, kwargs):
-    "About how many numbers a call of torch makes anew"
+    "About how many numbers of a network a call of torch makes"
     if func in _MAKERS:
         size = kwargs.get('size', args)
         if len(size) and isinstance(size[0], (tuple,list)): size = size[0]
@@ -168,7 +168,12 @@ def _asked(func, args, kwargs):
     if func in (torch.arange,torch.linspace):
         bounds = [abs(o) for o in args if isinstance(o, (int,float))]
         return max(bounds, default=0)
-    if func in (Tensor.clone,Tensor.repeat,Tensor.contiguous):
+    return args[0].numel() if func is Tensor.clone else 0 # each branch is a copy
+
+def _passing(func, args, kwargs):
+    "About how many numbers a call of torch gives in a trial of the network, which do not stay"
+    if func is torch.conv2d: return _maps(*args, **kwargs)
+    if func in (Tensor.repeat,Tensor.contiguous):
         times = [o for o in args[1:] if isinstance(o, int)]
         return args[0].numel()*math.prod(times)
     return 0
@@ -187,7 +192,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self.used += 4*_asked(func, args, kwargs)+500 # of the module around it
-        passing = 4*_maps(*args, **kwargs) if func is torch.conv2d else 0 # in a trial of the network
+        passing = 4*_passing(func, args, kwargs)
         if max(self.used, passing)>self.most: raise MemoryError(f'it asks for more than {self.most/2**20:,.0f} MiB')
         return func(*args, **kwargs)
 

@@ -340,7 +340,7 @@ def test_folder(deployed, mixed, workers):
     d = Deployed(deployed)
     with pytest.warns(UserWarning, match='2 of 42 files cannot be read') as said: df = d.predict_folder(mixed, bs=7, num_workers=workers)
     assert [Path(o).name for o in df.file]==[f'{i:02}.jpg' for i in range(40)]
-    assert sorted(Path(o).name for o in df.attrs['broken'])==['05a.jpg','11a.jpg'] and '05a.jpg cannot be read' in str(said[0].message)
+    assert sorted(Path(o).name for o in df.attrs['broken'])==['05a.jpg','11a.jpg'] and any('05a.jpg cannot be read' in str(o.message) for o in said)
     for f,c,p in zip(df.file[:5], df.class_1, df.prob_1):
         best = d.predict(f, 1)
         assert list(best)==[c] and abs(best[c]-p)<1e-3
