@@ -7,7 +7,7 @@ a structure that stays well-formed. Input number i of a reader is always the sam
 The outcome is a *result*, a *named* error (one line, raised by the library itself), a *raw* error, a *hang* of more than 20 seconds, or a *crash*.
 Readers run in processes of their own, 200 inputs each, which may take 4 GiB above what Python has loaded; the largest growth of one is in the table. Files beside the data
 are compared after each of them. The program that parses MATLAB files, which the library starts for each reading, runs here in forks of one process that has scipy loaded."""
-import argparse,collections,copy,hashlib,io,json,os,random,re,resource,shutil,signal,subprocess,sys,tarfile,tempfile,time,traceback,warnings,zipfile
+import argparse,collections,copy,hashlib,io,json,os,random,re,resource,select,shutil,signal,subprocess,sys,tarfile,tempfile,time,traceback,warnings,zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from common import here
@@ -273,9 +273,13 @@ class ForkServer:
         if self.p is None: self.p = subprocess.Popen([cmd[0],'-I','-c',_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kwargs['env'])
         try:
             print(json.dumps(cmd[-2:]), file=self.p.stdin, flush=True)
+            if not select.select([self.p.stdout], [], [], 6)[0]: # perhaps for the fork's sake: again as the library does it, with its time limit
+                self.p.kill()
+                self.p = None
+                return subprocess.run(cmd, **kwargs)
             code,out,err = json.loads(self.p.stdout.readline())
         except BaseException: # a hang too: the next one gets a new server
-            self.p.kill()
+            if self.p: self.p.kill()
             self.p = None
             raise
         return SimpleNamespace(returncode=code, stdout=out, stderr=err)

@@ -136,7 +136,8 @@ def check_room(self:Checkpoint):
         write_whole(self.folder/'.can-write', lambda p: p.write_bytes(b' '))
         (self.folder/'.can-write').unlink()
     except OSError as e: raise OSError(f"`{self.folder}` cannot be written to ({e.strerror or e}): choose another folder.") from e
-    for f in self.folder.glob('.checkpoint-*.ckpt'): f.unlink() # what a kill within a write has left
+    for o in ('.checkpoint-*.ckpt','.best-*.ckpt','..can-write-*'): # what a kill within a write has left
+        for f in self.folder.glob(o): f.unlink()
     one = 3*sum(t.numel()*t.element_size() for t in unwrap_model(self.learn.model).state_dict().values())
     need,free = one*(self.keep+2),shutil.disk_usage(self.folder).free
     if free>need: return

@@ -164,7 +164,7 @@ def check_layout(
     "Refuse the contents of a file that no `Checkpoint` has written"
     found = _misses(state, _LAYOUT)
     if not found and min(state[o] for o in ('fit','epoch','batch'))<0: found = 'its place is below 0'
-    if not found and not isinstance(state.get('best'), (int,float,type(None))): found = '`best` is no number'
+    if not found and not isinstance(state.get('best', ''), (int,float,type(None))): found = '`best` is no number'
     if found: raise ValueError(f"`{file}` was not written by `Checkpoint` ({found}).")
     return state
 
@@ -352,6 +352,7 @@ def load_now_state(
     for k in state['learn']:
         if k not in _COUNTERS: raise TypeError(f'there is no counter {k!r}')
     for k,v in state['learn'].items(): _like(v, vars(learn).get(k), f'the counter `{k}`')
+    if not 0<=state['learn'].get('pct_train', 0)<=1: raise ValueError('the share of training that is over is no share')
     vars(learn).update(state['learn'])
     set_random_states(**state['rng'])
 

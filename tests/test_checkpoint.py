@@ -137,11 +137,13 @@ def test_early_end(tmp_path):
     assert len(a.recorder.values)==len(b.recorder.values)==2
 
 def test_best_and_newest(tmp_path):
-    "The newest are kept, and the best epoch's."
+    "The newest are kept, and the best epoch's; what a kill within a write has left is not."
+    for o in ('.checkpoint-00-0001-000000-7.ckpt','.best-7.ckpt','..can-write-7'): (tmp_path/o).write_text('')
     learn = fit(lambda: branch_learner(toy(), arch, **kw), Checkpoint(tmp_path, keep=2, signals=False))[0]
     assert [o.name for o in checkpoint_files(tmp_path)]==['checkpoint-00-0003-000000.ckpt','checkpoint-00-0004-000000.ckpt']
     best = min(range(4), key=lambda i: learn.recorder.values[i][1])
     o = read_checkpoint(tmp_path/'best.ckpt')
+    assert not [o for o in tmp_path.iterdir() if o.name[0]=='.']
     assert o['epoch']==best+1 and o['best']==learn.recorder.values[best][1]==learn.checkpoint.best
 
 @pytest.mark.parametrize('spoil', [lambda b: b[:len(b)//2], lambda b: b'', lambda b: b[:-9]+bytes([b[-9]^1])+b[-8:], lambda b: b'PK'+b,
@@ -192,7 +194,7 @@ def drop(*path):
         del o[k]
     return change
 
-PLACE = [drop('fit'), put('epoch', to='1'), put('batch', to=-1), put('best', to={}), drop('start'), put('start', to=torch.ones(3)), put('now', to=True), put('net', to={}),
+PLACE = [drop('fit'), put('epoch', to='1'), put('batch', to=-1), put('best', to={}), drop('best'), drop('start'), put('start', to=torch.ones(3)), put('now', to=True), put('net', to={}),
     drop('net','notes'), put('net','opt', to=[]), put('about', to=3), drop('about','args'), put('others', to=None)]
 INSIDE = [put('net','model',next, to=3), drop('net','model',next), put('net','grads',0, to=[1]), put('net','grads',0, to=torch.ones(7)),
     put('net','opt','state',0, to=3), put('net','opt','state',0,'grad_avg', to=0), put('net','opt','state',0,'grad_avg', to=torch.ones(2,2)), put('net','opt','hypers', to=[]),
@@ -200,7 +202,7 @@ INSIDE = [put('net','model',next, to=3), drop('net','model',next), put('net','gr
     drop('now','cbs','ParamScheduler:0','attrs','hps','lr'), put('now','cbs','ParamScheduler:0','attrs','hps', to=7), put('now','cbs','Recorder:0', to=0),
     put('now','cbs','Recorder:0','attrs','losses', to='x'), put('now','cbs','Recorder:0','attrs','losses', to=None),
     *(put('now','cbs','Recorder:0','parts','smooth_loss',k, to=v) for k,v in (('count',None),('val',.5))),
-    put('now','learn','train_iter', to='x'), put('now','learn','model', to=1), put('now','metrics', to=[]),
+    put('now','learn','train_iter', to='x'), put('now','learn','pct_train', to=math.inf), put('now','learn','model', to=1), put('now','metrics', to=[]),
     put('start','loaders', to=[7]), put('start','loaders',0,'rng', to=(1,)), put('start','rng', to={})]
 
 @pytest.fixture(scope='module')

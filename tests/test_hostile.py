@@ -479,7 +479,7 @@ def test_circles_of_links(net_file, tmp_path):
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('name', [o for o in fuzz.READERS if o!='matlab']) # which starts a process for each input
 def test_files_changed_at_random(tmp_path, name):
-    n = dict(networks=15, folders=30).get(name, 100)
+    n = dict(networks=15, folders=30, checkpoints=30).get(name, 100)
     res = dict(fuzz.run(name, range(n), tmp_path, limit=0))
     assert {i:o for i,o in res.items() if o not in ('result','named')}=={} and len(res)==n
 
