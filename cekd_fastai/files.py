@@ -184,6 +184,7 @@ def _maps(x, w, bias=None, stride=1, *args, **kwargs):
     places = x.shape[-1]*x.shape[-2]
     return x.shape[0]*w.shape[0]*places/step
 
+# %% ../nbs/33_files.ipynb #build-watch
 class _Watch(TorchFunctionMode):
     "Adds up what torch is asked for, and stops at `most` bytes"
     def __init__(self, most):
