@@ -13,7 +13,7 @@ from cekd_fastai.mix.callback import CutMix
 from cekd_fastai.mix.core import MixRecord,mix_pixels
 from cekd_fastai.mix.snapmix import SnapMix
 from cekd_toys import lf,FixedMix,BoxMix,tiny,peers,toy_dls,learner,quiet,CatchStep,first_step,flat,Raise
-from processes import one_and_two
+from forks import one_and_two
 
 # References
 

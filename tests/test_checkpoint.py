@@ -1,7 +1,7 @@
 "Runs that are killed and started again: every kind of data and optimiser, several fits, signals, and files that are bad."
 import math,os,shutil,signal
 from functools import partial
-import processes,pytest,torch
+import forks,pytest,torch
 from fastai.vision.all import (Adam,Callback,CrossEntropyLossFlat,DataLoaders,EarlyStoppingCallback,
     GradientAccumulation,L,OptimWrapper,RandomResizedCrop,SGD,accuracy,aug_transforms,random,set_seed)
 from cekd_fastai.branches import branch_net
@@ -303,7 +303,7 @@ print(sum(float(p.double().sum()) for p in learn.model.parameters()))
 
 def test_signals(tmp_path):
     "Each signal writes a checkpoint and leaves with its code, a second one leaves at once; `kill -9` at any moment costs no more than what came after the newest file."
-    def run(folder, what): return processes.run(PROGRAM, tmp_path/folder, what)
+    def run(folder, what): return forks.run(PROGRAM, tmp_path/folder, what)
     whole = run('whole', '0')
     assert whole.returncode==0, whole.stderr
     for n,code in ((15,143), (1,129), (2,130), (9,-9)):

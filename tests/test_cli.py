@@ -5,7 +5,7 @@ this process, by `here`."""
 import json,os,re,runpy,shutil,signal,subprocess,sys,warnings
 from pathlib import Path
 from types import SimpleNamespace
-import processes,pytest,torch
+import forks,pytest,torch
 from cekd_fastai.drawing.dataset import make_birds
 from cekd_fastai.job import with_recipe
 from cekd_fastai.recipes import PAPER_RUNS
@@ -154,7 +154,7 @@ def test_make_train_is_quiet():
 
 def test_one_sentence(birds, tmp_path):
     "A refusal is one sentence and exit code 1, and leaves no folder."
-    p = processes.run(exe, '--data', birds, '--arch', 'resnet18', '--epochs', 1, '--size', 56, '--out', tmp_path/'refused', env=env)
+    p = forks.run(exe, '--data', birds, '--arch', 'resnet18', '--epochs', 1, '--size', 56, '--out', tmp_path/'refused', env=env)
     said = [o for o in p.stderr.splitlines() if o.startswith('cekd-train:')]
     assert p.returncode==1 and len(said)==1 and 'Traceback' not in p.stderr
     assert 'could not be downloaded' in said[0] and '--weights' in said[0]
@@ -178,7 +178,7 @@ assert learn.opt is None and learn.cekd.clean is None and learn.cut_mix.host is 
 from cekd_fastai.deploy import Deployed
 a = Deployed({str(done[0]/'model.pt')!r}).predict(file, 4)
 assert all(abs(a[o]-probs[i].item())<1e-3 for i,o in enumerate(learn.dls.vocab))"""
-    p = processes.run(code, env=env)
+    p = forks.run(code, env=env)
     assert p.returncode==0, p.stderr
 
 @pytest.mark.parametrize('name,nest', [('sgd',False), ('nesterov',True)])
@@ -301,7 +301,7 @@ def test_refuses_to_overwrite(done, birds, here):
 
 @pytest.mark.skipif(os.name=='nt', reason='Windows has no SIGINT for one process')
 def test_interrupt(birds, tmp_path):
-    p = processes.start(exe, '--data', birds, *small, '--epochs', 500, '--out', tmp_path/'run', env=env)
+    p = forks.start(exe, '--data', birds, *small, '--epochs', 500, '--out', tmp_path/'run', env=env)
     assert p.until(lambda: re.search(r'^1 ', p.written(), re.M)) # in the midst of training: two epochs are over
     p.send_signal(signal.SIGINT)
     p.wait()

@@ -1,7 +1,7 @@
 "CSS against references written as loops, as a citizen of fastai, and what it refuses."
 import math
 from functools import partial
-import numpy as np, processes, pytest, torch, torch.nn.functional as F
+import numpy as np, forks, pytest, torch, torch.nn.functional as F
 from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelBatchException,CancelEpochException,CancelFitException,CancelTrainException,
     CancelValidException,CrossEntropyLossFlat,DataLoader,DataLoaders,Learner,SGD,accuracy,nn,set_seed,tensor,Tensor)
 from fastai.callback.mixup import MixUp as FastaiMixUp
@@ -527,7 +527,7 @@ def test_export_and_load_in_a_fresh_process(dls, tmp_path):
     code = ("import sys; from fastai.vision.all import load_learner; l = load_learner(sys.argv[1]);\n"
         "with l.no_bar(): print(*l.predict(sys.argv[2])[2].tolist())\n"
         "assert l.css.logits is None and l.css.T==3")
-    res = processes.run(code, tmp_path/'m.pkl', dls.valid.items[0])
+    res = forks.run(code, tmp_path/'m.pkl', dls.valid.items[0])
     assert res.returncode==0, res.stderr
     assert torch.allclose(tensor([float(v) for v in res.stdout.split()[-3:]]), want, atol=1e-5)
 

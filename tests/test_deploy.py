@@ -1,7 +1,7 @@
 "The deployed file answers as the learner does or `deploy` refuses; ONNX and the table of a folder answer as the file does."
 import io,random,sys,tempfile
 from pathlib import Path
-import numpy as np,pandas as pd,processes,pytest,torch
+import numpy as np,pandas as pd,forks,pytest,torch
 from PIL import Image
 from torch import nn
 from fastai.vision.all import (BCEWithLogitsLossFlat,Brightness,CategoryBlock,CropPad,CrossEntropyLossFlat,DataBlock,DihedralItem,FlipItem,
@@ -383,7 +383,7 @@ def test_several_labels_in_a_table(photos, tmp_path):
 
 SCRIPT = "from cekd_fastai.commands import cekd_predict\nif __name__=='__main__': cekd_predict()\n"
 
-def command(*args): return processes.start(SCRIPT, *args)
+def command(*args): return forks.start(SCRIPT, *args)
 
 def run_command(*args):
     p = command(*args)

@@ -1,6 +1,6 @@
 "Several processes started from a notebook, and what `--launch` and `accelerate launch` start."
 import signal,socket,sys
-import processes,pytest,torch
+import forks,pytest,torch
 from accelerate.commands import launch as accelerate_launch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -45,7 +45,7 @@ notebook_launcher(train, ('notebook',4,True), num_processes=2, use_port=str(free
 @pytest.fixture(scope='module')
 def launched(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('launched')
-    res = processes.run(SCRIPT, tmp, env=dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''), timeout=500)
+    res = forks.run(SCRIPT, tmp, env=dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''), timeout=500)
     assert res.returncode==0, res.stderr[-3000:]
     return tmp
 
@@ -113,7 +113,7 @@ def two_nodes(outs, *words, die=False):
         s.bind(('localhost', 0))
         port = s.getsockname()[1]
     env = dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    ps = [processes.start(NODE, k, port, int(die), '--out', o, *words, env=env) for k,o in enumerate(outs)]
+    ps = [forks.start(NODE, k, port, int(die), '--out', o, *words, env=env) for k,o in enumerate(outs)]
     for p in ps: p.wait(120)
     return ps
 

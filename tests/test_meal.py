@@ -1,6 +1,6 @@
 "MEAL beside references computed by hand, its teachers from everywhere, and its manners as a fastai callback."
 import os,random
-import numpy as np, processes, pytest, timm, torch, torch.nn.functional as F
+import numpy as np, forks, pytest, timm, torch, torch.nn.functional as F
 from copy import deepcopy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -836,7 +836,7 @@ name,i,probs = learn.predict(get_image_files({str(dls.table.root)!r})[0])
 assert name==learn.dls.vocab[i] and len(probs)==3 and abs(probs.sum()-1)<1e-4 and learn.meal.teachers==()
 dl = learn.dls.test_dl(get_image_files({str(dls.table.root)!r})[:4])
 assert len(learn.get_preds(dl=dl)[0])==4"""
-    p = processes.run(code, env=dict(HF_HUB_OFFLINE='1'))
+    p = forks.run(code, env=dict(HF_HUB_OFFLINE='1'))
     assert p.returncode==0, p.stderr
     loaded = load_learner(tmp_path/'meal.pkl')
     loaded.dls = dls
@@ -916,7 +916,7 @@ def ranked(rank, world):
 
 def test_two_processes(tmp_path):
     "Two processes with half a batch each get the gradients, and the discriminators, of one with all of it"
-    for mode,one,a,b in zip(('joint','grl','alternate'), *(o.values() for o in processes.one_and_two(ranked, tmp_path))):
+    for mode,one,a,b in zip(('joint','grl','alternate'), *(o.values() for o in forks.one_and_two(ranked, tmp_path))):
         assert same(a[0], b[0], 1e-7) and same(a[1], b[1], 1e-7)
         assert same(one[1], a[1], 1e-5) and same(one[0], a[0], 1e-5), mode
 

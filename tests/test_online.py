@@ -1,6 +1,6 @@
 "Online distillation: every method's loss against a reference written as loops, gradients, and its manners as a fastai citizen."
 import math
-import numpy as np, processes, pytest, torch, torch.nn.functional as F
+import numpy as np, forks, pytest, torch, torch.nn.functional as F
 from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelFitException,CrossEntropyLossFlat,CSVLogger,DataLoaders,L,Learner,SaveModelCallback,
     accuracy,nn)
 from fastai.callback.training import GradientAccumulation
@@ -415,7 +415,7 @@ def test_export_in_a_fresh_process(tmp_path, method):
     code = ("import sys,torch\nfrom pathlib import Path\nfrom fastai.vision.all import load_learner\nimport cekd_fastai.online.diversity\nfrom cekd_fastai.branches import load_net\n"
         "p,f = Path(sys.argv[1]),sys.argv[2]\nl = load_learner(p/'net.pkl')\nwith l.no_bar(): a = l.predict(f)[2]\n"
         "with torch.no_grad(): torch.save((a, load_net(p/'net.pt')[0](torch.load(p/'x.pt'))), p/'out.pt')\n")
-    p = processes.run(code, tmp_path, file)
+    p = forks.run(code, tmp_path, file)
     assert p.returncode==0, p.stderr
     probs,z = torch.load(tmp_path/'out.pt', weights_only=False)
     with torch.no_grad(): assert torch.allclose(z, learn.model.eval()(x), atol=1e-5)

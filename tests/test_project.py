@@ -393,3 +393,9 @@ def test_an_old_table_is_seen():
     assert tables.stale(nb)==[]
     cell.outputs = [tables.output(new[0]['data']['text/markdown'].replace('0.2', '0.3'))]
     assert len(tables.stale(nb))==1
+
+def test_no_two_modules_of_a_name():
+    "Tests put several folders on the path, so that a name must stand for one file."
+    folders = [root/o for o in ('tests','tests/browser','tools','benchmarks','benchmarks/cekd','benchmarks/gpu')]
+    names = [p.name for d in folders for p in d.glob('*.py') if p.name!='conftest.py'] # which pytest finds by its place
+    assert sorted({o for o in names if names.count(o)>1})==[]

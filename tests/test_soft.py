@@ -17,7 +17,7 @@ from cekd_fastai.mix.snapmix import MixOneOf,SnapMix
 from cekd_fastai.soft_labels import OnlineLabelSmoothing,remembered_in,unmixed
 from cekd_fastai.own_targets import PSKD,StoredTargets
 from cekd_toys import Items,Raise,learner,quiet,tiny,toy_dls
-from processes import one_and_two
+from forks import one_and_two
 
 METHODS = dict(online=OnlineLabelSmoothing, pskd=PSKD, stored=partial(StoredTargets, ramp=0))
 each_method = pytest.mark.parametrize('make', METHODS.values(), ids=METHODS)

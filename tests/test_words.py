@@ -111,7 +111,8 @@ def test_commands_interrupted_while_loading(tmp_path):
     (tmp_path/'torch.py').write_text('import os,signal\nos.kill(os.getpid(), signal.SIGINT)\n')
     (tmp_path/'birds.pt').touch()
     for name,*args in (('cekd-predict',tmp_path), ('cekd-serve',)):
-        start = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nfrom cekd_fastai.commands import {name.replace('-', '_')} as main\nmain()\n"
+        start = "import signal,sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n" # a program in the background ignores it
+        start += f"sys.path.insert(0, {str(tmp_path)!r})\nfrom cekd_fastai.commands import {name.replace('-', '_')} as main\nmain()\n"
         (tmp_path/'start.py').write_text(start)
         res = subprocess.run([sys.executable, tmp_path/'start.py', tmp_path/'birds.pt', *args], capture_output=True, text=True)
         assert (res.returncode,res.stderr.strip(),res.stdout)==(130,f'{name}: interrupted.','')
