@@ -305,6 +305,10 @@ class GradCheckpoint(Callback):
         model = unwrap_model(self.learn.model)
         return [m for m in model.modules() if isinstance(m, BranchNet)]
 
+    def _taps_trunk(self):
+        paths = getattr(getattr(self.learn, 'meal', None), 'paths', None) or ()
+        return any('trunk' in o.split('.') for tap in paths for o in tap)
+
     def before_fit(self):
         "Switch it on; refuse a model without a trunk"
         if not self.nets:
@@ -313,6 +317,9 @@ class GradCheckpoint(Callback):
                 "build the learner with `branch_learner`.")
         if hasattr(self.learn.model, '_orig_mod'): raise ValueError('`GradCheckpoint` wraps the trunk in contexts that torch cannot compile, '
             'but the network is compiled as a whole: pass `Compile()` in `cbs` instead, which compiles its parts.')
+        is_compiled = any(cb.name=='compile' for cb in self.learn.cbs)
+        if is_compiled and self._taps_trunk(): raise ValueError('MEAL reads maps of the trunk, which a compiled trunk that is '
+            'computed again does not give: leave out `Compile` or `GradCheckpoint`, or pass `taps=1`.')
         for m in self.nets: m.grad_checkpoint = True
 
     def after_fit(self):

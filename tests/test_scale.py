@@ -132,6 +132,16 @@ def test_compiled(tmp_path):
     torch.save(b.model, tmp_path/'model.pt')
     assert b'_orig_mod' not in (tmp_path/'model.pt').read_bytes()
 
+def test_compiled_and_tapped_at_the_trunk():
+    "A trunk that is compiled and computed again gives MEAL no maps: one sentence. Either alone does, and so do taps of the branches."
+    cbs = GradCheckpoint(),Compile('aot_eager')
+    def run(make, *cbs):
+        set_seed(1)
+        return weights(quiet(make(toy(n=8), *cbs), 1))
+    def late(d, *cbs): return meal_learner(d, arch, [teacher()], taps=1, adversarial=None, cbs=cbs, **kw)
+    with pytest.raises(ValueError, match='MEAL reads maps of the trunk, .*or pass `taps=1`'): run(meal, *cbs)
+    assert apart(run(meal), run(meal, GradCheckpoint()))==0 and apart(run(late), run(late, *cbs))<1e-5
+
 def test_compiled_as_a_whole_is_refused():
     for cb in (GradCheckpoint(), CEKD()):
         learn = branch_learner(toy(), arch, cbs=SnapMix(), **kw)

@@ -205,14 +205,16 @@ def hook(self:Taps,
     out               # Its output
 ):
     "Align the output of one module; `ValueError` if it is no map"
-    if not self.on: return
+    again = torch._C._current_graph_task_id()!=-1 # in a backward pass: a part that is computed again must save what it saved before
+    if not (self.on or again): return
     if not isinstance(out, Tensor) or not 2<=out.ndim<=4:
         found = f'shape {tuple(out.shape)}' if isinstance(out, Tensor) else f'a {type(out).__name__}'
         needed = 'a map (B, C, h, w), tokens (B, N, C) or vectors (B, D)'
         raise ValueError(f"The part `{path}` gives {found}, but a tap needs {needed}: tap another part.")
     if out.ndim==4 and self.channels_last: out = out.permute(0,3,1,2)
     places = _as_places(out).shape[-1]
-    self.vecs[path] = align(out, d or min(places, 500), **self.kwargs)
+    vecs = align(out, d or min(places, 500), **self.kwargs)
+    if self.on: self.vecs[path] = vecs
 
 @patch
 def clear(self:Taps):
