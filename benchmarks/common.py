@@ -37,6 +37,21 @@ def result_table(
         lines = ['|'+'|'.join(o.strip('|').split('|')[i] for i in idxs)+'|' for o in lines]
     return f"**{res['title']}** (`{res['command']}`, {where})\n\n" + '\n'.join(lines)
 
+def write_result(
+    name,    # Of the result file, in benchmarks/results
+    title,   # Of its table
+    command, # That made it
+    rows,    # Its runs
+    lines,   # Its table, as text or as lines
+    **more   # Further entries
+):
+    "Write a result file, whole or not at all"
+    from cekd_fastai.core import write_whole # here, since this file starts without the library
+    from cekd_fastai.results import about
+    info,table = about({}),lines if isinstance(lines, str) else '\n'.join(lines)
+    res = dict(title=title, command=command, versions=info['versions'], machine=info['machine'], table=table, runs=rows, **more)
+    write_whole(here/'results'/f'{name}.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
+
 def over(gain):
     "Mean of paired differences, with its standard error where there are several"
     return f'{statistics.mean(gain):+.1f}' + (f' ± {statistics.stdev(gain)/len(gain)**.5:.1f}' if len(gain)>1 else '')

@@ -12,10 +12,8 @@ from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from fastcore.script import call_parse
 from cekd_fastai.all import *
-from cekd_fastai.core import write_whole
-from cekd_fastai.results import about
 from make_train import backbone,net
-from common import here,over # after fastai
+from common import here,over,write_result # after fastai
 from fine_tune import NoValid,user_dls
 
 runs = here.parent/'runs'
@@ -80,11 +78,9 @@ def table(rows):
 
 def write(rows):
     "The result file of the study"
-    info = about({})
     title = f'20 species of drawn birds, {per_class} training images of each, {size} px, 1,000 test images, a small ResNet that knows 28 ' + \
         'other species, equal multiply-adds'
-    res = dict(title=title, command=f"python benchmarks/few_images.py --seeds {1+max(r['seed'] for r in rows)}", versions=info['versions'], machine=info['machine'], table=table(rows), runs=rows)
-    write_whole(here/'results'/'few_images.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
+    write_result('few_images', title, f"python benchmarks/few_images.py --seeds {1+max(r['seed'] for r in rows)}", rows, table(rows))
 
 def verdict(rows):
     "What was gained over what, in words"

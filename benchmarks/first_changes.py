@@ -5,13 +5,11 @@
 DIR holds `CUB_200_2011` and `weights/efficientnet_lite0.pth` and `..._lite2.pth`, as folders or as `.tgz` of these names. Features are computed once for every
 picture, scaled on its short side and cut at its centre, and for its mirror image, of which training draws one. Each row changes one
 thing of the first one, and all settings were fixed before anything was run. The official test part is read once a run, after the last epoch."""
-import json,os,timm
+import os,timm
 from fastai.vision.all import *
 from fastcore.script import call_parse
 from cekd_fastai.all import *
-from cekd_fastai.core import write_whole
-from cekd_fastai.results import about
-from common import here # after fastai
+from common import write_result # after fastai
 from fine_tune import find
 
 base = dict(arch='lite0', size=112, epochs=30, smooth=0., average=False, mirror=False)
@@ -74,7 +72,6 @@ def table(rows):
 def main(
     data_dir:str=os.environ.get('CEKD_DATA', '.'), # Folder with data and weights
     seeds:int=3, # Number of seeds, from 0
-    out:str=str(here/'results'/'first_changes.json'), # File for the result
 ):
     "Measure every change with every seed, and write the table."
     seen,rows = {},[]
@@ -85,8 +82,6 @@ def main(
         cost = seen[key][-1]*(1+m['mirror'])
         rows += [dict(change=name, seed=s, cost=round(cost, 1), accuracy=round(accuracy_of(seen[key], m, s), 5)) for s in range(seeds)]
         print(rows[-1], flush=True)
-    info = about({})
     title = 'One change at a time: a linear head on frozen features, first 50 classes of CUB-200-2011, EfficientNet-Lite0 at 112 px'
-    res = dict(title=title, command='python benchmarks/first_changes.py', versions=info['versions'], machine=info['machine'], table=table(rows), runs=rows)
-    write_whole(Path(out), lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
-    print(res['table'])
+    write_result('first_changes', title, 'python benchmarks/first_changes.py', rows, table(rows))
+    print(table(rows))

@@ -12,11 +12,9 @@ from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from fastcore.script import call_parse
 from cekd_fastai.all import *
-from cekd_fastai.core import write_whole
 from cekd_fastai.mix.evidence import Evidence,evidence_batches,oracle_weights
-from cekd_fastai.results import about
 from make_train import backbone,net
-from common import here,over # after fastai
+from common import here,over,write_result # after fastai
 from few_images import epochs,per_class,rate,runs,size,wd
 from fine_tune import NoValid
 
@@ -100,10 +98,8 @@ def table(rows):
 
 def write(rows):
     "The result file of the study"
-    info = about({})
     title = f'Labels that the visible evidence deserves: 20 species of drawn birds, {per_class} training images of each, {size} px, {epochs} epochs, half of the batches mixed, 1,000 test images'
-    res = dict(title=title, command=f"python benchmarks/oracle.py --seeds {1+max(r['seed'] for r in rows)}", versions=info['versions'], machine=info['machine'], table=table(rows), runs=rows)
-    write_whole(here/'results'/'oracle.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
+    write_result('oracle', title, f"python benchmarks/oracle.py --seeds {1+max(r['seed'] for r in rows)}", rows, table(rows))
 
 @call_parse
 def main(

@@ -12,10 +12,8 @@ from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from fastcore.script import call_parse
 from cekd_fastai.all import *
-from cekd_fastai.core import write_whole
 from cekd_fastai.meal.callback import MEAL
-from cekd_fastai.results import about
-from common import here,over # after fastai
+from common import here,over,write_result # after fastai
 from fine_tune import NoValid,find
 
 size,bs,epochs,views = 56,32,100,10
@@ -97,11 +95,9 @@ def table(rows):
 
 def write(rows):
     "The result file of the study"
-    info = about({})
     title = f'MEAL with strong teachers: 12 flowers at {size} px, three teachers from ImageNet weights, a small ResNet from random weights that trains for {epochs} epochs'
     seeds = 1+max((r['seed'] for r in rows if r['stage']=='final'), default=0)
-    res = dict(title=title, command=f'python benchmarks/strong_teachers.py --seeds {seeds}', versions=info['versions'], machine=info['machine'], table=table(rows), runs=rows)
-    write_whole(here/'results'/'strong_teachers.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
+    write_result('strong_teachers', title, f'python benchmarks/strong_teachers.py --seeds {seeds}', rows, table(rows))
 
 @call_parse
 def main(

@@ -212,7 +212,7 @@ def test_command_smooths_and_keeps_statistics():
 
 def test_command_has_the_loss(tmp_path):
     birds = make_birds(tmp_path/'birds', n_species=2, n_images=3, n_train=2, size=40, progress=False)
-    own = {k:v for k,v in _defaults().items()}|dict(data=birds, arch='test_resnet', size=32, bs=2, no_pretrained=True, num_workers=0, method='plain')
+    own = _defaults()|dict(data=birds, arch='test_resnet', size=32, bs=2, no_pretrained=True, num_workers=0, method='plain')
     for given,eps in ((None,.1), (.3,.3)): assert build(own|dict(label_smoothing=given)).loss_func.eps==eps
     assert isinstance(build(own|dict(label_smoothing=0.)).loss_func, CrossEntropyLossFlat)
     with pytest.raises(ValueError, match='--label-smoothing is for labels, which MEAL leaves out'): build(own|dict(method='meal', teachers=['x.pt'], label_smoothing=.1))
