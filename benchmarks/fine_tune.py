@@ -16,10 +16,8 @@ from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from fastcore.script import call_parse
 from cekd_fastai.all import *
-from cekd_fastai.core import write_whole
 from cekd_fastai.data.benchmarks import read_table
-from cekd_fastai.results import about
-from common import here # after fastai
+from common import here,write_result # after fastai
 
 arch,size,bs = 'tf_efficientnet_lite0',96,32
 trunk,branch = 44.7,25.9 # million multiply-adds of a forward pass at 96 pixels
@@ -152,21 +150,16 @@ def time_table(rows):
     lines = ['| a step of | ms of training | ms with loading | over fine_tune |','|---|---|---|---|']
     return lines + [f"| {r['step']} | {r['train']:.0f} | {r['all']:.0f} | {r['share']:.2f} |" for r in rows]
 
-def write(name, title, command, rows, lines):
-    info = about({})
-    res = dict(title=title, command=command, versions=info['versions'], machine=info['machine'], table='\n'.join(lines), runs=rows)
-    write_whole(here/'results'/f'{name}.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
-
 def write_tables(rows):
     "The result files of what has been run"
     what = 'EfficientNet-Lite0 from ImageNet weights, 96 px'
     chosen,final = ([r for r in rows if r['stage']==o] for o in ('select','final'))
     command = 'python benchmarks/fine_tune.py'
-    if chosen: write('fine_tune_select', f'Learning rate of fine_tune: {what}', f'{command} --stage select', chosen, select_table(rows))
+    if chosen: write_result('fine_tune_select', f'Learning rate of fine_tune: {what}', f'{command} --stage select', chosen, select_table(rows))
     if not final: return
     had = ','.join(k for k in sets if any(r['set']==k for r in final))
     command += f" --which {had} --seeds {1+max(r['seed'] for r in final)}"
-    write('fine_tune', f'The recipe beside fine_tune at equal compute, official test parts: {what}', command, final, final_table(rows))
+    write_result('fine_tune', f'The recipe beside fine_tune at equal compute, official test parts: {what}', command, final, final_table(rows))
 
 def times(folder, rounds):
     "Steps of both sides in turns: medians of training alone, and with the loading of the batch"
@@ -202,7 +195,7 @@ def times(folder, rounds):
     ref = next(r['all'] for r in rows if r['step']=='fine_tune')
     for r in rows: r['share'] = r['all']/ref
     title = f'A step of either side, batches of 32 at 96 px, in turns; medians of {rounds}, one thread of a busy machine'
-    write('fine_tune_time', title, 'python benchmarks/fine_tune.py --stage time', rows, time_table(rows))
+    write_result('fine_tune_time', title, 'python benchmarks/fine_tune.py --stage time', rows, time_table(rows))
     print('\n'.join(time_table(rows)))
 
 @call_parse
