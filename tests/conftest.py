@@ -1,5 +1,5 @@
 "What several test files share: real photographs where they are at hand, and a fastai home of its own for a test."
-import os,shutil,tarfile,tempfile
+import os,shutil,sys,tarfile,tempfile
 from pathlib import Path
 import pytest
 
@@ -30,6 +30,12 @@ def real_data():
         if not arch.is_file(): pytest.skip(f'no {arch}: set CEKD_DATA to a folder that holds {arch.name}')
         return extracted(arch, Path.home()/'.cache'/'cekd_fastai_tests')
     return get
+
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    "A test finds no open figure of the test before it: which tests share a process is for the machine to choose."
+    yield
+    if (plt := sys.modules.get('matplotlib.pyplot')) is not None: plt.close('all')
 
 @pytest.fixture
 def fastai_home(tmp_path, monkeypatch):
