@@ -18,6 +18,7 @@ after the last epoch of a run of the stage `final`. Seconds are those of a run b
 import io,json,math,os,shutil,subprocess,sys,tarfile,tempfile,time
 import multiprocessing as mp
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from multiprocessing.connection import wait
 from pathlib import Path
 import numpy as np
@@ -26,9 +27,12 @@ from fastcore.script import call_parse
 here = Path(__file__).resolve().parent
 
 def read_config(name):
-    "A study by the name of its file; one that has a `base` says only what differs from it"
+    "A study by the name of its file; one that has a `base` says only what differs from it, one with `studies` is several in one queue"
     c = json.loads((here/f'{name}.json').read_text())
+    if 'studies' in c: c['studies'] = {o:read_config(o) for o in c['studies']}
     return (read_config(c['base']) if 'base' in c else {}) | c | dict(name=name)
+
+def each_study(c): return c['studies'] if 'studies' in c else {c['name']:c}
 
 config = read_config('birds')
 
@@ -40,15 +44,17 @@ def job(c, stage, row, seed, compute, epochs, lr, target):
     args = dict(r.get('args', {}))
     if 'cekd' in r.get('methods', []) and args.get('w_cross', 1): args['target'] = target
     passes,net = r.get('passes', 1),dict(branches=1, mix=None, methods=[], smoothing=0.)
+    more = {'cost':r['cost']} if 'cost' in r else {}
     n = {'equal compute': epochs/passes, 'equal epochs': epochs, 'double compute': 2*epochs/passes}[compute]
     return dict(stage=stage, row=row, seed=seed, compute=compute, epochs=max(1, round(n)), passes=passes, lr=lr, args=args,
-        **{k:r.get(k, v) for k,v in net.items()})
+        **{k:r.get(k, v) for k,v in net.items()}, **more)
 
 KEY = ('stage','row','seed','epochs','lr','branches','mix','methods','args','smoothing')
 FORMER = dict(alpha='w_cross') # arguments by the names that recorded rows have
 def key(j):
     "What tells runs apart; the same for recorded rows whose arguments have since been renamed"
-    return json.dumps({k:j[k] for k in KEY}|dict(args={FORMER.get(k, k):v for k,v in j['args'].items()}), sort_keys=True)
+    study = {'study':j['study']} if 'study' in j else {} # of several
+    return json.dumps({k:j[k] for k in KEY}|study|dict(args={FORMER.get(k, k):v for k,v in j['args'].items()}), sort_keys=True)
 
 def trials(c, epochs):
     "Runs of the stage `select` by what they decide: `{name: {option: [a run for each seed]}}`"
@@ -65,30 +71,43 @@ def choose(tried, done):
     mean = {o: sum(done[key(j)].get('accuracy', 0.) for j in runs)/max(len(runs), 1) for o,runs in tried.items()}
     return max(mean, key=mean.get)
 
-def jobs(c, epochs, done):
-    "What is to run now, in order of priority: the stage `select`, and what of the stage `final` has its settings"
+def ranked(c, epochs, done):
+    "What is to run now, each with its rank: the stage `select` at 0, and the blocks of the stage `final` that have their settings"
     tried = trials(c, epochs)
-    todo = [j for each in zip(*(runs for options in tried.values() for runs in options.values())) for j in each]
+    todo = [(0,j) for each in zip(*(runs for options in tried.values() for runs in options.values())) for j in each]
     lr,target,best = (choose(o, done) for o in tried.values())
-    for block in c['final']:
+    for rank,block in enumerate(c['final'], 1):
         for seed in block['seeds']:
             for name in block['rows']:
                 if lr is None or 'BEST' in name and best is None: continue
                 row = name.replace('BEST', best or '')
                 if target is None and 'cekd' in c['rows'][row].get('methods', []): continue
-                todo.append(job(c, 'final', row, seed, block['compute'], epochs, lr, target))
+                todo.append((rank,job(c, 'final', row, seed, block['compute'], epochs, lr, target)))
+    return todo
+
+def jobs(c, epochs, done):
+    "What is left to run now, in order of priority; of several studies the first blocks first"
+    if 'studies' not in c: todo = ranked(c, epochs, done)
+    else: todo = sorted((o for name in c['studies'] for o in ranked_in(c, name, done)), key=lambda o: o[0])
     res = {}
-    for j in todo: res.setdefault(key(j), j)
+    for _,j in todo: res.setdefault(key(j), j)
     return [j for k,j in res.items() if k not in done]
+
+def ranked_in(c, name, done):
+    "The same of one study of several: its jobs bear its name"
+    one,mine = c['studies'][name],[r for r in done.values() if r.get('study')==name]
+    own = {key({k:v for k,v in r.items() if k!='study'}):r for r in mine}
+    return [(rank+one.get('later', 0),j|dict(study=name)) for rank,j in ranked(one, one['epochs']['from'], own)]
 
 def cost(c, j, n):
     "What a run costs, in images of plain training on two branches"
+    if 'study' in j: c,n = c['studies'][j['study']],n[j['study']]
     extra = c['mixes'][j['mix']]['prob']/3 if j['mix'] and 'SnapMix' in j['mix'] and j['passes']==1 else 0
-    return j['epochs']*(j['passes']+extra)*n*(1-c['valid_pct'] if j['stage']=='select' else 1)
+    return j['epochs']*(j['passes']+extra)*n*c.get('cost', 1)*j.get('cost', 1)*(1-c['valid_pct'] if j['stage']=='select' else 1)
 
 # The bundle
 
-FILES = ('birds.py','birds_train.py','birds.json','birds200.json') # What a machine needs of this folder
+FILES = ('birds.py','birds_train.py','long_train.py','birds.json','birds200.json','birds_random.json','meal50.json','cifar.json','long.json') # What a machine needs of this folder
 
 def unpack(file, to):
     with tarfile.open(file) as f: f.extractall(to, filter='data')
@@ -105,27 +124,55 @@ def square(file, size, quality, form='JPEG'):
     return out.getvalue()
 
 def pack(c, data_dir, bundle):
-    "Pictures, and weights with the counters that the file leaves out, in one folder; the number of pictures"
-    import timm,torch
+    "Pictures, and weights with the counters that the files leave out, in one folder; the number of pictures"
     bundle.mkdir(parents=True, exist_ok=True)
+    n,archives = 0,{}
+    for o in each_study(c).values():
+        kept = archives.setdefault(o.get('data', 'birds'), o)
+        if o['classes']>kept['classes']: archives[o.get('data', 'birds')] = o
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
-        for o in ('CUB_200_2011','weights-efficientnet-lite'): unpack(data_dir/f'{o}.tgz', tmp)
-        read = lambda f: dict(o.split(' ', 1) for o in (tmp/'CUB_200_2011'/f).read_text().splitlines())
-        names,labels,train = (read(o) for o in ('images.txt','image_class_labels.txt','train_test_split.txt'))
-        ids = [i for i in names if int(labels[i])<=c['classes']]
-        jpegs = [square(tmp/'CUB_200_2011'/'images'/names[i], c['stored'], c['quality'], c.get('form', 'JPEG')) for i in ids]
-        label,test = np.array([int(labels[i])-1 for i in ids], np.int16),np.array([train[i]=='0' for i in ids])
-        blob,ends = np.frombuffer(b''.join(jpegs), np.uint8),np.cumsum([len(o) for o in jpegs])
-        np.savez(bundle/'birds.npz', jpegs=blob, ends=ends, label=label, test=test)
-        sd = torch.load(tmp/'weights'/c['weights'], map_location='cpu', weights_only=True)
-        net = timm.create_model(c['arch'])
-        missing = [k for k in net.state_dict() if k not in sd]
-        lost = [k for k in missing if not k.endswith('num_batches_tracked')]
-        if lost: sys.exit(f'birds: {c["weights"]} lacks {lost[0]}.')
-        torch.save({k:sd.get(k, v) for k,v in net.state_dict().items()}, bundle/c['weights'])
+        for o in ARCHIVES:
+            if (data_dir/o).is_file(): unpack(data_dir/o, tmp)
+        for kind,o in archives.items(): n += dict(birds=pack_birds, cifar=pack_cifar)[kind](o, tmp, bundle/f'{kind}.npz')
+        for o in each_study(c).values(): pack_weights(o, tmp/'weights', bundle)
     note_commit(bundle)
-    return len(ids)
+    return n
+
+ARCHIVES = ('CUB_200_2011.tgz','cifar100-mini.tgz','weights-efficientnet-lite.tgz','weights.tgz')
+
+def pack_birds(c, folder, file):
+    read = lambda f: dict(o.split(' ', 1) for o in (folder/'CUB_200_2011'/f).read_text().splitlines())
+    names,labels,train = (read(o) for o in ('images.txt','image_class_labels.txt','train_test_split.txt'))
+    ids = [i for i in names if int(labels[i])<=c['classes']]
+    jpegs = [square(folder/'CUB_200_2011'/'images'/names[i], c['stored'], c['quality'], c.get('form', 'JPEG')) for i in ids]
+    label,test = np.array([int(labels[i])-1 for i in ids], np.int16),np.array([train[i]=='0' for i in ids])
+    return pack_files(file, jpegs, label, test)
+
+def pack_cifar(c, folder, file):
+    root = folder/'cifar100-mini'
+    names = sorted(o.name for o in (root/'train').iterdir())[:c['classes']]
+    files = [(part,k,o) for part in ('train','test') for k,name in enumerate(names) for o in sorted((root/part/name).iterdir())]
+    label,test = np.array([k for _,k,_ in files], np.int16),np.array([part=='test' for part,_,_ in files])
+    return pack_files(file, [o.read_bytes() for _,_,o in files], label, test)
+
+def pack_files(file, files, label, test):
+    "Write encoded pictures and what is known of them; how many there are"
+    np.savez(file, jpegs=np.frombuffer(b''.join(files), np.uint8), ends=np.cumsum([len(o) for o in files]), label=label, test=test)
+    return len(files)
+
+def pack_weights(c, folder, bundle):
+    "The files of weights that a study needs, with what they leave out: the counters of batch normalisation"
+    import timm,torch
+    own = [dict(arch=c['arch'], weights=c['weights'])] if c['weights'] else []
+    for o in own+list(c.get('teachers', {}).values()):
+        sd = torch.load(folder/o['weights'], map_location='cpu', weights_only=True)
+        want = timm.create_model(o['arch']).state_dict()
+        if not set(want)&set(sd): sd = dict(zip((k for k in want if not k.endswith('num_batches_tracked')), (v for k,v in sd.items() if not k.endswith('num_batches_tracked'))))
+        lost = [k for k in want if k not in sd and not k.endswith('num_batches_tracked')]
+        wrong = [k for k in want if k in sd and sd[k].shape!=want[k].shape]
+        if lost or wrong: sys.exit(f"birds: {o['weights']} lacks {(lost+wrong)[0]}.")
+        torch.save({k:sd.get(k, v) for k,v in want.items()}, bundle/o['weights'])
 
 def note_commit(bundle):
     "Write which code the folder was made with"
@@ -146,13 +193,13 @@ def prepare(c, data_dir, bundle):
     size = sum(o.stat().st_size for o in bundle.rglob('*') if o.is_file())
     print(f'{n} pictures, {size/2**20:.1f} MiB in {bundle}, commit {commit[:8]}')
 
-def decode(bundle, classes, file):
+def decode(bundle, classes, file, data='birds'):
     "Write the pictures of the first classes as one array; labels, and which are test pictures"
     from PIL import Image
-    d = np.load(bundle/'birds.npz')
+    d = np.load(bundle/f'{data}.npz')
     blob,ends,label,test = d['jpegs'].tobytes(),d['ends'],d['label'],d['test']
     keep = np.flatnonzero(label<classes)
-    def one(i): return np.asarray(Image.open(io.BytesIO(blob[ends[i-1] if i else 0:ends[i]]))).transpose(2,0,1)
+    def one(i): return np.asarray(Image.open(io.BytesIO(blob[ends[i-1] if i else 0:ends[i]])).convert('RGB')).transpose(2,0,1)
     with ThreadPoolExecutor(os.cpu_count()) as ex: ims = np.stack(list(ex.map(one, keep)))
     np.save(file, ims)
     return label[keep].astype(int),test[keep]
@@ -198,12 +245,16 @@ def about(device):
 
 def short(e): return dict(error=f'{type(e).__name__}: {str(e)[:300]}')
 
+def begin_bench(bundle, data, c, device):
+    "What runs the jobs of a study, or of several"
+    if 'studies' in c: return import_module('long_train').Several(bundle, data, c, device)
+    return import_module(c.get('trainer', 'birds_train')).Bench(bundle, *data[c['name']], c, device)
+
 def work(conn, src, *args):
     "A worker: answers each message with one, but for `layout`"
     try:
         sys.path[:0] = src
-        from birds_train import Bench
-        bench = Bench(*args)
+        bench = begin_bench(*args)
         conn.send(('ready',about(args[-1])))
         while True:
             what,*rest = conn.recv()
@@ -317,30 +368,41 @@ def serve(pool, c, epochs, rows, file, deadline, n, rate, about):
             if value is None: continue
             if 'error' in value: failed.add(key(j))
             else:
-                done[key(j)] = value
+                done[key(j)] = j|value
                 spent.append((cost(c, j, n),time.time()-start))
             row = j|value|about
-            add_row(file, row)
+            add_row(own_file(file, j), {k:v for k,v in row.items() if k!='study'})
             print(f'{deadline-time.time():4.0f} s left | {said(row)}', flush=True)
+
+def own_file(file, j):
+    "Where a row belongs: of several studies each has its file"
+    return file.with_name(f"{j['study']}.jsonl") if 'study' in j else file
 
 def said(r):
     "A row in one line"
-    what = f"{r['stage']} {r['row']}, {r['compute']}, {r['epochs']} epochs, lr {r['lr']}, {r['args']}, seed {r['seed']}: "
+    what = f"{r.get('study', '')} {r['stage']} {r['row']}, {r['compute']}, {r['epochs']} epochs, lr {r['lr']}, {r['args']}, seed {r['seed']}: "
     if 'error' in r: return what+r['error']
     return what + f"{r['accuracy']:.4f}, ece {r['ece']:.3f}, train {r['train_accuracy']:.4f}, {r['seconds']:.0f} s"
+
+def known_rows(c, bundle, file):
+    "What has been run; of several studies each row bears the name of its own"
+    if 'studies' not in c: return read_rows(bundle/file.name, file)
+    own = {o:(bundle/f'{o}.jsonl',file.with_name(f'{o}.jsonl')) for o in c['studies']}
+    return [r|dict(study=name) for name,files in own.items() for r in read_rows(*files)]
 
 def run(c, bundle, out, seconds, device, workers, begin):
     "All of it, until the time is up"
     deadline,file,gpu = begin+seconds-3,out/f"{c['name']}.jsonl",device=='cuda'
     out.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(bundle/file.name, file)
+    rows = known_rows(c, bundle, file)
     info = json.loads((bundle/'info.json').read_text())
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         mps = start_mps(tmp) if gpu else None
         print(f'MPS: {"on" if mps else "off"}', flush=True)
-        label,test = decode(bundle, c['classes'], tmp/'pixels.npy')
-        args,n = (bundle,tmp/'pixels.npy',label,test,c,device),int((~test).sum())
+        data = {name: (tmp/f'{name}.npy',*decode(bundle, o['classes'], tmp/f'{name}.npy', o.get('data', 'birds'))) for name,o in each_study(c).items()}
+        args,n = (bundle,data,c,device),{name:int((~test).sum()) for name,(_,_,test) in data.items()}
+        if 'studies' not in c: n = n[c['name']]
         pool,ready = begin_pool(workers, args, mps, min(deadline, time.time()+(90 if gpu else 400)))
         try:
             if not ready and mps and time.time()<deadline-60:
@@ -349,13 +411,15 @@ def run(c, bundle, out, seconds, device, workers, begin):
                 pool,ready = begin_pool(workers, args, mps, deadline)
             if not ready: return print('No worker came up.')
             print(f'{len(ready)} workers after {time.time()-begin:.0f} s', flush=True)
-            plan = next((o for o in rows if 'plan' in o), None)
+            plan = next((o for o in rows if 'plan' in o), None) if 'studies' not in c else None
             if plan: c['layouts'] = [plan['layout']]
-            elif not gpu: c['layouts'] = c['layouts'][:1]
-            layout,rate = measure(pool, c, *((8,2.5) if gpu else (0,.1)), deadline)
+            elif not gpu and 'layouts' in c: c['layouts'] = c['layouts'][:1]
+            layout,rate = ('channels_last',c['rate']*len(pool.workers)) if 'studies' in c else measure(pool, c, *((8,2.5) if gpu else (0,.1)), deadline)
             how = dict(layout=layout, workers=len(pool.workers), mps=mps is not None)
-            epochs = plan['plan'] if plan else plan_epochs(c, rate, len(pool.workers), n, deadline-time.time())
-            add_row(file, dict(plan=epochs, rate=round(rate), **how))
+            if 'studies' in c: epochs = None # each has its own
+            else:
+                epochs = plan['plan'] if plan else plan_epochs(c, rate, len(pool.workers), n, deadline-time.time())
+                add_row(file, dict(plan=epochs, rate=round(rate), **how))
             for conn in pool.workers: conn.send(('layout',layout))
             print(f'{epochs} epochs, {how}, after {time.time()-begin:.0f} s', flush=True)
             how |= dict(precision='tf32' if gpu else 'fp32', **info, **next(iter(ready.values())))
@@ -363,7 +427,7 @@ def run(c, bundle, out, seconds, device, workers, begin):
         finally:
             pool.close()
             stop_mps(mps)
-    print(f'{len(read_rows(file))} rows after {time.time()-begin:.0f} s')
+    print(f'{len(known_rows(c, bundle, file))} rows after {time.time()-begin:.0f} s')
 
 def begin_pool(n, args, mps, until):
     "Workers that came up in time, and what each says about itself"
@@ -490,14 +554,16 @@ def main(
     workers:int=None, # Processes
     classes:int=None, # Fewer classes, to try it out
     epochs:int=None, # These epochs, to try it out
-    config:str='birds', # The study: birds, or birds200
+    config:str='birds', # The study: birds, birds200, birds_random, meal50, cifar, or long for all but the first
 ):
     "Prepare, run or show the study on real birds"
     begin,c = time.time(),read_config(config)
-    if classes: c['classes'] = classes
-    if epochs: c['epochs'] = c['epochs']|{'from':epochs,'to':epochs}
+    for o in each_study(c).values():
+        if classes: o['classes'] = classes
+        if epochs: o['epochs'] = o['epochs']|{'from':epochs,'to':epochs}
     bundle,out = Path(bundle),Path(out)
     if stage=='prepare': prepare(c, Path(data_dir), bundle)
     elif stage=='run': run(c, bundle, out, seconds, device, workers or c['workers'], begin)
-    elif stage=='table': table(c, out)
+    elif stage=='table':
+        for o in each_study(c).values(): table(o, out)
     else: sys.exit(f'birds: the stage is {stage!r}, but it is prepare, run or table.')
