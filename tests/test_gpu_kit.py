@@ -1,11 +1,11 @@
 "Every mix and every method trains a step on a GPU that knows shapes only, which no step may wait for."
-import sys
+import ast,sys
 from pathlib import Path
 import pytest,torch
 from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'benchmarks'/'gpu'))
 from cases import CASES
-from cells import all_cuda_cells,cuda_tests,missing_names,slice_cells
+from cells import all_cuda_cells,cuda_tests,missing_names,slice_cells,files_of_tests
 from fake import FakeGPU,Waits,fake_step
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -66,6 +66,17 @@ def test_cells_take_along_what_writes_their_files():
     "A call for its effect on something that is needed goes along, one that only checks or shows does not."
     cells = ["path = 'birds'\nmake_birds(path, n=4)\ntest_eq(path, 'birds')\nprint(path)\nother = 3\nmake_birds(other)", 'dls = load(path)', 'use(dls)']
     assert slice_cells(cells, {2}, set())[0]==[(0,"path = 'birds'\nmake_birds(path, n=4)"),(1,'dls = load(path)'),(2,'use(dls)')]
+
+def test_tests_for_a_gpu_find_what_they_import():
+    "Modules of the folder of tests that they import go along"
+    files = files_of_tests(repo/'tests')
+    local = {o.stem for o in (repo/'tests').glob('*.py')}
+    needed = set()
+    for f in files:
+        for o in ast.walk(ast.parse(f.read_text())):
+            if isinstance(o, ast.Import): needed |= {a.name for a in o.names}
+            if isinstance(o, ast.ImportFrom): needed.add(o.module)
+    assert {'forks'}<=needed and needed&local<={o.stem for o in files}
 
 def test_tests_for_a_gpu_are_found(tmp_path):
     assert cuda_tests(repo/'tests')

@@ -462,20 +462,30 @@ def grouped(rows):
     return dict(sorted(res.items(), key=lambda o: (order.index(o[0][0]), -mean(o[1]))))
 
 HEAD = ['method','budget','epochs','passes an image','GMAC an image','accuracy %','mean branch %','calibration error %','train %']
-HEAD += ['seconds','seeds','against plain','against 2 branches, label smoothing']
+HEAD += ['seconds','seeds']
 
-def final_table(rows, gmacs):
-    "One line for each method and budget: level, calibration, and paired differences from plain training and from the bar"
-    g,cells = grouped(rows),[HEAD]
+def teacher_lines(rows):
+    "One line for each teacher: what it knows of the test part"
+    each = {}
+    for r in rows:
+        if r.get('stage')=='final' and 'teachers' in r and not {'wrong','labelled'}&r['args'].keys():
+            for k,v in r['teachers'].items(): each.setdefault(k, {})[r['seed']] = v
+    named = lambda k: 'the teachers together' if k=='ensemble' else f'teacher {k}'
+    return [[named(k),*['']*4,pct(list(v.values())),*['']*4,len(v),'',''] for k,v in each.items()]
+
+def final_table(rows, gmacs, c=config):
+    "One line for each method and budget: level, calibration, and paired differences from the two rows that all are held against"
+    against = c.get('against', ['plain','2 branches, label smoothing'])
+    g,cells = grouped(rows),[HEAD+[f'against {o}' for o in against],*teacher_lines(rows)]
     acc = {k:{s:r['accuracy'] for s,r in v.items()} for k,v in g.items()}
-    plain,bar = (('equal compute',o) for o in ('plain','2 branches, label smoothing'))
+    plain,bar = (('equal compute',o) for o in against)
     for k,v in g.items():
         rs = list(v.values())
         r,mean = rs[0],lambda k: np.mean([o[k] for o in rs])
         passes = r['epochs']*r['passes']
         level = [pct([o['accuracy'] for o in rs]),pct([np.mean(o['each']) for o in rs]),f"{100*mean('ece'):.1f}",f"{100*mean('train_accuracy'):.1f}"]
         diffs = [paired(acc[k], acc[o]) if o in acc and o!=k else '' for o in (plain,bar)]
-        gmac = 3*passes*gmacs[r['branches']] # backward costs twice as much as forward
+        gmac = 3*passes*gmacs[r['branches']]*(1+('css' in r['methods'])) # backward costs twice as much as forward; CSS has two networks
         cells.append([k[1],k[0],r['epochs'],passes,f'{gmac:.1f}',*level,f"{mean('seconds'):.0f}",len(rs),*diffs])
     return md(cells)
 
@@ -511,37 +521,37 @@ def figure(rows, file):
     fig.savefig(file)
     plt.close(fig)
 
-def forward_gmacs(c):
+def forward_gmacs(c, rows=()):
     "Multiply-adds of a forward pass of one image, by number of branches, in milliards"
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from cekd_fastai.all import branch_net
     res = {}
-    for n in (1,2):
+    for n in sorted({1,2}|{r['branches'] for r in rows if 'branches' in r}):
         net = branch_net(c['arch'], c['classes'], n, pretrained=False).eval()
         with torch.no_grad(), FlopCounterMode(display=False) as count: net(torch.zeros(1,3,c['size'],c['size']))
         res[n] = count.get_total_flops()/2e9
     return res
 
-def table(c, out):
-    "Write tables and figure where the documentation finds them"
-    name = c['name']
+def table(c, out, whole=None):
+    "Write tables and figure where the documentation finds them; `whole` is the queue that the study was run in"
+    name,whole = c['name'],whole or c['name']
     rows = read_rows(out/f'{name}.jsonl')
     full = [r for r in rows if 'accuracy' in r]
     if not full: return print(f'No rows yet in {out/f"{name}.jsonl"}.')
     info = {k:full[-1][k] for k in ('versions','machine')}
     tables = dict(select=('candidates on a held-out fifth of train',select_table(rows)),
-        final=('official test part',final_table(rows, forward_gmacs(c))))
+        final=('official test part',final_table(rows, forward_gmacs(c, rows), c)))
     for part,(what,text) in tables.items():
-        if text.count('\n')<2: continue # nothing was chosen in this study
+        if text.count('\n')<2: continue # nothing was chosen, or has been read of the test part
         on = f", on one {info['machine']['gpu']}" if info['machine']['gpu'] else ''
-        res = dict(title=f"{c['title']}: {what}{on}", command='python benchmarks/cekd/birds.py run' + f' --config {name}'*(name!='birds'), **info, table=text)
+        res = dict(title=f"{c['title']}: {what}{on}", command='python benchmarks/cekd/birds.py run' + f' --config {whole}'*(name!='birds'), **info, table=text)
         res |= dict(rows=f'benchmarks/cekd/results/{name}.jsonl')
-        (here.parent/'results'/f'cekd_{name}_{part}.json').write_text(json.dumps(res, indent=1)+'\n')
+        (here.parent/'results'/f"{c.get('result', f'cekd_{name}')}_{part}.json").write_text(json.dumps(res, indent=1)+'\n')
         print(text, end='\n\n')
     for r in rows:
         if 'error' in r: print('error:', r['row'], r['seed'], r['error'])
-    figure(rows, here/f'{name}.png')
+    if any(r.get('stage')=='final' for r in full): figure(rows, here/f'{name}.png')
 
 @call_parse
 def main(
@@ -565,5 +575,5 @@ def main(
     if stage=='prepare': prepare(c, Path(data_dir), bundle)
     elif stage=='run': run(c, bundle, out, seconds, device, workers or c['workers'], begin)
     elif stage=='table':
-        for o in each_study(c).values(): table(o, out)
+        for o in each_study(c).values(): table(o, out, c['name'])
     else: sys.exit(f'birds: the stage is {stage!r}, but it is prepare, run or table.')

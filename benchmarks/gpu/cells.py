@@ -120,3 +120,8 @@ def cuda_tests(tests):
             marks = [ast.unparse(d) for d in o.decorator_list]
             if any('not torch.cuda.is_available()' in d or 'mark.cuda' in d for d in marks): res.append(f'{f.name}::{o.name}')
     return res
+
+def files_of_tests(tests):
+    "Files that the tests for a GPU need: their own, and all that is no test, since they may import it"
+    own = {o.partition('::')[0] for o in cuda_tests(tests)}
+    return sorted(f for f in Path(tests).glob('*.py') if f.name in own or not f.name.startswith('test_'))

@@ -6,7 +6,7 @@ EfficientNet-Lite0 where their archives are) and `.gpu/kit/run.sh`, which instal
 import argparse,json,os,shutil,subprocess,sys,tarfile
 from importlib import metadata
 from pathlib import Path
-from cells import all_cuda_cells,cuda_tests,missing_names
+from cells import all_cuda_cells,missing_names,files_of_tests
 
 repo = Path(__file__).resolve().parents[2]
 MOST = 60 # MB of wheels and kit
@@ -100,7 +100,7 @@ if __name__=='__main__':
     (src/'benchmarks'/'cekd').mkdir()
     for o in ('birds.py','birds_train.py','birds.json','birds200.json'): shutil.copy(STUDY/o, src/'benchmarks'/'cekd'/o)
     (src/'tests').mkdir()
-    for o in {o.partition('::')[0] for o in cuda_tests(repo/'tests')}|{'conftest.py'}: shutil.copy(repo/'tests'/o, src/'tests'/o)
+    for o in files_of_tests(repo/'tests'): shutil.copy(o, src/'tests'/o.name)
     parts = all_cuda_cells(repo/'nbs')
     for o in parts:
         if lost := missing_names(o): print(f"WARNING: {o['notebook']}: its `#| cuda` cells cannot run, for want of {lost}")

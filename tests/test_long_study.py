@@ -1,0 +1,138 @@
+"The studies of long runs: what is done to labels and pictures by hand-worked numbers, a run of each kind, and one queue for several studies."
+import json,sys,time
+from pathlib import Path
+import numpy as np,pytest,torch
+
+repo = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(repo/'benchmarks'/'gpu'),str(repo/'benchmarks'/'cekd')]
+import birds,checks,long_train
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+# --- labels and pictures
+
+def test_wrong_labels_are_as_many_as_asked_for_and_wrong():
+    y = np.arange(20)%5
+    z = long_train.wrong_labels(y, .4, 5, 0)
+    assert (y!=z).sum()==8 and set(z)<=set(range(5)) and (long_train.wrong_labels(y, .4, 5, 0)==z).all()
+    assert (long_train.wrong_labels(y, 0, 5, 0)==y).all() and (y==np.arange(20)%5).all()
+
+def test_half_of_each_class_is_labelled():
+    label,rows = np.repeat([0,1], 6),np.array([0,1,2,3,6,7,8,9])
+    got = long_train.labelled_rows(label, rows, .5, 0)
+    assert set(got)<=set(rows) and [int((label[got]==k).sum()) for k in (0,1)]==[2,2]
+    assert (long_train.labelled_rows(label, rows, 1, 0)==rows).all()
+
+def test_pictures_move_by_whole_places():
+    "A picture of one bright place: it is one bright place afterwards, at most `pad` away, and nothing comes in from beyond"
+    ims = torch.zeros(40, 3, 8, 8, dtype=torch.uint8)+127
+    ims[:,:,3,3] = 255
+    dl = long_train.PadLoader(ims, torch.arange(40), dict(bs=40, size=8, pad=2), 0)
+    x,_ = next(iter(dl))
+    spot = (x[:,0]>.9).nonzero()
+    assert len(spot)==40 and x.max()<=1.001
+    down = spot[:,1]-3
+    assert set(down.tolist())==set(range(-2, 3))
+    across = torch.minimum((spot[:,2]-3).abs(), (spot[:,2]-4).abs()) # mirrored pictures have it at 4
+    assert across.max()<=2 and len(set(spot[:,2].tolist()))>4
+
+# --- runs
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    "Drawn birds and tiny networks in the place of photographs; a bench for each of the two studies"
+    import timm
+    folder = tmp_path_factory.mktemp('long')
+    c = checks.tiny_birds(birds, folder)
+    label,test = birds.decode(folder, c['classes'], folder/'pixels.npy')
+    small = dict(classes=4, size=32, bs=8, arch='test_resnet', layouts=['channels_first'])
+    meal = birds.read_config('meal50')|small
+    meal['teachers'] = {k:dict(arch=k, weights=f'{k}.pth') for k in ('test_efficientnet','test_resnet')}
+    meal['teacher'] = meal['teacher']|dict(epochs=1)
+    for k in meal['teachers']: torch.save(timm.create_model(k).state_dict(), folder/f'{k}.pth')
+    cs = dict(meal50=meal, cifar=birds.read_config('cifar')|small|dict(pad=4, arch='cifar_resnet8'))
+    return {k:long_train.Bench(folder, folder/'pixels.npy', label, test, o, 'cpu') for k,o in cs.items()}
+
+def run(bench, row, **kw):
+    j = birds.job(bench.c, 'final', row, 0, 'equal compute', 1, .03, '-')|kw
+    return bench.run(j, time.time()+100)
+
+@pytest.mark.parametrize('row', ['labels, label smoothing','labels of half of the images','mean of the teachers','MEAL, joint, 20 % wrong','labels and MEAL, joint'])
+def test_students(tiny, row):
+    r = run(tiny['meal50'], row)
+    assert r['images']==8 and 0<=r['accuracy']<=1 and r['train_images']==(8 if 'half' in row else 16)
+    assert set(r.get('teachers', ()))==({'test_efficientnet','test_resnet','ensemble'} if 'MEAL' in row or 'teachers' in row else set())
+
+def test_teachers_are_trained_once_for_all_students_of_the_same_labels(tiny):
+    bench = tiny['meal50']
+    j = birds.job(bench.c, 'final', 'MEAL, joint', 0, 'equal compute', 1, .03, '-')
+    bench.teachers(j)
+    was = {k:bench.teacher_file(j, k).stat().st_mtime_ns for k in bench.c['teachers']}
+    bench.teachers(j)
+    assert was=={k:bench.teacher_file(j, k).stat().st_mtime_ns for k in bench.c['teachers']}
+    wrong = birds.job(bench.c, 'final', 'MEAL, joint, 20 % wrong', 0, 'equal compute', 1, .03, '-')
+    assert bench.teacher_file(wrong, 'test_resnet')!=bench.teacher_file(j, 'test_resnet')
+
+@pytest.mark.parametrize('row', ['3 branches, label smoothing','DML','OKDDip','FFL','FFM + CD','CSS'])
+def test_branches(tiny, row):
+    r = run(tiny['cifar'], row)
+    assert r['images']==8 and len(r['each'])==birds.read_config('cifar')['rows'][row]['branches']*(1+(row=='CSS'))
+    assert ('accuracy_net1' in r)==(row=='CSS')
+
+def test_branches_start_apart(tiny):
+    bench = tiny['cifar']
+    j = birds.job(bench.c, 'final', '3 branches', 0, 'equal compute', 1, .03, '-')
+    net = bench.learner(j, bench.loaders(j)[0]).model
+    a,b = (next(p for p in o.parameters() if p.ndim==4) for o in list(net.branches)[:2])
+    assert not torch.equal(a, b)
+
+# --- one queue
+
+def test_rows_exist():
+    for name,c in birds.read_config('long')['studies'].items():
+        asked = {o.replace('BEST', b) for block in c['final'] for o in block['rows'] for b in c['select']['best']['rows']}
+        assert asked<=set(c['rows']), name
+
+def test_the_first_block_of_each_study_comes_first():
+    c,done = birds.read_config('long'),{}
+    first = birds.jobs(c, None, done)
+    assert {j['study'] for j in first[:9]}=={'meal50','cifar','birds_random'} and all(j['stage']=='select' for j in first[:9])
+    assert all(j['study']=='birds200' for j in first[9:]) # the others wait for their rates
+    done = {birds.key(j):j|dict(accuracy=j['lr']) for j in first[:9]}
+    then = birds.jobs(c, None, done)
+    assert {j['lr'] for j in then if j['study']!='birds200'}=={.3}
+    assert [j['study'] for j in then[:15]]==['meal50']*15 and not {birds.key(j) for j in then}&done.keys()
+
+class Conn:
+    def send(self, msg): self.sent = msg[1]
+class Machine:
+    "Workers without processes"
+    def __init__(self): self.workers = {Conn():None}
+    def answers(self, conns, until):
+        for o in conns: yield o,'run',dict(accuracy=.5, each=[.5], ece=.1, train_accuracy=1., seconds=9.)
+
+def test_each_study_has_its_file_and_is_not_run_again(tmp_path):
+    c = birds.read_config('long')
+    n = dict.fromkeys(c['studies'], 100)
+    serve = lambda: birds.serve(Machine(), c, None, birds.known_rows(c, tmp_path/'none', tmp_path/'long.jsonl'), tmp_path/'long.jsonl', time.time()+1e6, n, 1e9, {})
+    serve()
+    count = {o:len((tmp_path/f'{o}.jsonl').read_text().splitlines()) for o in c['studies']}
+    assert count['meal50']==3+15*3+2*3 and count['cifar']==3+12*3+2*3 and not (tmp_path/'long.jsonl').exists()
+    assert 'study' not in json.loads((tmp_path/'cifar.jsonl').read_text().splitlines()[0])
+    serve()
+    assert count=={o:len((tmp_path/f'{o}.jsonl').read_text().splitlines()) for o in c['studies']}
+
+def test_recorded_rows_are_not_run_again():
+    c = birds.read_config('long')
+    rows = birds.known_rows(c, Path('none'), repo/'benchmarks'/'cekd'/'results'/'long.jsonl')
+    done = {birds.key(r):r for r in rows if 'stage' in r}
+    left = {birds.key(j) for j in birds.jobs(c, None, done)}
+    every = {birds.key(j) for j in birds.jobs(c, None, {k:r for k,r in done.items() if r['stage']=='select'})}
+    assert len(done)==34 and not left&done.keys() and every-left==done.keys()-{k for k,r in done.items() if r['stage']=='select'}
+
+def test_teachers_have_lines_in_the_table():
+    c = birds.read_config('meal50')
+    rows = birds.read_rows(repo/'benchmarks'/'cekd'/'results'/'meal50.jsonl')
+    lines = birds.final_table(rows, {1:.2}, c).split('\n')
+    assert [o.split(' |')[0] for o in lines[2:6]]==['| teacher Lite0','| teacher Lite2','| teacher MobileNetV2','| the teachers together']
+    assert lines[0].endswith('against labels | against labels, label smoothing |')
