@@ -118,6 +118,7 @@ def check_ways(name, x, split, **kwargs):
 def build(name, **kwargs):
     "The model `name`; networks that take pictures of any size get small ones"
     model = make_arch(name, pretrained=False, **kwargs)[0].eval()
+    if not model.num_classes: model.reset_classifier(10) # some come without a classifier, which is what is compared here
     side = LARGE.get(name, 96)
     if not kwargs and not model.default_cfg.get('fixed_input_size'): model.default_cfg = dict(model.default_cfg, input_size=(3,side,side))
     return model

@@ -183,10 +183,12 @@ def register_builder(
     return _f
 
 # %% ../nbs/39_branches.ipynb #build-pieces
-def _pieces(arch, n_out, split, **kwargs):
+def _pieces(arch, n_out, split, keep=False, **kwargs):
     "Name, trunk, stage after it and head of a backbone"
     model,name = make_arch(arch, **kwargs)
-    if getattr(model, 'num_classes', None)==0: model.reset_classifier(n_out) # it came without a classifier
+    if getattr(model, 'num_classes', None)==0: # it came without a classifier
+        if keep: raise ValueError(f"`{name}` has no classifier that could be kept: leave `keep_head` out, or pass `num_classes={n_out}`.")
+        model.reset_classifier(n_out)
     parts = divide(model, name, split)
     note_backbone(model, name, *parts)
     return name,*parts
@@ -219,7 +221,7 @@ def branch_net(
     saved = kwargs.get('weights') and Saved(kwargs['weights'])
     ours = bool(saved) and saved.has_branches
     if saved: kwargs |= dict(weights=None, pretrained=False) if ours else dict(weights=saved)
-    name,trunk,stage,head = _pieces(arch, n_out, split, **kwargs)
+    name,trunk,stage,head = _pieces(arch, n_out, split, keep_head, **kwargs)
     starts = [(stage,head)]
     for _ in range(n_branches-1):
         if own_start: starts.append(_pieces(arch, n_out, split, **kwargs)[2:])
