@@ -15,7 +15,7 @@ import timm,torch
 from fastcore.script import call_parse
 from fastai.vision.all import *
 from timm.models import list_models,list_modules
-from cekd_fastai.core import write_whole
+from cekd_fastai.core import one_sentence,write_whole
 from cekd_fastai.results import about
 from cekd_fastai.arch import chain,make_arch,trial_images
 from cekd_fastai.branches import branch_net,branch_splitter,frozen_norm_stats,load_net,save_net
@@ -243,7 +243,7 @@ def main(
             except Exception:
                 if family in SMALL: raise
                 row |= check(row['model'], quick, old, split)
-        except Exception as e: row |= dict(builds=False, error=f"{type(e).__name__}: {str(e).splitlines()[0][:300]}")
+        except Exception as e: row |= dict(builds=False, error=f"{type(e).__name__}: {one_sentence(e)[:300]}")
         row['seconds'] = round(time.time()-start)
         rows = known() | {family:row} # two runs may share the work
         print(family, row['model'], 'works' if works(row) else reason(row), row['seconds'], flush=True)

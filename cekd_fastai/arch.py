@@ -356,6 +356,7 @@ def make_arch(
     arch,                 # Name in timm or torchvision, `'hf-hub:owner/name'`, `'local-dir:folder'`, a function that builds a model, or an `nn.Module`
     pretrained:bool=True, # Download ImageNet weights; ignored with `weights` or a module
     weights=None,         # Local checkpoint to load instead, or a `Saved`
+    keep_head:bool=False, # Refuse a checkpoint without a classifier of this size?
     **kwargs              # Passed to the function that builds the model, e.g. `pad_type='same'`, `img_size=96` of a transformer, or `n_in=1`
 )->tuple:                 # The classifier and its name
     "Build a backbone, with weights from the hub, from a file, or at random"
@@ -371,5 +372,5 @@ def make_arch(
         if fault is None: raise
         raise fault from e
     if kwargs.get('img_size') and getattr(model, 'default_cfg', None): _note_size(model, kwargs['img_size'])
-    if weights is not None: load_weights(model, weights, but_classifier=True)
+    if weights is not None: load_weights(model, weights, but_classifier=not keep_head)
     return model,name

@@ -185,7 +185,7 @@ def register_builder(
 # %% ../nbs/39_branches.ipynb #build-pieces
 def _pieces(arch, n_out, split, keep=False, **kwargs):
     "Name, trunk, stage after it and head of a backbone"
-    model,name = make_arch(arch, **kwargs)
+    model,name = make_arch(arch, keep_head=keep, **kwargs)
     if getattr(model, 'num_classes', None)==0: # it came without a classifier
         if keep: raise ValueError(f"`{name}` has no classifier that could be kept: leave `keep_head` out, or pass `num_classes={n_out}`.")
         model.reset_classifier(n_out)
@@ -228,7 +228,10 @@ def branch_net(
         else: starts.append((deepcopy(stage),head))
     heads = [new_head(h, n_out, name, keep_head) for _,h in starts]
     net = BranchNet(trunk, [s for s,_ in starts], heads, freeze_bn)
-    if saved: trunk.facts['new'] = load_branches(net, saved, vocab) if ours else [] if keep_head else ['heads']
+    if ours: new = load_branches(net, saved, vocab)
+    else: new = [] if keep_head else ['heads']
+    if ours and keep_head and new: raise ValueError(f"`{saved.file}` has no classifier of these classes to keep: leave `keep_head` out.")
+    if saved: trunk.facts['new'] = new
     return net
 
 # %% ../nbs/39_branches.ipynb #bn-each

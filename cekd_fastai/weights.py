@@ -121,8 +121,11 @@ def _named(sd, model, own, last):
     return max(sd, other, key=lambda o: _n_fit(o, own))
 
 # %% ../nbs/35_weights.ipynb #fill-load
-def _refuse(file, model, wrong, n):
-    "The error for a file of another network"
+def _refuse(file, model, wrong, n, last=()):
+    "The error for a file of another network, or of one without the classifier `last`"
+    if set(wrong)<=set(last):
+        remedy = 'let it start anew, without `keep_head` or with `but_classifier`'
+        raise ValueError(f"`{file}` has no classifier of the size of that of `{type(model).__name__}`: {remedy}.")
     what = f"{len(wrong)} of {n} tensors are missing, unknown or of another shape, the first is `{wrong[0]}`"
     raise ValueError(f"`{file}` does not fit `{type(model).__name__}`: {what}. Check the architecture that it was saved from.")
 
@@ -147,7 +150,7 @@ def load_weights(
     sd = kept|sd
     wrong = [k for k,v in own.items() if not _fits(k, v, sd)]
     wrong += [k for k in sd if k not in own]
-    if wrong: _refuse(saved.file, model, wrong, len(own))
+    if wrong: _refuse(saved.file, model, wrong, len(own), last)
     model.load_state_dict(sd)
     return model
 

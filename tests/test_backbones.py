@@ -241,3 +241,19 @@ def test_refused_families():
     "A family that cannot be split: why, and three that can"
     with pytest.raises(ValueError, match="cannot be split.*'resnet50', 'convnext_tiny' or 'vit_small_patch16_224'"):
         branch_net('pit_ti_224', 3, pretrained=False)
+
+@pytest.mark.parametrize('change', ['absent','other size'])
+def test_a_classifier_that_is_not_there_is_not_kept(tmp_path, change):
+    "A file without the classifier, or with one of other classes, gives no random one where it was to be kept."
+    sd = timm.create_model('test_resnet').state_dict()
+    for k in ('fc.weight','fc.bias'): sd.pop(k) if change=='absent' else sd.update({k:sd[k][:7]})
+    torch.save(sd, tmp_path/'w.pth')
+    with pytest.raises(ValueError, match='w.pth` has no classifier of the size of that .*without `keep_head`'):
+        branch_net('test_resnet', 1000, 1, weights=tmp_path/'w.pth', keep_head=True)
+    assert branch_net('test_resnet', 1000, 1, weights=tmp_path/'w.pth').trunk.facts['new']==['heads']
+
+def test_a_classifier_of_other_classes_in_our_own_file_is_not_kept(tmp_path):
+    save_net(branch_net('test_resnet', 3, 1, pretrained=False), tmp_path/'net.pt')
+    with pytest.raises(ValueError, match='net.pt` has no classifier of these classes to keep'):
+        branch_net('test_resnet', 5, 1, num_classes=5, weights=tmp_path/'net.pt', keep_head=True)
+    assert branch_net('test_resnet', 3, 1, num_classes=3, weights=tmp_path/'net.pt', keep_head=True).trunk.facts['new']==[]
