@@ -32,7 +32,7 @@ CHECKS = 'equal split private step cam file again compiled last'.split()
 _narrow = dict(embed_dim=64, depth=4, num_heads=4, num_classes=10) # by default they have no classifier
 SMALL = dict(qwen3_vit=_narrow | dict(img_size=96), deepseek_vit=_narrow | dict(img_size=98), # patches of 14 pixels
     gemma4_vit=_narrow | dict(img_size=96, head_dim=16, intermediate_size=128))
-LARGE = dict(csatv2=256, inception_resnet_v2=192, inception_v3=192, inception_v4=192) # pixels, where 96 leave a map of one place
+LARGE = dict(csatv2=256, halonet_h1=256, inception_resnet_v2=192, inception_v3=192, inception_v4=192) # pixels, where 96 leave a map of one place
 SPLITS = dict(gemma4_vit='head') # its steps ask whether patches are missing, so torch.fx cannot write them down
 
 def _size(name):

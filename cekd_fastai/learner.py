@@ -10,7 +10,7 @@ __all__ = ['BranchLearner', 'branch_learner', 'meal_learner', 'online_learner', 
 # %% ../nbs/64_learner.ipynb #imports
 import inspect,timm
 from fastai.vision.all import *
-from .core import data_stats,data_vocab,few,lookup,unwrap_model
+from .core import data_stats,data_vocab,eval_mode,few,lookup,unwrap_model
 from .data.loaders import with_stats
 from .branches import BranchNet,branch_net,branch_splitter,peer_net
 from .midlevel import mid_net
@@ -63,7 +63,7 @@ def _shape(dls):
 
 def _takes(arch, size, args):
     "Can the backbone be made for pictures of this size? Tried without memory"
-    args = args|dict(img_size=size)
+    if _fixed_size(arch): args = args|dict(img_size=size)
     try:
         with torch.device('meta'):
             model = timm.create_model(arch, pretrained=False, **args).eval()
@@ -78,11 +78,7 @@ def _sizes_named(arch, shape, args):
         own = _fixed_size(arch) if isinstance(arch, str) else None
         made = _input_args(arch, shape, args)
         if own is None or made.pop('img_size', own) in (own,(args or {}).get('img_size')) or _takes(arch, shape[1], made): raise
-        size = shape[1]
-        near = {(size//k+i)*k for k in (16,32) for i in (0,1)} # the next multiples below and above
-        sizes = sorted([own, *(o for o in near-{0,own} if _takes(arch, o, made))])
-        what = f"`{arch}` cannot be made for pictures of {size} pixels"
-        raise ValueError(f"{what}: of the sizes near, it takes {few(sizes, 5)}.") from e
+        raise _size_fault(arch, shape[1], own, made) from e
 
 # %% ../nbs/64_learner.ipynb #le-fixed
 def _fixed_size(arch):
@@ -90,6 +86,12 @@ def _fixed_size(arch):
     name = arch.split('.')[0]
     cfg = timm.get_pretrained_cfg(arch) if timm.is_model(name) else None
     return cfg.input_size[-1] if cfg and cfg.fixed_input_size else None
+
+def _size_fault(arch, size, own, args):
+    "The error for pictures of a size that a network does not take, with the sizes near that it does"
+    near = {(size//k+i)*k for k in (16,32) for i in (0,1)} # the next multiples below and above
+    sizes = sorted([own, *(o for o in near-{0,own} if _takes(arch, o, args))])
+    return ValueError(f"`{arch}` cannot be made for pictures of {size} pixels: of the sizes near, it takes {few(sizes, 5)}.")
 
 # %% ../nbs/64_learner.ipynb #le-input2
 def _input_args(arch, shape, args):
@@ -125,6 +127,19 @@ def _facts(net):
     trunks = net.trunk if isinstance(net.trunk, nn.ModuleList) else [net.trunk]
     return [o.facts for o in trunks if hasattr(o, 'facts')]
 
+def _check_taken(net, shape):
+    "Refuse pictures of a size that a backbone cannot take, unless it was made for just that size"
+    facts = [o for o in _facts(net) if shape and tuple(o['shape'])!=shape]
+    if not facts: return
+    x = next(net.parameters()).new_zeros(1, *shape)
+    try:
+        with eval_mode(net), torch.no_grad(), no_random(): net(x)
+    except (AssertionError,ValueError,RuntimeError) as e:
+        args = {} if shape[0]==3 else dict(in_chans=shape[0])
+        known = [o for o in facts if timm.is_model(o['name']) and not _takes(o['name'], shape[1], args)]
+        if not known: raise
+        raise _size_fault(known[0]['name'], shape[1], known[0]['shape'][1], args) from e
+
 # %% ../nbs/64_learner.ipynb #le-input3
 def _same_stats(a, b): return all(np.allclose(u, v, atol=1e-3) for u,v in zip(a, b))
 
@@ -152,6 +167,7 @@ def _n_classes(dls):
 
 def _learner(dls, net, method, cbs, splitter, freeze_bn, kwargs, pretrained=True):
     "A `Learner` of `net` with the callback `method` first; what the user passes in `kwargs` has priority"
+    _check_taken(net, _shape(dls))
     dls = _normalised(dls, net, pretrained)
     kwargs = dict(splitter=splitter, train_bn=not freeze_bn) | kwargs
     cbs = [*L(method),Components(),*L(cbs)]

@@ -257,3 +257,23 @@ def test_a_classifier_of_other_classes_in_our_own_file_is_not_kept(tmp_path):
     with pytest.raises(ValueError, match='net.pt` has no classifier of these classes to keep'):
         branch_net('test_resnet', 5, 1, num_classes=5, weights=tmp_path/'net.pt', keep_head=True)
     assert branch_net('test_resnet', 3, 1, num_classes=3, weights=tmp_path/'net.pt', keep_head=True).trunk.facts['new']==[]
+
+def test_sizes_that_divide_into_no_blocks(tmp_path):
+    "`halonet` takes any size by name, and then fails without a word: the learner names the sizes instead."
+    birds = make_birds(tmp_path/'birds', n_species=2, n_images=4, n_train=2, size=80, n_workers=0, progress=False)
+    dls = fine_grained_dls(birds, size=64, bs=2, num_workers=0)
+    for make in (branch_learner,online_learner,lambda dls, arch, **kw: css_learner(dls, (arch,'test_resnet'), **kw)):
+        with pytest.raises(ValueError, match='`halonet_h1` cannot be made for pictures of 64 pixels: of the sizes near, it takes 256'):
+            make(dls, 'halonet_h1', pretrained=False)
+
+def test_a_size_is_tried_without_a_trace(tmp_path):
+    "Trying a size changes no weight, no statistics and no random number."
+    birds = make_birds(tmp_path/'birds', n_species=2, n_images=4, n_train=2, size=80, n_workers=0, progress=False)
+    dls = fine_grained_dls(birds, size=64, bs=2, num_workers=0)
+    torch.manual_seed(3)
+    net = branch_net('test_resnet', 2, pretrained=False)
+    after,want = torch.rand(1),{k:v.clone() for k,v in net.state_dict().items()}
+    torch.manual_seed(3)
+    learn = branch_learner(dls, 'test_resnet', pretrained=False)
+    assert tuple(learn.model.trunk.facts['shape'])!=(3,64,64) and learn.model.training
+    assert torch.equal(torch.rand(1), after) and all(torch.equal(v, want[k]) for k,v in learn.model.state_dict().items())
