@@ -136,3 +136,13 @@ def test_teachers_have_lines_in_the_table():
     lines = birds.final_table(rows, {1:.2}, c).split('\n')
     assert [o.split(' |')[0] for o in lines[2:6]]==['| teacher Lite0','| teacher Lite2','| teacher MobileNetV2','| the teachers together']
     assert lines[0].endswith('against labels | against labels, label smoothing |')
+
+def test_pictures_of_one_kind_are_decoded_once(tmp_path, monkeypatch):
+    checks.tiny_birds(birds, tmp_path, 4)
+    c = dict(studies={k:dict(classes=n) for k,n in dict(few=2, all=4).items()})
+    calls,decode = [],birds.decode
+    monkeypatch.setattr(birds, 'decode', lambda bundle, n, file, kind: calls.append(n) or decode(bundle, n, file, kind))
+    data = birds.decode_each(c, tmp_path, tmp_path)
+    want,label,test = decode(tmp_path, 2, tmp_path/'want.npy'),*data['few'][1:]
+    assert calls==[4] and (want[0]==label).all() and (want[1]==test).all() and set(label)=={0,1}
+    assert (np.load(data['few'][0])==np.load(tmp_path/'want.npy')).all() and len(np.load(data['all'][0]))==2*len(label)

@@ -204,6 +204,19 @@ def decode(bundle, classes, file, data='birds'):
     np.save(file, ims)
     return label[keep].astype(int),test[keep]
 
+def decode_each(c, bundle, folder):
+    "File of pictures, labels, and which are test pictures, by study; those of one kind are decoded once, for the study with most classes"
+    res,whole = {},{}
+    for name,o in sorted(each_study(c).items(), key=lambda o: -o[1]['classes']):
+        file,kind = folder/f'{name}.npy',o.get('data', 'birds')
+        if kind not in whole: whole[kind] = res[name] = (file,*decode(bundle, o['classes'], file, kind))
+        else:
+            pixels,label,test = whole[kind]
+            keep = label<o['classes']
+            np.save(file, np.load(pixels, mmap_mode='r')[keep])
+            res[name] = file,label[keep],test[keep]
+    return res
+
 # Several processes on one GPU
 
 MPS_TOOLS = ('nvidia-cuda-mps-control','/usr/local/nvidia/bin/nvidia-cuda-mps-control')
@@ -400,7 +413,7 @@ def run(c, bundle, out, seconds, device, workers, begin):
         tmp = Path(tmp)
         mps = start_mps(tmp) if gpu else None
         print(f'MPS: {"on" if mps else "off"}', flush=True)
-        data = {name: (tmp/f'{name}.npy',*decode(bundle, o['classes'], tmp/f'{name}.npy', o.get('data', 'birds'))) for name,o in each_study(c).items()}
+        data = decode_each(c, bundle, tmp)
         args,n = (bundle,data,c,device),{name:int((~test).sum()) for name,(_,_,test) in data.items()}
         if 'studies' not in c: n = n[c['name']]
         pool,ready = begin_pool(workers, args, mps, min(deadline, time.time()+(90 if gpu else 400)))
