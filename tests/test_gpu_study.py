@@ -84,7 +84,7 @@ def test_the_step_of_the_kit_goes_on_where_it_ended(tmp_path, monkeypatch):
         if len(calls)==1: room.add_row(file, todo[2]|dict(error='RuntimeError: out of memory'))
     monkeypatch.setattr(room, 'run', made)
     for _ in range(3): checks.study(checks.Run('study', tmp_path, 50, True))
-    assert calls==[(14,'cpu'),(12,'cpu')]
+    assert calls==[(34,'cpu'),(32,'cpu')]
     rows = checks.done_rows(tmp_path)
     assert [(r['item'],r['ok']) for r in rows[:3]]==[(rows200[0],True),(rows200[1],True),(rows200[2],False)]
     assert rows[3]['item']=='(rest)' and rows[3]['ok'] is None and 'start again' in rows[3]['note']
