@@ -165,9 +165,9 @@ def _n_classes(dls):
     if not n_out: raise ValueError("The number of classes cannot be told from `dls`: set `dls.c` to it.")
     return n_out
 
-def _learner(dls, net, method, cbs, splitter, freeze_bn, kwargs, pretrained=True):
+def _learner(dls, net, shape, method, cbs, splitter, freeze_bn, kwargs, pretrained=True):
     "A `Learner` of `net` with the callback `method` first; what the user passes in `kwargs` has priority"
-    _check_taken(net, _shape(dls))
+    _check_taken(net, shape)
     dls = _normalised(dls, net, pretrained)
     kwargs = dict(splitter=splitter, train_bn=not freeze_bn) | kwargs
     cbs = [*L(method),Components(),*L(cbs)]
@@ -207,13 +207,13 @@ def branch_learner(
         if given: raise ValueError(f"`{given[0]}` is for one network, but these are peers: leave it out.")
         arch_args = _each_args(arch, shape, arch_args)
         net = _peers(arch, n_branches, n_out, arch_args=arch_args, **kw)
-        return _learner(dls, net, BranchLoss(), cbs, branch_splitter, freeze_bn, kwargs, learned)
+        return _learner(dls, net, shape, BranchLoss(), cbs, branch_splitter, freeze_bn, kwargs, learned)
     kw |= dict(own_start=own_start, keep_head=keep_head, vocab=data_vocab(dls))
     kw |= _input_args(arch, shape, arch_args)
     build = mid_net if mid else branch_net
     with _sizes_named(arch, shape, arch_args): net = build(arch, n_out, n_branches, **kw)
     _check_channels(net, shape)
-    return _learner(dls, net, BranchLoss(), cbs, branch_splitter, freeze_bn, kwargs, learned)
+    return _learner(dls, net, shape, BranchLoss(), cbs, branch_splitter, freeze_bn, kwargs, learned)
 
 # %% ../nbs/64_learner.ipynb #le-meal
 @delegates(branch_learner)
@@ -276,14 +276,14 @@ def online_learner(
             raise ValueError("Peers have no gate and share no trunk: leave `own_start`, `gate` and `wd_gate` out.")
         arch_args = _each_args(arch, shape, arch_args)
         net = _peers(arch, n_branches or len(arch), n_out, arch_args=arch_args, **kw)
-        return _learner(dls, net, method, cbs, branch_splitter, freeze_bn, kwargs, learned)
+        return _learner(dls, net, shape, method, cbs, branch_splitter, freeze_bn, kwargs, learned)
     kw |= dict(own_start=own_start, vocab=data_vocab(dls))
     kw |= _input_args(arch, shape, arch_args)
     n_branches,gate = n_branches or method.branches,gate or method.gates[0]
     with _sizes_named(arch, shape, arch_args): net = gate_net(arch, n_out, n_branches, gate, **kw)
     _check_channels(net, shape)
     if wd_gate is not None: splitter,kwargs['wd'] = gate_apart,_decays(net, kwargs.get('wd'), wd_gate)
-    return _learner(dls, net, method, cbs, splitter, freeze_bn, kwargs, learned)
+    return _learner(dls, net, shape, method, cbs, splitter, freeze_bn, kwargs, learned)
 
 # %% ../nbs/64_learner.ipynb #cs-learn
 @delegates(Learner.__init__)
@@ -303,13 +303,14 @@ def css_learner(
     **kwargs
 )->Learner:
     "A `Learner` of the two networks of CSS"
-    if is_listy(archs): arch_args = _each_args(archs, _shape(dls), arch_args)
+    shape = _shape(dls)
+    if is_listy(archs): arch_args = _each_args(archs, shape, arch_args)
     net = css_net(archs, _n_classes(dls), n_branches, split, transform, seed, freeze_bn, pretrained, weights, arch_args,
         own_start=own_start)
     given = any(cb is CSS or isinstance(cb, CSS) for cb in L(cbs)) # fastai takes classes of callbacks too
     method = [] if given else CSS()
     learned = pretrained or weights is not None
-    return _learner(dls, net, method, cbs, branch_splitter, freeze_bn, kwargs, learned)
+    return _learner(dls, net, shape, method, cbs, branch_splitter, freeze_bn, kwargs, learned)
 
 # %% ../nbs/64_learner.ipynb #le-ckpt
 class GradCheckpoint(Callback):
