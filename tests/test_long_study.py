@@ -6,6 +6,7 @@ import numpy as np,pytest,torch
 repo = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(repo/'benchmarks'/'gpu'),str(repo/'benchmarks'/'cekd')]
 import birds,checks,long_train
+from graphed import GraphedLoop
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -146,3 +147,27 @@ def test_pictures_of_one_kind_are_decoded_once(tmp_path, monkeypatch):
     want,label,test = decode(tmp_path, 2, tmp_path/'want.npy'),*data['few'][1:]
     assert calls==[4] and (want[0]==label).all() and (want[1]==test).all() and set(label)=={0,1}
     assert (np.load(data['few'][0])==np.load(tmp_path/'want.npy')).all() and len(np.load(data['all'][0]))==2*len(label)
+
+def test_graphed_epochs_train_as_steps_do(tiny):
+    def trained(graphed):
+        bench,j = tiny['cifar'],birds.job(tiny['cifar'].c, 'final', 'plain', 0, 'equal compute', 3, .05, '-')
+        dls,_ = bench.loaders(j)
+        learn = bench.learner(j, dls)
+        loop,replays = GraphedLoop(learn, None, warm=2),[]
+        def replay(): # what a graph launches, without the events of Python
+            x,y = loop.batch(*loop.at)
+            learn.loss_func(learn.model(x)[0][0], y).backward()
+            loop.step()
+            learn.opt.zero_grad()
+            replays.append(1)
+        def capture(step):
+            step()
+            return replay
+        loop.capture = capture
+        if graphed: learn.all_batches = loop.all_batches
+        with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(3, .05, moms=(.9,.9,.9))
+        return torch.cat([o.detach().flatten() for o in learn.model.parameters()]),len(replays),learn.train_iter
+    plain,_,steps = trained(False)
+    graphs,replays,same = trained(True)
+    assert steps==same and 0<replays<steps
+    torch.testing.assert_close(graphs, plain, rtol=1e-4, atol=1e-5)

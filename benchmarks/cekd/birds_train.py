@@ -1,7 +1,8 @@
 """What `birds.py` trains: photographs that live on the device, a distillation of its own, and one run.
 
 The loader says in `rows` which rows of the training data its batch holds, where the library's soft labels look for them."""
-import time
+import json,time
+from pathlib import Path
 import numpy as np,torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,6 +12,7 @@ from cekd_fastai.losses import soft_probs
 from cekd_fastai.all import kd_loss,Distill,CEKD,MixUp,CutMix,SnapMix
 from cekd_fastai.soft_labels import OnlineLabelSmoothing
 from cekd_fastai.own_targets import PSKD,StoredTargets
+from graphed import fit_graphed
 
 # Names and forms of the library that other versions of it may change
 MIXES = dict(MixUp=MixUp, CutMix=CutMix, SnapMix=SnapMix)
@@ -112,18 +114,6 @@ def callbacks(j, c):
         res.append(CEKD(**j['args'], joint=joint) if o=='cekd' else METHODS[o]())
     return res
 
-def make_learner(j, c, dls, weights, last=False):
-    "The learner of a job, without what waits for the device in each step"
-    set_seed(j['seed'])
-    opt = partial(OptimWrapper, opt=torch.optim.AdamW, weight_decay=c['wd'], fused=dls.train.device.type=='cuda')
-    loss = nn.CrossEntropyLoss(label_smoothing=j['smoothing'])
-    learn = branch_learner(dls, c['arch'], j['branches'], pretrained=False, weights=weights, freeze_bn=True,
-        loss_func=loss, opt_func=opt, cbs=callbacks(j, c))
-    learn.remove_cb(learn.recorder)
-    learn.model.to(dls.train.device)
-    if last: learn.model.to(memory_format=torch.channels_last)
-    return learn
-
 class Bench:
     "Pictures and weights on one device, and what can be done with them"
     def __init__(self, bundle, pixels, label, test, c, device):
@@ -135,6 +125,9 @@ class Bench:
         self.label,self.test,self.layout = label,test,c['layouts'][0]
         self.ims = torch.from_numpy(np.load(pixels)).to(self.device)
         self.y = torch.from_numpy(label).long().to(self.device)
+        file = Path(bundle)/f"graphed_{c['name']}.json"
+        checked = json.loads(file.read_text()) if file.exists() else {}
+        self.graphed = {k for k,o in checked.items() if o['ok']}
 
     def loaders(self, j):
         tr,te = split(self.label, self.test, j['stage']=='select', j['seed'], self.c['valid_pct'])
@@ -146,6 +139,22 @@ class Bench:
         dls.c = int(self.label.max())+1
         return dls,at(tr)
 
+    def learner(self, j, dls):
+        "The learner of a job, without what waits for the device in each step"
+        set_seed(j['seed'])
+        opt = partial(OptimWrapper, opt=torch.optim.AdamW, weight_decay=self.c['wd'], fused=self.device.type=='cuda')
+        loss = nn.CrossEntropyLoss(label_smoothing=j['smoothing'])
+        learn = branch_learner(dls, self.c['arch'], j['branches'], pretrained=False, weights=self.weights, freeze_bn=True,
+            loss_func=loss, opt_func=opt, cbs=callbacks(j, self.c))
+        return self.set_up(learn)
+
+    def set_up(self, learn):
+        "Put a learner on the device, and take away what waits for it"
+        learn.remove_cb(learn.recorder)
+        learn.model.to(self.device)
+        if self.layout=='channels_last': learn.model.to(memory_format=torch.channels_last)
+        return learn
+
     def fit(self, learn, j, cbs):
         n = len(learn.splitter(learn.model))
         rates = [j['lr']]*(n-1)+[j['lr']*self.c['head_lr']]
@@ -155,16 +164,27 @@ class Bench:
         "Train and test; what a row says about it, or None when the time was up"
         start = time.time()
         dls,seen = self.loaders(j)
-        learn,lean = make_learner(j, self.c, dls, self.weights, self.layout=='channels_last'),Lean(deadline)
-        self.fit(learn, j, [lean])
+        learn,lean = self.learner(j, dls),Lean(deadline)
+        self.train(j, learn, partial(self.fit, learn, j, [lean]))
+        return self.measured(j, learn, dls, seen, start) if lean.done==j['epochs'] else None
+
+    def train(self, j, learn, fit):
+        "Call `fit`, by CUDA graphs where `graph_check.py` has found that it comes to the same"
+        if j['row'] in self.graphed: fit_graphed(learn, fit)
+        else: fit()
+
+    def measured(self, j, learn, dls, seen, start):
+        "What a row says about a learner whose training began at `start`"
         if self.device.type=='cuda': torch.cuda.synchronize()
-        if lean.done<j['epochs']: return None
         seconds = time.time()-start
         z,each,y = branch_preds(learn, dls.valid)
         zt,_,yt = branch_preds(learn, seen)
         acc,train = branch_accuracy(z, each, y),(zt.argmax(1)==yt).float().mean().item()
         res = dict(accuracy=acc['ensemble'], ece=ece(z, y), loss=F.cross_entropy(z, y).item(), train_accuracy=train)
-        return {k:round(v, 5) for k,v in res.items()} | dict(each=[round(o, 5) for o in acc['branches']], images=len(y),
+        if hasattr(learn.model, 'by_network'):
+            res |= {f'accuracy_{k}':(o.argmax(1)==y).float().mean().item() for k,o in learn.model.by_network(each).items()}
+        res = {k:round(v, 5) for k,v in res.items()} | ({'graphed':True} if j['row'] in self.graphed else {})
+        return res | dict(each=[round(o, 5) for o in acc['branches']], images=len(y),
             train_images=len(yt), seconds=round(seconds, 1))
 
     def speed(self, layout, begin, seconds):
@@ -173,7 +193,7 @@ class Bench:
         j = dict(stage='final', seed=0, branches=2, mix=None, methods=[], args={}, smoothing=0., lr=1e-5, epochs=1000)
         dls,_ = self.loaders(j)
         clock = Clock(begin, seconds, self.device)
-        self.fit(make_learner(j, self.c, dls, self.weights, layout=='channels_last'), j, [clock])
+        self.fit(self.learner(j, dls), j, [clock])
         return clock.rate
 
 class Clock(Callback):

@@ -8,7 +8,7 @@ import numpy as np,torch
 import torch.nn.functional as F
 from torch import nn
 from fastai.basics import DataLoaders,OptimWrapper,partial,set_seed
-from cekd_fastai.all import MEAL,branch_accuracy,branch_learner,branch_net,branch_preds,css_learner,ece,online_learner
+from cekd_fastai.all import MEAL,branch_learner,branch_net,branch_preds,css_learner,online_learner
 import birds_train
 from birds_train import BirdLoader,Lean,callbacks,split
 
@@ -90,9 +90,7 @@ class Bench(birds_train.Bench):
             own = {k:v for k,v in j['args'].items() if k not in ('wrong','labelled')}
             learn = branch_learner(dls, c['arch'], 1, cbs=MEAL(self.teachers(j), **own), **kw)
         else: learn = branch_learner(dls, c['arch'], j['branches'], cbs=callbacks(j, c), **kw)
-        learn.remove_cb(learn.recorder)
-        learn.model.to(self.device)
-        if self.layout=='channels_last': learn.model.to(memory_format=torch.channels_last)
+        self.set_up(learn)
         dls.train.epoch = 0 # whatever was looked at on the way: the same crops for all
         return learn
 
@@ -107,19 +105,11 @@ class Bench(birds_train.Bench):
         learn,lean = self.learner(j, dls),Lean(deadline)
         start = time.time()
         epochs = round(j['epochs']/(1 if 'meal' in j['methods'] else j['args'].get('labelled', 1))) # as many steps, whatever is labelled
-        self.fit(learn, epochs, self.c|dict(lr=j['lr']), [lean])
-        if self.device.type=='cuda': torch.cuda.synchronize()
+        self.train(j, learn, partial(self.fit, learn, epochs, self.c|dict(lr=j['lr']), [lean]))
         if lean.done<epochs: return None
-        seconds = time.time()-start
-        z,each,y = branch_preds(learn, dls.valid)
-        zt,_,yt = branch_preds(learn, seen)
-        acc,train = branch_accuracy(z, each, y),(zt.argmax(1)==yt).float().mean().item()
-        res = dict(accuracy=acc['ensemble'], ece=ece(z, y), loss=F.cross_entropy(z, y).item(), train_accuracy=train)
-        if hasattr(learn.model, 'by_network'):
-            res |= {f'accuracy_{k}':(o.argmax(1)==y).float().mean().item() for k,o in learn.model.by_network(each).items()}
-        res = {k:round(v, 5) for k,v in res.items()}
+        res = self.measured(j, learn, dls, seen, start)
         if 'meal' in j['methods']: res['teachers'] = self.teacher_accuracy(j)
-        return res | dict(each=[round(o, 5) for o in acc['branches']], images=len(y), train_images=len(yt), seconds=round(seconds, 1))
+        return res
 
     # Teachers
 
@@ -147,9 +137,7 @@ class Bench(birds_train.Bench):
         set_seed(j['seed'])
         learn = branch_learner(dls, o['arch'], 1, pretrained=False, weights=self.bundle/o['weights'], freeze_bn=t['freeze_bn'], arch_args=o.get('args'),
             loss_func=nn.CrossEntropyLoss(label_smoothing=t['smoothing']), opt_func=optimiser(t, self.device.type=='cuda'))
-        learn.remove_cb(learn.recorder)
-        learn.model.to(self.device)
-        if self.layout=='channels_last': learn.model.to(memory_format=torch.channels_last)
+        self.set_up(learn)
         self.fit(learn, t['epochs'], t, [Lean(1e12)])
         z,_,y = branch_preds(learn, dls.valid)
         whole = file.with_suffix('.part')
