@@ -153,7 +153,7 @@ case('MEAL, two branches, labels, CutMix', lambda k: k.meal(CutMix(), n=2, w_har
 case('MEAL, SnapMix', lambda k: k.meal(SnapMix(), w_hard=1.))
 case('MEAL V2', lambda k: k.branch(names.MEAL.v2(k.teacher_nets()), n=1), main=True)
 case('MEAL, several labels', lambda k: k.meal(), kit=dict(labels='several', loss=BCEWithLogitsLossFlat()))
-case('MEAL, stored answers', lambda k: k.meal(cache_targets=True, cache=tempfile.mkdtemp()), real=True)
+case('MEAL, stored answers', lambda k: k.meal(cache_targets=True, cache_dir=tempfile.mkdtemp()), real=True)
 
 # online distillation
 
