@@ -171,3 +171,13 @@ def test_graphed_epochs_train_as_steps_do(tiny):
     graphs,replays,same = trained(True)
     assert steps==same and 0<replays<steps
     torch.testing.assert_close(graphs, plain, rtol=1e-4, atol=1e-5)
+
+def test_runs_that_differ_in_labels_alone_do_the_same_work():
+    import graph_check
+    c = birds.read_config('meal50')
+    of = lambda row: graph_check.work_of(birds.job(c, 'final', row, 0, 'equal compute', 2, .1, '-'))
+    assert of('labels')==of('labels, 40 % wrong')==of('labels, label smoothing')!=of('MEAL, joint')==of('MEAL, joint, half of the images labelled')!=of('MEAL, grl')
+    repeats = [o for o in c['rows'] if graph_check.repeats(birds.job(c, 'final', o, 0, 'equal compute', 2, .1, '-'))]
+    assert set(c['rows'])-set(repeats)=={'one random teacher'} # it asks another one in each step
+    b = birds.read_config('birds_random')
+    assert not any(graph_check.repeats(birds.job(b, 'final', o, 0, 'equal compute', 2, .1, 'separate')) for o in ('SnapMix','CEKD + SnapMix','2 branches, PS-KD'))
