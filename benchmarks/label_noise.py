@@ -6,13 +6,10 @@ boxes for every method.
 The evidence is the bird's bounding box: the deserved weight of the host is its share of the two birds' boxes that the mixed
 image shows. SnapMix uses the maps of a MobileNetV2 with ImageNet weights whose last stage was fine-tuned on these classes for a
 few epochs."""
-import json
 from fastai.vision.all import *
 from fastcore.script import call_parse
 from cekd_fastai.all import *
-from cekd_fastai.core import write_whole
-from cekd_fastai.results import about
-from common import here
+from common import write_result
 
 def table(noise):
     "The measurement as a table in markdown"
@@ -43,7 +40,5 @@ def main(
     title = f'Error of the label weights by the boxes of real birds, {classes} classes of CUB-200-2011, 112 px ' + \
         f'(SnapMix uses a network of {acc:.0f} % accuracy)'
     command = f'python benchmarks/label_noise.py --classes {classes} --epochs {epochs} --alpha {alpha:g} --rounds {rounds}'
-    info,rows = about({}),noise.reset_index().to_dict('records')
-    res = dict(title=title, command=command, versions=info['versions'], machine=info['machine'], table=table(noise), rows=rows)
-    write_whole(here/'results'/'label_noise.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
+    write_result('label_noise', title, command, noise.reset_index().to_dict('records'), table(noise))
     print(res['table'])

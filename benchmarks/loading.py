@@ -5,7 +5,7 @@
 
 One process loads (num_workers=0), so that the numbers are of one core, and epochs of the three kinds alternate, so that whatever else the machine does
 falls on all of them. A ratio above 1 is how many times faster an epoch of loading is. Drawn birds have less detail than photos, which decode more slowly."""
-import json,shutil,statistics,tempfile,time
+import shutil,statistics,tempfile,time
 import torch
 from concurrent.futures import ThreadPoolExecutor
 from fastcore.script import call_parse
@@ -15,9 +15,7 @@ from cekd_fastai.data.check import presize
 from cekd_fastai.data.image import open_image
 from cekd_fastai.data.loaders import fine_grained_dls
 from cekd_fastai.drawing.dataset import make_birds
-from cekd_fastai.core import write_whole
-from cekd_fastai.results import about
-from common import here
+from common import write_result
 
 def enlarged(birds, dest, short):
     "A copy of the drawn set whose pictures are 4:3 and have `short` pixels on the shortest side"
@@ -69,8 +67,7 @@ def main(
         rows = [measure(o, size, bs, rounds, tmp) for o in sets]
     lines = ['| shortest side of the files | files as they are | after `presize` | ratio | from memory | ratio |','|---|---|---|---|---|---|']
     lines += [f"| {r['shortest_side']:.0f} px | {r['original']:.0f} | {r['presized']:.0f} | {r['ratio']:.1f} | {r['memory']:.0f} | {r['memory_ratio']:.1f} |" for r in rows]
-    info,said = about({}),f' --path {Path(path).name}' if path else f' --sides {sides} --n {n}'
-    res = dict(title=f'Images per second loaded by one process, for a network of {size} px', command=f'python benchmarks/loading.py --size {size} --bs {bs} --rounds {rounds}{said}',
-        versions=info['versions'], machine=info['machine'], table='\n'.join(lines), rows=rows)
-    write_whole(here/'results'/f'{out}.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
+    said = f' --path {Path(path).name}' if path else f' --sides {sides} --n {n}'
+    title = f'Images per second loaded by one process, for a network of {size} px'
+    write_result(out, title, f'python benchmarks/loading.py --size {size} --bs {bs} --rounds {rounds}{said}', rows, lines)
     print('\n'.join(lines))

@@ -15,8 +15,7 @@ from fastai.callback.channelslast import ChannelsLast
 from cekd_fastai.all import *
 from cekd_fastai.meal.callback import MEAL
 from cekd_fastai.core import write_whole
-from cekd_fastai.results import about
-from common import here,result_table,status # after fastai
+from common import here,result_table,status,write_result # after fastai
 
 runs = here.parent/'runs'/'meal'
 small = dict(channels=(24,48,96,128))
@@ -71,11 +70,11 @@ class Results:
     def put(self, **row):
         self.rows.append(row)
         print({k:v for k,v in row.items()}, flush=True)
-        a,info = self.a,about({})
+        a = self.a
         title = f'20 species of drawn birds, 84 px, three teachers and one student ({pupil}) that know 28 other species; {a.teacher_epochs} epochs for a teacher, {a.epochs} for a student'
         self.file.parent.mkdir(exist_ok=True)
-        res = dict(title=title, command=f'python benchmarks/meal.py --seeds {a.seeds} --epochs {a.epochs} --teacher-epochs {a.teacher_epochs} --lr {a.lr}', versions=info['versions'], machine=info['machine'], table=table(self.rows), runs=self.rows)
-        write_whole(self.file, lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
+        command = f'python benchmarks/meal.py --seeds {a.seeds} --epochs {a.epochs} --teacher-epochs {a.teacher_epochs} --lr {a.lr}'
+        write_result(self.file.stem, title, command, self.rows, table(self.rows))
 
 def table(rows):
     "Accuracy by method and share of shuffled labels, mean ± standard deviation over seeds, and each seed"
@@ -171,11 +170,9 @@ def cost(a):
         'inference of the ensemble over the student: multiply-adds, time | peak memory, student alone and with MEAL (GiB) |','|---|---|---|---|---|---|---|---|']
     lines += [f"| {r['student']} | {r['teachers']} × {r['teacher']} | {r['mac_ratio']:.2f} | {r['time_ratio']:.2f} | {r['over_macs']:.2f} | {r['over_times']:.2f} | "
         f"{r['ensemble_macs']:.1f}, {r['ensemble_time']:.1f} | {r['peak_alone_gb']:.2f}, {r['peak_gb']:.2f} |" for r in rows]
-    info = about({})
-    res = dict(title=f'Cost of MEAL, {size} px, batch of {bs}, one teacher drawn per step', command=f'python benchmarks/meal.py --cost --size {size} --bs {bs} --rounds {a.rounds}',
-        versions=info['versions'], machine=info['machine'], table='\n'.join(lines), runs=rows)
+    command = f'python benchmarks/meal.py --cost --size {size} --bs {bs} --rounds {a.rounds}'
     name = 'meal_cost' if a.name=='meal' else f'{a.name}_cost'
-    write_whole(here/'results'/f'{name}.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
+    write_result(name, f'Cost of MEAL, {size} px, batch of {bs}, one teacher drawn per step', command, rows, lines)
     print('\n'.join(lines))
 
 @call_parse

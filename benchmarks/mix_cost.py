@@ -7,7 +7,7 @@ them. Every method mixes images and labels once, as in a training step. fastai's
 are given; `+ clone` is the same after a copy, which a training step must make if the clean batch is still needed. All methods
 here, and torchvision's, leave the batch as it is. The labels are mixed by each in its own way: weights for two class indices,
 or one-hot vectors."""
-import json,statistics,time
+import statistics,time
 from collections import namedtuple
 from types import SimpleNamespace
 import torch
@@ -15,11 +15,9 @@ from fastcore.script import call_parse
 from fastai.callback import mixup as stock
 from timm.data import Mixup
 from torchvision.transforms import v2
-from cekd_fastai.core import write_whole
-from cekd_fastai.results import about
 from cekd_fastai.mix.callback import CutMix,MixUp
 from cekd_fastai.mix.snapmix import SnapMix
-from common import here
+from common import write_result
 
 Method = namedtuple('Method', 'operation name f keeps_batch')
 n_classes = 200
@@ -118,9 +116,6 @@ def main(
     rows = [r for d in devices for r in measure(torch.device(d), bs, size, rounds, alpha)]
     command = f'python benchmarks/mix_cost.py --bs {bs} --size {size} --rounds {rounds} --alpha {alpha:g}'
     if threads: command += f' --threads {threads}'
-    info = about({})
-    machine = info['machine'] | dict(threads=torch.get_num_threads())
-    res = dict(title=f'Time to mix a batch of {bs} at {size} px (median of {rounds})', command=command,
-        versions=info['versions'], machine=machine, table=table(rows), rows=rows)
-    write_whole(here/'results'/'mix_cost.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
+    title = f'Time to mix a batch of {bs} at {size} px (median of {rounds})'
+    write_result('mix_cost', title, command, rows, table(rows), threads=torch.get_num_threads())
     print(res['table'])

@@ -19,9 +19,7 @@ from cekd_fastai.all import *
 from cekd_fastai.learner import css_learner
 from cekd_fastai.learner import online_learner
 from cekd_fastai.online.diversity import diversity
-from cekd_fastai.core import write_whole
-from cekd_fastai.results import about
-from common import here,result_table # after fastai
+from common import here,result_table,write_result # after fastai
 
 # function of data and backbone that gives a learner
 def online(method): return lambda dls, arch, **kw: online_learner(dls, arch, method, **kw)
@@ -41,13 +39,6 @@ def n_params(m): return sum(p.numel() for p in m.parameters())
 
 def sync():
     if torch.cuda.is_available(): torch.cuda.synchronize()
-
-def write(name, title, command, rows, lines, **more):
-    "A result file in the form of the other benchmarks, whole or not at all"
-    info,out = about({}),here/'results'/f'{name}.json'
-    out.parent.mkdir(exist_ok=True)
-    res = dict(title=title, command=command, versions=info['versions'], machine=info['machine'], table='\n'.join(lines), runs=rows, **more)
-    write_whole(out, lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
 
 # ---- the study
 
@@ -102,7 +93,7 @@ def study(a, labels, seeds, command, name):
             print(f'{k}, seed {seed}', flush=True)
             rows.append(one_run(k, seed, a))
             few = f", {a['per_class']} training images of each class" if a['per_class'] else ''
-            write(name, f"{Path(a['data']).name}{few}, {a['arch']}, {a['epochs']} epochs, the final epoch on the test images", command, rows, study_table(rows))
+            write_result(name, f"{Path(a['data']).name}{few}, {a['arch']}, {a['epochs']} epochs, the final epoch on the test images", command, rows, study_table(rows))
     print('\n'.join(study_table(rows)))
 
 # ---- cost
@@ -203,7 +194,7 @@ def measure_cost(archs, bs, rounds, command):
     lines += [f"| {r['arch']} | {r['method']} | {r['mac_ratio']:.2f} | {r['time_ratio']:.2f} | {r['over_bound']:.2f} |" for r in rows]
     lines += ['', 'Forward and backward pass of the three branches alone, over a loop:', '', '| backbone | way | time over loop |','|---|---|---|']
     lines += [f"| {r['arch']} | {r['way']} | {r.get('over_loop', r.get('error'))} |" for r in ways_]
-    write('online_cost', f'Cost of a step of online distillation on one {device.upper()}, batch of {bs}', command, rows, lines, ways=ways_)
+    write_result('online_cost', f'Cost of a step of online distillation on one {device.upper()}, batch of {bs}', command, rows, lines, ways=ways_)
     print('\n'.join(lines))
 
 @call_parse

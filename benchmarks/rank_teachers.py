@@ -12,8 +12,7 @@ from fastai.vision.all import *
 from cekd_fastai.all import *
 from cekd_fastai.core import write_whole
 from cekd_fastai.meal.rank import rank_teachers
-from cekd_fastai.results import about
-from common import here,result_table # after fastai
+from common import here,result_table,write_result # after fastai
 
 runs = here.parent/'runs'/'rank_teachers'
 archs = dict(resnet10t=dict(channels=(24,48,96,128)), test_resnet={}, test_efficientnet={})
@@ -77,12 +76,10 @@ def tables(rows):
     return '\n'.join(lines),'\n'.join(lines2),base
 
 def save(rows, a):
-    info = about({})
     first_,second,base = tables(rows)
     cmd = f'python benchmarks/rank_teachers.py --seeds {a.seeds} --epochs {a.epochs} --lr {a.lr} --backbone-epochs {a.backbone_epochs}'
-    res = dict(title=f'Six teachers of eight drawn species, each with a student of its own ({pupil}, {a.epochs} epochs)', command=cmd,
-        versions=info['versions'], machine=info['machine'], table=second+base+'\n\n'+first_, runs=rows)
-    write_whole(here/'results'/f'{a.name}.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
+    title = f'Six teachers of eight drawn species, each with a student of its own ({pupil}, {a.epochs} epochs)'
+    write_result(a.name, title, cmd, rows, second+base+'\n\n'+first_)
 
 def study(a):
     "All runs that the result file does not have yet"

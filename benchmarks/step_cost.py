@@ -7,15 +7,13 @@ So plain is 3 F, SnapMix alone 4 F (its activation maps are a pass without gradi
     python benchmarks/step_cost.py
 
 Steps of all methods alternate in one process, so that whatever else the machine does falls on all of them."""
-import json,statistics,time
+import statistics,time
 import torch
 from fastcore.script import call_parse
 from torch.utils.flop_counter import FlopCounterMode
 from fastai.vision.all import *
 from cekd_fastai.all import *
-from cekd_fastai.core import write_whole
-from cekd_fastai.results import about
-from common import here
+from common import write_result
 
 # branches, callbacks, forward passes that a step is worth
 methods = {'plain': (1,[],3), 'plain + SnapMix': (1,[SnapMix],4), 'CEKD + CutMix': (2,[CutMix,CEKD],6), 'CEKD + SnapMix': (2,[SnapMix,CEKD],6)}
@@ -61,8 +59,6 @@ def main(
             time_ratio=round(med[k]/med['plain'], 3), over_bound=round(med[k]/med['plain']/(macs[k]/macs['plain']), 3), all_seconds=[round(o, 4) for o in times[k]]))
     lines = ['| backbone | method | multiply-adds over plain | time over plain | time over bound |','|---|---|---|---|---|']
     lines += [f"| {r['arch']} | {r['method']} | {r['mac_ratio']:.2f} | {r['time_ratio']:.2f} | {r['over_bound']:.2f} |" for r in rows]
-    info = about({})
-    res = dict(title=f'Cost of a training step, {size} px, batch of {bs}', command=f'python benchmarks/step_cost.py --archs {archs} --size {size} --bs {bs} --rounds {rounds}',
-        versions=info['versions'], machine=info['machine'], table='\n'.join(lines), runs=rows)
-    write_whole(here/'results'/'step_cost.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
+    command = f'python benchmarks/step_cost.py --archs {archs} --size {size} --bs {bs} --rounds {rounds}'
+    write_result('step_cost', f'Cost of a training step, {size} px, batch of {bs}', command, rows, lines)
     print('\n'.join(lines))

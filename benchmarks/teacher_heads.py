@@ -5,16 +5,14 @@ the right class (what a student is taught with), and the seconds of the fit. 'ch
 'kept' is the fit on the other four fifths itself.
 
     python benchmarks/teacher_heads.py            # CUB's first 50 classes, 12 flowers (with CEKD_DATA, see CONTRIBUTING.md) and the drawn birds"""
-import json,os,tarfile,time,warnings
+import os,tarfile,time,warnings
 import timm,torch
 import torch.nn.functional as F
 from fastcore.script import call_parse
 from sklearn.linear_model import LogisticRegression
 from fastai.vision.all import *
 from cekd_fastai.all import *
-from cekd_fastai.core import write_whole
-from cekd_fastai.results import about
-from common import here
+from common import here,write_result
 
 cache = here.parent/'runs'/'teacher_heads'
 strengths = dict(logistic=(1e-3,1e-2,1e-1,1.,10.), ridge=(1e-3,1e-2,1e-1,1.,10.))
@@ -114,7 +112,6 @@ def main(
     for key,d in df.groupby(['data','backbone','fit','strength'], sort=False):
         if key[2]=='ridge' and key[3] not in ('chosen','kept'): continue # they are in `runs`
         lines.append(f"| {' | '.join(map(str, key))} | {100*d.accuracy.mean():.1f} | {d.log_prob.mean():.3f} | {d.seconds.mean():.1f} |")
-    info = about({})
-    res = dict(title='A classifier fitted on frozen features', command=f'python benchmarks/teacher_heads.py --sets {sets} --seeds {seeds}', versions=info['versions'], machine=info['machine'], table='\n'.join(lines), runs=rows)
-    write_whole(here/'results'/'teacher_heads.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
+    command = f'python benchmarks/teacher_heads.py --sets {sets} --seeds {seeds}'
+    write_result('teacher_heads', 'A classifier fitted on frozen features', command, rows, lines)
     print('\n'.join(lines))

@@ -4,16 +4,14 @@ Logit distillation is `MEAL(teacher, taps=0, adversarial=None, T=3)` beside `Log
 labels. timm's training loop is the shortest that its tasks allow: forward, backward, step. Steps alternate in one process, so that whatever else the machine does falls on both.
 
     python benchmarks/timm_task.py                # benchmarks/results/timm_task.json"""
-import json,statistics,time
+import statistics,time
 import timm,torch
 from fastcore.script import call_parse
 from timm.task import FeatureDistillationTask,LogitDistillationTask
 from fastai.vision.all import *
 from cekd_fastai.all import *
-from cekd_fastai.core import write_whole
 from cekd_fastai.losses import soft_log_probs
-from cekd_fastai.results import about
-from common import here
+from common import write_result
 
 def theirs(task_type, student, teacher, lr, **kwargs):
     "A function that takes a step of timm's task and gives its distillation loss"
@@ -90,8 +88,6 @@ def main(
     for r in rows:
         gap = f"{r['loss_gap']:.0e}" if r['loss_gap'] is not None else 'another start of the projection'
         lines.append(f"| {r['kind']} | {r['student']}, {r['teacher']} | {r['time_ratio']:.2f} | {r['loss']:.4f} | {gap} |")
-    info = about({})
     cmd = f'python benchmarks/timm_task.py --student {student} --teacher {teacher} --size {size} --bs {bs} --rounds {rounds}'
-    res = dict(title=f'Distillation beside timm.task, {size} px, batch of {bs}, {rounds} steps', command=cmd, versions=info['versions'], machine=info['machine'], table='\n'.join(lines), runs=rows)
-    write_whole(here/'results'/'timm_task.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
+    write_result('timm_task', f'Distillation beside timm.task, {size} px, batch of {bs}, {rounds} steps', cmd, rows, lines)
     print('\n'.join(lines))

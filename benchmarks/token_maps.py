@@ -5,16 +5,14 @@
 A small transformer is trained on drawn birds of eight species, once with a class token and once with the mean of its tokens. SnapMix
 then weighs the labels of mixed training images by maps that are made in several ways, and `label_noise` measures how far each
 weight is from what the image shows of the parts that tell the two species apart."""
-import json
 from fastai.vision.all import *
 from timm.layers import HybridEmbed
 from torch.utils.data import TensorDataset
 from fastcore.script import call_parse
 from cekd_fastai.all import *
-from cekd_fastai.core import eval_mode,write_whole
+from cekd_fastai.core import eval_mode
 from cekd_fastai.drawing.dataset import make_birds
-from cekd_fastai.results import about
-from common import here
+from common import here,write_result
 
 def stem(c=32):
     "Three convolutions that make the 8 x 8 tokens; without them a transformer learns nothing from so few pictures"
@@ -99,6 +97,4 @@ def main(
         print(table(rows), flush=True)
     title = f'Error of the label weights with maps of a small vision transformer, {species} drawn species, 64 px'
     command = f'python benchmarks/token_maps.py --epochs {epochs} --images {images}'
-    info = about({})
-    res = dict(title=title, command=command, versions=info['versions'], machine=info['machine'], table=table(rows), rows=rows)
-    write_whole(here/'results'/'token_maps.json', lambda p: p.write_text(json.dumps(res, indent=1)+'\n'))
+    write_result('token_maps', title, command, rows, table(rows))
