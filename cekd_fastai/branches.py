@@ -105,15 +105,12 @@ def frozen_norm_stats(
     model:nn.Module, # Any module
 ):
     "Batch normalisation in training mode that leaves its running statistics and counters alone, inside the `with`"
-    norms = [m for m in _norms(model) if m.training]
-    momenta = [m.momentum for m in norms]
-    counts = [None if m.num_batches_tracked is None else m.num_batches_tracked.clone() for m in norms]
-    for m in norms: m.momentum = 0.
+    # `data`: what a backward pass has kept of a buffer must not look changed
+    stats = [o.data for m in _norms(model) if m.training for o in m.buffers()]
+    before = [o.clone() for o in stats]
     try: yield model
     finally:
-        for m,momentum,count in zip(norms, momenta, counts):
-            m.momentum = momentum
-            if count is not None: m.num_batches_tracked.copy_(count)
+        for o,was in zip(stats, before): o.copy_(was)
 
 @patch
 def run_trunk(self:BranchNet,

@@ -339,5 +339,9 @@ class GradCheckpoint(Callback):
             'computed again does not give: leave out `Compile` or `GradCheckpoint`, or pass `taps=1`.')
         for m in self.nets: m.grad_checkpoint = True
 
+    def before_backward(self):
+        "A loss without fastai's type: in the backward pass of that, torch would compile a compiled trunk once more"
+        self.learn.loss_grad = self.learn.loss_grad.as_subclass(Tensor)
+
     def after_fit(self):
         for m in self.nets: m.grad_checkpoint = False

@@ -132,6 +132,20 @@ def test_compiled(tmp_path):
     torch.save(b.model, tmp_path/'model.pt')
     assert b'_orig_mod' not in (tmp_path/'model.pt').read_bytes()
 
+def test_computed_again_is_compiled_once():
+    "The second pass of a trunk finds the code of the first: torch compiles each part once, and nothing in a backward pass."
+    made = []
+    def backend(gm, inputs):
+        made.append(torch._C._current_autograd_node() is not None) # within a backward pass?
+        return gm.forward
+    def run(*cbs):
+        torch._dynamo.reset()
+        made.clear()
+        quiet(branch_learner(toy(n=16), arch, cbs=[*cbs,Compile(backend)], **kw), 1)
+        return made.copy()
+    once = run()
+    assert run(GradCheckpoint())==once and not any(once)
+
 def test_compiled_and_tapped_at_the_trunk():
     "A trunk that is compiled and computed again gives MEAL no maps: one sentence. Either alone does, and so do taps of the branches."
     cbs = GradCheckpoint(),Compile('aot_eager')
