@@ -107,7 +107,8 @@ def cost(c, j, n):
 
 # The bundle
 
-FILES = ('birds.py','birds_train.py','long_train.py','birds.json','birds200.json','birds_random.json','meal50.json','cifar.json','long.json') # What a machine needs of this folder
+CONFIGS = ('birds','birds160','birds200','birds_random','meal50','cifar','long')
+FILES = ('birds.py','birds_train.py','long_train.py','graphed.py','graph_check.py',*[f'{o}.json' for o in CONFIGS]) # What a machine needs of this folder
 
 def unpack(file, to):
     with tarfile.open(file) as f: f.extractall(to, filter='data')
@@ -134,7 +135,7 @@ def pack(c, data_dir, bundle):
         tmp = Path(tmp)
         for o in ARCHIVES:
             if (data_dir/o).is_file(): unpack(data_dir/o, tmp)
-        for kind,o in archives.items(): n += dict(birds=pack_birds, cifar=pack_cifar)[kind](o, tmp, bundle/f'{kind}.npz')
+        for kind,o in archives.items(): n += (pack_cifar if kind=='cifar' else pack_birds)(o, tmp, bundle/f'{kind}.npz')
         for o in each_study(c).values(): pack_weights(o, tmp/'weights', bundle)
     note_commit(bundle)
     return n
@@ -577,7 +578,7 @@ def main(
     workers:int=None, # Processes
     classes:int=None, # Fewer classes, to try it out
     epochs:int=None, # These epochs, to try it out
-    config:str='birds', # The study: birds, birds200, birds_random, meal50, cifar, or long for all but the first
+    config:str='birds', # The study: birds, birds160, birds200, birds_random, meal50, cifar, or long for all but the first
 ):
     "Prepare, run or show the study on real birds"
     begin,c = time.time(),read_config(config)

@@ -11,6 +11,7 @@ from cells import all_cuda_cells,missing_names,files_of_tests
 repo = Path(__file__).resolve().parents[2]
 MOST = 60 # MB of wheels and kit
 STUDY = repo/'benchmarks'/'cekd' # the study on birds
+STUDIED = ('birds.py','birds_train.py','graphed.py','birds.json','birds200.json') # what it needs
 CARRIED = ['fastai','fastcore','fasttransform','fastdownload','fastprogress','python-fasthtml','plum-dispatch','beartype','starlette','itsdangerous','python-multipart',
     'httpx2','httpcore2','truststore']
 # What the machine has; the check below lets nothing else be imported.
@@ -98,7 +99,7 @@ if __name__=='__main__':
     copy(repo/'cekd_fastai', src/'cekd_fastai')
     copy(repo/'benchmarks'/'gpu', src/'benchmarks'/'gpu')
     (src/'benchmarks'/'cekd').mkdir()
-    for o in ('birds.py','birds_train.py','birds.json','birds200.json'): shutil.copy(STUDY/o, src/'benchmarks'/'cekd'/o)
+    for o in STUDIED: shutil.copy(STUDY/o, src/'benchmarks'/'cekd'/o)
     (src/'tests').mkdir()
     for o in files_of_tests(repo/'tests'): shutil.copy(o, src/'tests'/o.name)
     parts = all_cuda_cells(repo/'nbs')
