@@ -62,13 +62,11 @@ def backbone(epochs=12):
     return file
 
 class Seldom(Callback):
-    "Validate four times in a training, for the curves of a report; the record has no number (NaN) for the other epochs"
+    "Validate four times in a training, for the curves of a report; the record has no numbers (NaN) of other epochs"
     order = -100
     def before_validate(self):
         if (self.epoch+1)*4%self.n_epoch>3: raise CancelValidException
-    def after_cancel_validate(self):
-        rec = self.learn.recorder
-        rec.log += [math.nan]*(len(rec.metric_names)-rec.add_time-len(rec.log))
+    def after_cancel_validate(self): self.learn.recorder.log += [math.nan]*(1+len(self.learn.metrics))
 
 def quietly(learn, f, cb):
     "The result of `f` with a callback, without a progress bar and a line for each epoch"
@@ -77,7 +75,7 @@ def quietly(learn, f, cb):
 def run(args):
     "Train one way, write its report and model where `args` has a folder for them, and read the training images too"
     learn = build(args)
-    secs = quietly(learn, lambda: train(learn, args), Seldom() if args['out'] else NoValid())
+    secs = quietly(learn, lambda: train(learn, args), Seldom()) # in every run, since a validation draws random numbers
     if args['out']:
         with out_folder(args['out'], True) as out: res = save_run(learn, out, args, secs)
     else: res = evaluate(learn)[0] | dict(seconds=round(secs, 1))

@@ -1,10 +1,12 @@
 "What `make train` prints, without training: its lines are computed from its runs and from the committed seeds."
 import json,sys
 from pathlib import Path
-import pytest,torch
+import numpy as np,pytest,torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'benchmarks'))
 import make_train as front
-from cekd_fastai.all import branch_net
+from cekd_fastai.all import branch_net,history
+from fastai.test_utils import synth_learner
+from fastai.metrics import mse
 from test_recipe_studies import macs
 
 file = front.here/'results'/'make_train.json'
@@ -41,5 +43,10 @@ def test_closing_lines_are_those_of_the_run_and_of_the_seeds():
     assert 'above label smoothing (+1.4 ± 0.2)' in bar and f'level with {front.recipe} (+0.4 ± 0.2)' in bar
 
 @pytest.mark.parametrize('off,word', [(.06,'above'),(-.02,'below')])
-def test_two_standard_errors_are_a_difference(off, word):
-    assert f'{word} {front.recipe}' in front.closing(rows(.5,.5,.5,.5), kept(off))[2]
+def test_two_standard_errors_are_a_difference(off, word): assert f'{word} {front.recipe}' in front.closing(rows(.5,.5,.5,.5), kept(off))[2]
+
+def test_a_record_has_every_epoch_and_four_validations():
+    learn = synth_learner(n_trn=1, n_val=1, metrics=mse, path=None)
+    with learn.no_bar(), learn.no_logging(): learn.fit(10, cbs=front.Seldom())
+    hist = history(learn)
+    assert len(hist)==10 and hist.train_loss.notna().all() and np.flatnonzero(hist.mse.notna()).tolist()==[2,4,7,9]
