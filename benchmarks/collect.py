@@ -28,6 +28,8 @@ def collect(
     command, # how this benchmark is started
     title,   # of its table
     hide=(), # arguments that say where files lie on this machine; recorded without their folder
+    run=run, # trains by arguments, and returns what `result.json` holds
+    table=None, # of the rows, as text, where it is not that of `common`
 ):
     "Run every method with every seed, one row a run; rows that the result file already has are not run again."
     out = here/'results'/f'{name}.json'
@@ -39,9 +41,11 @@ def collect(
             if any(r['method']==label and r['seed']==seed and today(r['args'])==json.loads(json.dumps(said)) for r in rows): continue
             print(f'{label}, seed {seed}', flush=True)
             res = run(args | dict(out=str(here.parent/'runs'/name/f'{label.replace(" ", "")}-{seed}')))
-            keep = {k:res[k] for k in ('accuracy','branches','valid_loss','seconds','images_per_s','peak_memory_gb')}
+            keep = {k:res[k] for k in ('accuracy','train','branches','valid_loss','seconds','images_per_s','peak_memory_gb') if k in res}
             rows = [r for r in rows if (r['method'],r['seed'])!=(label,seed)] + [dict(method=label, seed=seed, **keep, args=said)]
             out.parent.mkdir(exist_ok=True)
             info = about({})
-            write_whole(out, lambda p: p.write_text(json.dumps(dict(title=title, command=command, versions=info['versions'], machine=info['machine'], runs=rows), indent=1)+'\n'))
+            res = dict(title=title, command=command, versions=info['versions'], machine=info['machine'])
+            if table: res['table'] = table(rows)
+            write_whole(out, lambda p: p.write_text(json.dumps(res | dict(runs=rows), indent=1)+'\n'))
     return [r for r in rows if r['method'] in labels and r['seed'] in seeds]

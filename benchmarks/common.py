@@ -56,6 +56,30 @@ def over(gain):
     "Mean of paired differences, with its standard error where there are several"
     return f'{statistics.mean(gain):+.1f}' + (f' ± {statistics.stdev(gain)/len(gain)**.5:.1f}' if len(gain)>1 else '')
 
+def paired(rows, base='plain'):
+    "Points of each method over `base` with the same seed, as `{method: one number a seed}`"
+    acc = {(r['method'],r['seed']):100*r['accuracy'] for r in rows}
+    res = {}
+    for k,seed in acc:
+        if k!=base and (base,seed) in acc: res.setdefault(k, []).append(acc[k,seed]-acc[base,seed])
+    return res
+
+def paired_table(
+    rows,   # Runs, each with method, seed, accuracy and the accuracy on its training images, `train`
+    epochs, # {method: its epochs, in words}, in the order of the lines
+    share,  # {method: its multiply-adds over those of plain training}
+):
+    "One line for each method: its epochs, its accuracy, and its gain over plain training of the same seed"
+    gain = paired(rows)
+    lines = ['| method | epochs | multiply-adds | training images % | test images % | over plain | each seed |','|---|---|---|---|---|---|---|']
+    for k,words in epochs.items():
+        d = [r for r in rows if r['method']==k]
+        if not d: continue
+        known,acc = (f'{100*statistics.mean(r[o] for r in d):.1f}' for o in ('train','accuracy'))
+        each = ', '.join(f"{100*r['accuracy']:.1f}" for r in d)
+        lines.append(f"| {k} | {words} | {share[k]:.2f} | {known} | {acc} | {over(gain[k]) if gain.get(k) else ''} | {each} |")
+    return '\n'.join(lines)
+
 def status(key):
     "A line of this process's status on Linux, such as `VmRSS` or the peak `VmHWM`, in GiB"
     return int(re.search(rf'{key}:\s+(\d+)', Path('/proc/self/status').read_text())[1])/2**20

@@ -12,8 +12,8 @@ from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from fastcore.script import call_parse
 from cekd_fastai.all import *
-from make_train import backbone,net
-from common import here,over,write_result # after fastai
+from synthetic import backbone,net
+from common import here,paired,paired_table,write_result # after fastai
 from fine_tune import NoValid,user_dls
 
 runs = here.parent/'runs'
@@ -65,16 +65,8 @@ def train(name, seed, birds, weights):
 
 def table(rows):
     "One line for each way: its epochs, its accuracy, and its gain over plain training of the same seed"
-    plain = {r['seed']:r['accuracy'] for r in rows if r['method']=='plain'}
-    lines = ['| method | epochs | multiply-adds | training images % | test images % | over plain | each seed |','|---|---|---|---|---|---|---|']
-    for k in methods:
-        d = [r for r in rows if r['method']==k]
-        if not d: continue
-        gain = [100*(r['accuracy']-plain[r['seed']]) for r in d if r['seed'] in plain]
-        each = ', '.join(f"{100*r['accuracy']:.1f}" for r in d)
-        known,acc = (f'{100*np.mean([r[o] for r in d]):.1f}' for o in ('train','accuracy'))
-        lines.append(f"| {k} | {'1 + ' if k=='fine_tune' else ''}{d[0]['epochs']} | {share(k):.2f} | {known} | {acc} | {'' if k=='plain' else over(gain)} | {each} |")
-    return '\n'.join(lines)
+    words = {k:f"{'1 + ' if k=='fine_tune' else ''}{epochs_of(k)}" for k in methods}
+    return paired_table(rows, words, {k:share(k) for k in methods})
 
 def write(rows):
     "The result file of the study"
@@ -84,9 +76,7 @@ def write(rows):
 
 def verdict(rows):
     "What was gained over what, in words"
-    acc = {(r['method'],r['seed']):100*r['accuracy'] for r in rows}
-    gains = {k: [acc[k,s]-acc['plain',s] for o,s in acc if o==k and ('plain',s) in acc] for k in methods if k!='plain'}
-    return '; '.join(f'{k} {np.mean(v):+.1f}' for k,v in gains.items() if v)
+    return '; '.join(f'{k} {np.mean(v):+.1f}' for k,v in paired(rows).items())
 
 @call_parse
 def main(

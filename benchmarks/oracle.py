@@ -13,7 +13,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastcore.script import call_parse
 from cekd_fastai.all import *
 from cekd_fastai.mix.evidence import Evidence,evidence_batches,oracle_weights
-from make_train import backbone,net
+from synthetic import backbone,net
 from common import here,over,write_result # after fastai
 from few_images import epochs,per_class,rate,runs,size,wd
 from fine_tune import NoValid

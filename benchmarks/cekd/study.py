@@ -109,7 +109,7 @@ def make(s, j, dls, folder):
     "The learner of a run"
     weights = s['weights']
     if weights=='backbone':
-        from make_train import backbone
+        from synthetic import backbone
         weights = backbone()
     elif weights: weights = next((o for o in (Path(folder)/weights,Path(folder)/'weights'/weights) if o.exists()), Path(folder)/weights)
     mix = config['mixes'][j['mix']] if j['mix'] else None
