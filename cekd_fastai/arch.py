@@ -110,7 +110,7 @@ def _hashed(o):
 def _settings(m):
     "What a module is, besides its numbers and the modules in it"
     own = [(k,_hashed(v)) for k,v in vars(m).items() if k not in ('_parameters','_buffers','_modules','training')]
-    return type(m),*own,*[(k,p.shape) for k,p in m.named_parameters(recurse=False)]
+    return type(m),*own,*[(k,type(p),p.device,p.shape) for k,p in m.named_parameters(recurse=False)]
 
 def _build_of(model):
     "Class, settings and shapes of every module; None where the first pass decides some of them"
