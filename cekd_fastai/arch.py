@@ -65,12 +65,13 @@ def same_logits(
     "Are both the same, up to the order of sums?"
     return out is not None and out.shape==want.shape and torch.allclose(out, want, atol=1e-4, rtol=1e-3)
 
+def _head(rest, joint, i): return nn.Sequential(*rest[:i], *_joints()[joint], *rest[i:])
+
 def _find_head(rest, feat, want):
-    "A module from the last map to the logits `want`, None if there is none"
-    for joint in _joints():
+    "The joint before the logits `want` and its place among the children that follow the last map, None if there is none"
+    for joint in range(len(_joints())):
         for i in (0,1): # the joint comes first, or after one more layer such as a last normalisation
-            head = nn.Sequential(*rest[:i], *joint, *rest[i:])
-            if same_logits(_try(head, feat), want): return head
+            if same_logits(_try(_head(rest, joint, i), feat), want): return joint,i
 
 # %% ../nbs/36_arch.ipynb #chain-chain
 def not_a_chain(
@@ -98,14 +99,28 @@ def trial_images(
     x = torch.linspace(-1, 1, 2*math.prod(size)).sin_()
     return x.view(2, *size).to(next(model.parameters()).device)
 
+# %% ../nbs/36_arch.ipynb #chain-seen
+_seen = {} # what the trial of a build has found
+
+def _hashed(o):
+    try: hash(o)
+    except TypeError: return repr(o)
+    return o
+
+def _settings(m):
+    "What a module is, besides its numbers and the modules in it"
+    own = [(k,_hashed(v)) for k,v in vars(m).items() if k not in ('_parameters','_buffers','_modules','training')]
+    return type(m),*own,*[(k,type(p),p.device,p.shape) for k,p in m.named_parameters(recurse=False)]
+
+def _build_of(model):
+    "Class, settings and shapes of every module; None where the first pass decides some of them"
+    if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()): return None
+    return tuple((n,*_settings(m)) for n,m in model.named_modules())
+
 # %% ../nbs/36_arch.ipynb #chain-parts
 @torch.no_grad()
-def chain(
-    model:nn.Module, # A classifier
-    name:str=None,   # What error messages call it
-)->tuple:            # `(name, module)` of each part, the height of each part's output, and the head
-    "Take a classifier apart into parts that run one after the other, and a head"
-    name = name or type(model).__name__
+def _look(model, name):
+    "Names of the parts, their heights, names of the children that follow, and the joint between, found by a trial of the model"
     x = trial_images(model)
     with eval_mode(model):
         try:
@@ -116,9 +131,22 @@ def chain(
             why = 'its children do not run one after the other, with a spatial map between them'
             raise not_a_chain(name, why) from e
         if not parts or heights[-1]==1: raise not_a_chain(name, 'it has no spatial feature map')
-        head = _find_head(L(rest).itemgot(1), feat, want)
-        if head is None: raise not_a_chain(name, 'its `forward` does more than run its children')
-    return parts,heights,head
+        joint = _find_head(L(rest).itemgot(1), feat, want)
+        if joint is None: raise not_a_chain(name, 'its `forward` does more than run its children')
+    return [n for n,_ in parts],heights,[n for n,_ in rest],joint
+
+def chain(
+    model:nn.Module, # A classifier
+    name:str=None,   # What error messages call it
+)->tuple:            # `(name, module)` of each part, the height of each part's output, and the head
+    "Take a classifier apart into parts that run one after the other, and a head"
+    if len(_seen)>100: _seen.clear()
+    build = _build_of(model)
+    found = _seen.get(build) or _look(model, name or type(model).__name__)
+    if build: _seen[build] = found
+    names,heights,rest,joint = found
+    get = model.get_submodule
+    return [(n,get(n)) for n in names],[*heights],_head([get(n) for n in rest], *joint)
 
 # %% ../nbs/36_arch.ipynb #split-code
 def _last_stage(parts, heights):
@@ -313,11 +341,7 @@ def _by_name(name, pretrained, **kwargs):
     if name in CIFAR_ARCHS: return cifar_net(name, pretrained, **kwargs)
     if timm.is_model(name.split('.')[0]): return timm.create_model(name, pretrained=pretrained, **kwargs)
     name = name.removeprefix('torchvision/')
-    if name in _tv_names(): return _torchvision(name, pretrained, **kwargs)
-
-def _torchvision(name, pretrained, **kwargs):
-    weights = 'DEFAULT' if pretrained else None
-    return torchvision.models.get_model(name, weights=weights, **kwargs)
+    if name in _tv_names(): return torchvision.models.get_model(name, weights='DEFAULT' if pretrained else None, **kwargs)
 
 def _make(arch, pretrained, **kwargs):
     "The classifier that `arch` names or builds, and its name"

@@ -217,5 +217,6 @@ def show_panel(
     ax.imshow(im)
     if cam is not None: ax.imshow(cam, alpha=.5, cmap='magma')
     if box: ax.add_patch(plt.Rectangle(box[:2], box[2]-box[0], box[3]-box[1], fill=False, lw=2, ec=color))
-    ax.set_title(title, fontsize=8, parse_math=False) # a class may have a `$` in its name
+    # A class may have a `$` in its name. With its height given, matplotlib does not measure ticks for it, half the time of a page of pictures.
+    ax.set_title(title, fontsize=8, parse_math=False, y=1)
     ax.axis('off')

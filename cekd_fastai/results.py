@@ -9,6 +9,7 @@ __all__ = ['RESULTS', 'evaluate', 'peak_memory', 'about', 'all_or_none', 'save_r
 
 # %% ../nbs/87_results.ipynb #imports
 import json,platform,shutil,tempfile,warnings
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from fastai.vision.all import *
 from importlib.metadata import version
 from .core import one_sentence,unwrap_model
@@ -87,7 +88,7 @@ def _result(learn, args, seconds):
 
 def _draw_report(learn, hist, pairs, title, file):
     "Draw the report, or warn that it cannot be drawn"
-    try: report(learn, hist, pairs, title).savefig(file)
+    try: FigureCanvasAgg(report(learn, hist, pairs, title)).print_png(file) # draws once, where `savefig` draws twice
     except Exception as e:
         why = one_sentence(e)
         warnings.warn(f"There is no report.png, since it could not be drawn ({why}).")

@@ -1,6 +1,7 @@
 "What several test files share: real photographs where they are at hand, and a fastai home of its own for a test."
-import os,shutil,sys,tarfile,tempfile
+import gc,os,shutil,sys,tarfile,tempfile
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
 
 def data_folder():
@@ -30,6 +31,16 @@ def real_data():
         if not arch.is_file(): pytest.skip(f'no {arch}: set CEKD_DATA to a folder that holds {arch.name}')
         return extracted(arch, Path.home()/'.cache'/'cekd_fastai_tests')
     return get
+
+def pytest_collection_finish(session):
+    "What the imports have made stays: the collector need not walk through it again, and seeding for a GPU that is not there need not keep its stack."
+    if (torch := sys.modules.get('torch')) is None: return # the process that hands out the tests
+    gc.collect()
+    gc.freeze()
+    if torch.cuda.is_available(): return
+    for o in (torch.cuda, torch.xpu, torch.mtia): o.traceback = SimpleNamespace(format_stack=list) # a millisecond for each of thousands of seeds
+
+def pytest_sessionfinish(session): gc.unfreeze() # at the end some of it counts what nobody has collected
 
 @pytest.fixture(autouse=True)
 def no_figures_left():

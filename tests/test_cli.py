@@ -205,7 +205,7 @@ def test_no_picture_costs_no_run(birds, tmp_path, here):
     for old,new in zip(sorted((birds/'images').iterdir()), ('a$_{b$','c$frac$','d','e')): shutil.copytree(old, tmp_path/'data'/new)
     for size in (32,56):
         out = tmp_path/f'run{size}'
-        p = here('--data', tmp_path/'data', *small, '--arch', 'resnet18', '--size', size, '--method', 'plain', '--epochs', 1, '--out', out)
+        p = here('--data', tmp_path/'data', *small, '--size', size, '--method', 'plain', '--epochs', 1, '--out', out)
         assert p.returncode==0, p.stderr
         assert sorted(o.name for o in out.iterdir()) == ['history.csv','model.pkl','model.pt','report.png','result.json']
 
@@ -283,8 +283,8 @@ def test_options_beside_a_recipe(tmp_path, here):
 
 def test_rehearsal_of_meal(done, tmp_path, here):
     "Teachers of the user's classes are stood in for, and pictures have the size of the benchmark"
-    teachers = (done[0]/'model.pt','resnet34')
-    p = here('--data', 'cifar100', '--arch', 'resnet18', '--method', 'meal', '--teachers', *teachers, '--dry-run', '--out', tmp_path/'run')
+    teachers = (done[0]/'model.pt','test_resnet')
+    p = here('--data', 'cifar100', '--arch', 'cifar_resnet8', '--method', 'meal', '--teachers', *teachers, '--dry-run', '--out', tmp_path/'run')
     assert p.returncode==0 and 'dry run done' in p.stdout, p.stderr
 
 def test_model_size(done):

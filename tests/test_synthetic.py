@@ -1,8 +1,8 @@
 "The synthetic birds: files, determinism, part locations, interrupted runs, messages"
-import json, multiprocessing as mp, os, sys
+import json, os, sys
 from itertools import combinations
 
-import numpy as np, pytest
+import forks, numpy as np, pytest
 from PIL import Image
 
 from cekd_fastai.drawing import anatomy,bird,dataset,species
@@ -43,7 +43,8 @@ def test_same_bytes_for_any_number_of_workers(birds, tmp_path, n_workers):
     assert contents(make_birds(tmp_path/'set', **TINY, n_workers=n_workers)) == contents(birds)
 
 def test_same_bytes_from_spawned_processes(birds, tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, '_context', lambda: mp.get_context('spawn'))
+    "A process of the forkserver is handed its work as a spawned one is, by `multiprocessing.spawn`; torch and fastai are imported there already."
+    monkeypatch.setattr(dataset, '_context', lambda: forks._ctx)
     assert contents(make_birds(tmp_path/'set', **TINY, n_workers=1)) == contents(birds)
 
 def test_the_seed_matters_and_images_differ(birds, tmp_path):

@@ -8,7 +8,8 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 bins = Path(sys.executable).parent
 pkg = 'cekd_fastai'
-env = {'MPLBACKEND': 'Agg', 'PYTHONUNBUFFERED': '1', **os.environ, 'PATH': f"{bins}{os.pathsep}{os.environ['PATH']}"}
+# Modules are compiled once for all processes, whatever the user's shell has set.
+env = {'MPLBACKEND': 'Agg', 'PYTHONUNBUFFERED': '1', **os.environ, 'PYTHONDONTWRITEBYTECODE': '', 'PATH': f"{bins}{os.pathsep}{os.environ['PATH']}"}
 
 class Failed(Exception):
     "A stage found a fault; the message names it and the remedy."
@@ -24,7 +25,7 @@ def run(
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) if quiet else {}
     res = subprocess.run([str(o) for o in cmd], cwd=cwd, env={**more, **env}, stdin=subprocess.DEVNULL, **pipe)
     if res.returncode and quiet: print(res.stdout)
-    if res.returncode: raise Failed(f"`{' '.join(Path(cmd[0]).name if i==0 else str(o) for i,o in enumerate(cmd))}` failed: {remedy}.")
+    if res.returncode: raise Failed(f"`{' '.join(Path(cmd[0]).name if i==0 else '…' if cmd[i-1]=='-c' else str(o) for i,o in enumerate(cmd))}` failed: {remedy}.")
     return res.stdout
 
 def copy_repo(
@@ -62,10 +63,23 @@ def _report(old, now):
         'nbdev-export and nbdev-clean would change these files:', *faults,
         'Notebooks are the source: carry over what was edited in a module, delete modules no notebook makes, then run `make prepare` and commit the result.']))
 
+# The processes are forked from one that has imported what takes seconds; their collectors need not walk through that again.
+test_all = """
+import gc,warnings
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    import timm,fastai.vision.all
+from nbdev.test import nbdev_test
+gc.collect()
+gc.freeze()
+try: nbdev_test(timing=True, do_print=True)
+finally: gc.unfreeze()
+"""
+
 def notebooks():
     "nbdev-test over every notebook"
     # They run side by side, one process per core, where a process that starts a thread per core only gets in the way.
-    run('nbdev-test', '--timing', '--do-print', remedy='the notebook and its cell are named above', OMP_NUM_THREADS='1')
+    run(sys.executable, '-c', test_all, remedy='the notebook and its cell are named above', OMP_NUM_THREADS='1')
 
 import_all = """
 import importlib,pkgutil,sys

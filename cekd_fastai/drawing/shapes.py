@@ -137,7 +137,7 @@ class Canvas:
         m = self.stencil(polys, clip, blur)
         if clip is None: self.bird = ImageChops.lighter(self.bird, m)
         if alpha < 1: m = m.point(lambda v: int(v*alpha))
-        self.im.paste(tone(rgb), mask=m)
+        if box := m.getbbox(): self.im.paste(tone(rgb), box, m.crop(box)) # the rest of the sheet stays as it is
         return m
     def lines(self,
         lines, # List of (m,2) lines in bird coordinates
