@@ -32,6 +32,12 @@ def real_data():
         return extracted(arch, Path.home()/'.cache'/'cekd_fastai_tests')
     return get
 
+def pytest_configure(config):
+    "A worker, which is about to import every test, lends what they import to the processes that tests start."
+    if not hasattr(config, 'workerinput'): return
+    import forks # here, since the process that hands out the tests needs no torch
+    forks.serve()
+
 def pytest_collection_finish(session):
     "What the imports have made stays: the collector need not walk through it again, and seeding for a GPU that is not there need not keep its stack."
     if (torch := sys.modules.get('torch')) is None: return # the process that hands out the tests

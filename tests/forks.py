@@ -1,12 +1,44 @@
 """Processes for tests that need one. Python needs seconds to import torch, fastai and timm; here a server imports them once, and each process is forked from it.
 This package and the tests' modules are not among what it has imported, so a script meets them as in a process of its own."""
-import multiprocessing,os,runpy,shutil,signal,subprocess,sys,tempfile,time,torch
+import faulthandler,gc,importlib,multiprocessing,os,runpy,shutil,signal,subprocess,sys,tempfile,time,torch,warnings
+from contextlib import redirect_stderr
+from io import StringIO
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import patch
 
 _here = Path(__file__).resolve().parent
 _forks = 'forkserver' in multiprocessing.get_all_start_methods() and not torch.cuda.is_available() # a process that uses CUDA cannot be forked
 _ctx = multiprocessing.get_context('forkserver' if _forks else 'spawn')
-if _forks: _ctx.set_forkserver_preload(['fastai.vision.all','timm'])
+_preload = ['fastai.vision.all','timm']
+if _forks: _ctx.set_forkserver_preload(_preload)
+
+def _forked(exe, args, fds):
+    "What `multiprocessing` has a new interpreter do for the server, done in a fork of this process, where nothing of pytest is at work and of its open files only `fds`"
+    if pid := os.fork(): return pid
+    try:
+        forkserver._forkserver.__init__() # the lock that this process holds now
+        sys.modules.pop('conftest', None)
+        sys.meta_path[:] = [o for o in sys.meta_path if not type(o).__module__.startswith('_pytest')] # it rewrites assertions
+        sys.excepthook,sys.unraisablehook = sys.__excepthook__,sys.__unraisablehook__
+        faulthandler.disable()
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in map(int, os.listdir('/proc/self/fd')):
+            if fd>2 and fd not in (null,*fds): os.dup2(null, fd, inheritable=False)
+        gc.collect()
+        gc.freeze()
+        exec(args[-1], {})
+    finally: os._exit(1)
+
+def serve():
+    """Fork the server from this process, so that both import once what it needs; without this call the first process that is started has a server made, which imports it.
+    Nothing is imported yet that a script should not meet, and torch has started no thread."""
+    if not (_forks and sys.platform=='linux'): return
+    with redirect_stderr(StringIO()): # warnings about their own imports; a fault is raised
+        for o in _preload: importlib.import_module(o)
+    with patch.object(forkserver.util, 'spawnv_passfds', _forked), warnings.catch_warnings():
+        warnings.simplefilter('ignore') # of Python 3.12, about the thread in which a worker of pytest listens
+        forkserver.ensure_running()
 
 def _enter(env, folder):
     "What a new process has of its own: variables, answers to signals, and files for what it writes"
