@@ -4,6 +4,7 @@ import numpy as np
 from fastai.vision.all import (CategoryBlock,CrossEntropyLossFlat,DataBlock,DataLoaders,Image,ImageBlock,L,Learner,Normalize,Resize,
     imagenet_stats,vision_learner)
 from functools import partial
+from timm.models.byobnet import ByoBlockCfg
 from torch import nn
 from cekd_fastai.arch import make_arch
 from cekd_fastai.branches import branch_net,branch_splitter,save_net
@@ -262,9 +263,13 @@ def test_sizes_that_divide_into_no_blocks(tmp_path):
     "`halonet` takes any size by name, and then fails without a word: the learner names the sizes instead."
     birds = make_birds(tmp_path/'birds', n_species=2, n_images=4, n_train=2, size=80, n_workers=0, progress=False)
     dls = fine_grained_dls(birds, size=64, bs=2, num_workers=0)
-    for make in (branch_learner,online_learner,lambda dls, arch, **kw: css_learner(dls, (arch,'test_resnet'), **kw)):
+    blocks = [ByoBlockCfg(type='self_attn', d=1, c=c, s=s, gs=0, br=1.) for c,s in ((16,1),(32,2),(64,2),(128,2))]
+    small = dict(blocks=tuple(blocks), stem_chs=16) # one block a stage and a quarter of the channels: the same sizes of maps
+    with torch.device('meta'): assert timm.create_model('halonet_h1', **small)(torch.empty(2,3,256,256)).shape==(2,1000)
+    def css(dls, arch, arch_args, **kw): return css_learner(dls, (arch,'test_resnet'), arch_args=[arch_args,{}], **kw)
+    for make in (branch_learner,online_learner,css):
         with pytest.raises(ValueError, match='`halonet_h1` cannot be made for pictures of 64 pixels: of the sizes near, it takes 256'):
-            make(dls, 'halonet_h1', pretrained=False)
+            make(dls, 'halonet_h1', arch_args=small, pretrained=False)
 
 def test_a_size_is_tried_without_a_trace(tmp_path):
     "Trying a size changes no weight, no statistics and no random number."
