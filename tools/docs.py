@@ -11,6 +11,7 @@ from io import BytesIO,StringIO
 from os.path import relpath
 from pathlib import Path
 from posixpath import normpath
+from unittest.mock import patch
 from docutils import nodes
 from fastcore.docments import DocmentTbl,docments,docstring
 from latex2mathml.converter import convert
@@ -19,7 +20,9 @@ from nbdev.doclinks import NbdevLookup
 from nbdev.process import NBProcessor
 from nbdev.processors import clean_magics,filter_stream_,hide_line,rm_header_dash,strip_ansi
 from nbdev.showdoc import showdoc_nm
+from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.search.en import SearchEnglish
 from sphinx.util import logging
 from sphinx.util.docutils import docutils_namespace,patch_docutils
 from readme import _html,_text
@@ -33,6 +36,8 @@ _exports = {'export', 'exports', 'exporti'}
 
 class DocsError(ValueError):
     "A notebook that cannot become a page; the message names it and what is at fault."
+
+_config = lru_cache(get_config)
 
 class Lookup(NbdevLookup):
     "Links from names in backticks to their definitions, except in headings."
@@ -65,6 +70,28 @@ def _name_sections(app, doctree):
         o.next_node(nodes.section, descend=False, ascend=True)['ids'] = [anchor]
         o.parent.remove(o)
 
+def _titles(
+    tocs, # headings of each page
+):
+    "The title of each page without the headings below it"
+    tocs = {k: v.deepcopy() for k,v in tocs.items()}
+    for o in (o for toc in tocs.values() for o in toc if next(o.findall(addnodes.toctree), None) is None): o[1:] = []
+    return tocs
+
+def _name_titles(app, pagename, templatename, context, doctree):
+    "The navigation is made for each page anew, and names titles alone: spare it a copy of every heading of every page."
+    make,env = context.get('toctree'),app.env
+    if not hasattr(app, 'titles'): app.titles = _titles(env.tocs)
+    def _toctree(**kw):
+        with patch.object(env, 'tocs', app.titles): return make(**kw)
+    if make: context['toctree'] = _toctree
+
+class Stems(SearchEnglish):
+    "The same words come on every page: their stems are found once."
+    lang = 'en'
+    @lru_cache(None)
+    def stem(self, word): return super().stem(word)
+
 @lru_cache
 def math_font():
     "STIX Two Math (SIL Open Font Licence), which the package ziamath has, cut down to what formulas use: phones often have no font for formulas."
@@ -83,6 +110,8 @@ def setup(
     "Sphinx's hooks: formulas as MathML and anchors as nbdev's."
     app.add_html_math_renderer('mathml', (_visit_math('inline'), None), (_visit_math('block'), None))
     app.connect('doctree-read', _name_sections, priority=100)
+    app.connect('html-page-context', _name_titles, priority=100) # before the theme, which asks for it
+    app.add_search_language(Stems)
     return dict(parallel_read_safe=True)
 
 def _raw(s): return f'`````{{raw}} html\n{s}\n`````'
@@ -103,7 +132,7 @@ class Page:
         self.site,self.nb,self.depth,self.mod = site,nb,1,None
         self.html = nbpath2html(nb)
         procs = [strip_ansi, hide_line, filter_stream_, rm_header_dash, clean_magics]
-        self.cells = NBProcessor(site.nbs/nb, procs, process=True).nb.cells
+        with patch('nbdev.processors.get_config', _config): self.cells = NBProcessor(site.nbs/nb, procs, process=True).nb.cells # one asks at each cell
 
     def __str__(self): return f'{self.site.nbs.name}/{self.nb.as_posix()}'
 
@@ -355,12 +384,14 @@ def _made(p):
     p.parent.mkdir(parents=True, exist_ok=True)
     return p
 
+_dull = re.compile(r'</(?!script|style)\w+>|<span(?: class="[\w -]*")?>') # most tags of a page, which name nothing
+
 class _Refs(HTMLParser):
     "Anchors of a page, what it links to and what it loads."
     def __init__(self, s):
         super().__init__()
         self.ids,self.links,self.loads = set(),[],[]
-        self.feed(s)
+        self.feed(_dull.sub('', s))
     def handle_starttag(self, tag, attrs):
         d = dict(attrs)
         if d.get('id'): self.ids.add(d['id'])
