@@ -32,7 +32,7 @@ class Look(Callback):
 
 def toy():
     g = torch.Generator().manual_seed(0)
-    items = L(zip(torch.randn(8, 3, 16, 16, generator=g), torch.randint(0, n_out, (8,), generator=g)))
+    items = L(zip(torch.randn(8, 3, 8, 8, generator=g), torch.randint(0, n_out, (8,), generator=g)))
     dls = DataLoaders.from_dsets(items, items[:4], bs=4, device='cpu', shuffle=False, num_workers=0)
     dls.c = n_out
     return dls
