@@ -41,4 +41,4 @@ def main(
         f'(SnapMix uses a network of {acc:.0f} % accuracy)'
     command = f'python benchmarks/label_noise.py --classes {classes} --epochs {epochs} --alpha {alpha:g} --rounds {rounds}'
     write_result('label_noise', title, command, noise.reset_index().to_dict('records'), table(noise))
-    print(res['table'])
+    print(table(noise))

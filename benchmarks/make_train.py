@@ -6,7 +6,7 @@
 Each of 20 drawn species has four training images, so every way here knows them all in the end, as it does on real birds. As there, nobody starts from random
 weights: a small backbone is trained first, on 28 *other* species, and all start from it and keep its statistics of batch normalisation, as `recommended` has it.
 All have the rates and the decay of plain training. Two branches cost a little more for each image, and CEKD passes each image twice, clean and mixed, so they have fewer epochs."""
-import json,multiprocessing as mp,os,signal,sys,time
+import json,multiprocessing as mp,signal,sys,time
 from concurrent.futures import process as pools # fastcore has a ProcessPoolExecutor of its own
 from cekd_fastai import job # chkstyle: ignore; before fastai, whose import makes torch warn: this room filters the warning
 from fastai.vision.all import *
@@ -46,20 +46,31 @@ def all_birds():
     "Drawings of 48 species: 20 to tell apart, and 28 others for the backbone"
     return make_birds(runs/f'birds48_{n_train}', n_species=48, n_images=n_images, n_train=n_train, seed=7)
 
-def backbone(seed=0, epochs=12):
-    "Weights of a small network that knows the 28 other species, made once for each seed; nothing is tested on these, so it learns from all of their images"
-    file = runs/f'front_backbone{seed}.pth'
+def pretrained(
+    file,     # Where its weights are, or will be
+    dls,      # Makes the data of other species
+    net,      # Arguments of the ResNet-10-T
+    epochs,
+    seed=7,
+    cbs=None, # Callbacks of the training
+):
+    "File with the weights of a small network that knows other species, which is trained if the file is not there"
     if file.exists(): return file
     print('A backbone first, on 28 other species', flush=True)
-    t = read_table(all_birds())
-    t = t.subset(t.classes[20:])
-    rest = ImageTable(t.files, t.labels, [i%n_images==0 for i in range(len(t))], classes=t.classes, root=t.root) # a table needs some to validate on
-    set_seed(7+seed)
-    dls = fine_grained_dls(rest, size=common['size'], bs=16, in_memory=True)
-    learn = branch_learner(dls, common['arch'], 1, pretrained=False, arch_args=net, wd=common['wd'], metrics=accuracy, cbs=ChannelsLast())
-    quietly(learn, lambda: learn.fit_one_cycle(epochs, 3e-3), NoValid())
+    set_seed(seed)
+    learn = branch_learner(dls(), 'resnet10t', 1, pretrained=False, arch_args=net, wd=.05, metrics=accuracy, cbs=ChannelsLast())
+    quietly(learn, lambda: learn.fit_one_cycle(epochs, 3e-3), cbs)
     write_whole(file, lambda p: torch.save(learn.model.state_dict(), p))
     return file
+
+def backbone(seed=0, epochs=12):
+    "Weights of a small network that knows the 28 other species, made once for each seed; nothing is tested on these, so it learns from all of their images"
+    def dls():
+        t = read_table(all_birds())
+        t = t.subset(t.classes[20:])
+        rest = ImageTable(t.files, t.labels, [i%n_images==0 for i in range(len(t))], classes=t.classes, root=t.root) # a table needs some to validate on
+        return fine_grained_dls(rest, size=common['size'], bs=16, in_memory=True)
+    return pretrained(runs/f'front_backbone{seed}.pth', dls, net, epochs, 7+seed, NoValid())
 
 class Seldom(Callback):
     "Validate four times in a training, for the curves of a report; the record has no numbers (NaN) of other epochs"
@@ -120,10 +131,6 @@ def closing(rows, kept):
         f'Over {n} seeds, each with a backbone of its own, in points over plain training of the same seed ± standard error, two of which count as a difference: {"; ".join(per)}.',
         f'CEKD beside its controls: {" and ".join(controls)}. On photographs of birds label smoothing and a second branch gain two to four points: benchmarks/README.md.']
 
-def cores():
-    "Cores that this process may use"
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
 def _start(threads):
     "A process that trains has its share of the cores, and Ctrl-C ends it without a word"
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -134,7 +141,7 @@ def run_all(jobs, n):
     if n<2:
         yield from map(run, jobs)
         return
-    with pools.ProcessPoolExecutor(n, mp.get_context('spawn'), _start, (max(1, cores()//n),)) as ex:
+    with pools.ProcessPoolExecutor(n, mp.get_context('spawn'), _start, (max(1, num_cpus()//n),)) as ex:
         try: yield from ex.map(run, jobs)
         except pools.BrokenProcessPool as e:
             raise OSError('A process that trains was killed, often for want of memory: close other programs, and start again.') from e
@@ -149,7 +156,7 @@ def main(seed=0):
     print(f'Birds and backbone are there ({time.time()-start:.0f} s). Four ways to train, each on {20*n_train} images of 20 species:', flush=True)
     def out(k): return str(runs/'make_train'/k.replace(' ', '')) if k in (recipe,cekd) else None
     jobs = [args | m | dict(epochs=epochs_of(k), out=out(k)) for k,m in methods.items()]
-    n = 1 if torch.cuda.is_available() else min(2, cores())
+    n = 1 if torch.cuda.is_available() else min(2, num_cpus())
     for k,res in zip(methods, run_all(jobs, n)):
         rows.append(dict(method=k, seed=seed, **res))
         print(f'{k}: {100*res["accuracy"]:.1f} % after {res["seconds"]:.0f} s of training', flush=True)

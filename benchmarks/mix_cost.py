@@ -118,4 +118,4 @@ def main(
     if threads: command += f' --threads {threads}'
     title = f'Time to mix a batch of {bs} at {size} px (median of {rounds})'
     write_result('mix_cost', title, command, rows, table(rows), threads=torch.get_num_threads())
-    print(res['table'])
+    print(table(rows))

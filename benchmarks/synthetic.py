@@ -10,10 +10,8 @@ An earlier split and heavier clean labels looked better in trials with seeds 0 t
 has the other regime, the ways of `make train` (make_train.py), in benchmarks/results/make_train.json."""
 from collect import collect
 from fastai.vision.all import *
-from fastai.callback.channelslast import ChannelsLast
 from fastcore.script import call_parse
 from cekd_fastai.all import *
-from cekd_fastai.core import write_whole
 import make_train as front
 from common import here,table # after fastai
 
@@ -32,16 +30,10 @@ methods = {'plain': dict(method='plain', mix='none'), 'CutMix': dict(method='pla
 
 def backbone(epochs=15, size=84):
     "Weights of a small network trained on drawn species other than the 20 of `synthetic`, made once for each size of picture"
-    file = here.parent/'runs'/('backbone.pth' if size==84 else f'backbone{size}.pth')
-    if file.exists(): return file
-    print('A backbone first, on 28 other species', flush=True)
-    birds = make_birds(here.parent/'runs'/'birds48', n_species=48, n_images=31, n_train=30, seed=7)
-    set_seed(7)
-    dls = fine_grained_dls(birds, size=size, bs=32, classes=read_table(birds).classes[20:], in_memory=True)
-    learn = branch_learner(dls, 'resnet10t', 1, pretrained=False, arch_args=net, wd=.05, metrics=accuracy, cbs=ChannelsLast())
-    learn.fit_one_cycle(epochs, 3e-3)
-    write_whole(file, lambda p: torch.save(learn.model.state_dict(), p))
-    return file
+    def dls():
+        birds = make_birds(here.parent/'runs'/'birds48', n_species=48, n_images=31, n_train=30, seed=7)
+        return fine_grained_dls(birds, size=size, bs=32, classes=read_table(birds).classes[20:], in_memory=True)
+    return front.pretrained(here.parent/'runs'/('backbone.pth' if size==84 else f'backbone{size}.pth'), dls, net, epochs)
 
 @call_parse
 def main(

@@ -120,7 +120,7 @@ def _build_of(model):
 # %% ../nbs/36_arch.ipynb #chain-parts
 @torch.no_grad()
 def _look(model, name):
-    "Names of the parts, their heights, names of the children that follow, and the joint between, found by a trial of the model"
+    "Names of the parts, their heights, names of the children that follow, the joint between, and whether a trial of the model could tell"
     x = trial_images(model)
     with eval_mode(model):
         try:
@@ -133,7 +133,7 @@ def _look(model, name):
         if not parts or heights[-1]==1: raise not_a_chain(name, 'it has no spatial feature map')
         joint = _find_head(L(rest).itemgot(1), feat, want)
         if joint is None: raise not_a_chain(name, 'its `forward` does more than run its children')
-    return [n for n,_ in parts],heights,[n for n,_ in rest],joint
+    return [n for n,_ in parts],heights,[n for n,_ in rest],joint,(want[0]-want[1]).abs().max()>1e-3 # zeros answer alike after any joint
 
 def chain(
     model:nn.Module, # A classifier
@@ -143,8 +143,8 @@ def chain(
     if len(_seen)>100: _seen.clear()
     build = _build_of(model)
     found = _seen.get(build) or _look(model, name or type(model).__name__)
-    if build: _seen[build] = found
-    names,heights,rest,joint = found
+    names,heights,rest,joint,tells = found
+    if build and tells: _seen[build] = found
     get = model.get_submodule
     return [(n,get(n)) for n in names],[*heights],_head([get(n) for n in rest], *joint)
 

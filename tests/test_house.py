@@ -1,5 +1,5 @@
 "The house: small rooms, seams that keep them apart, one of each helper, and a front door that a reader gets through."
-import ast,builtins,json,re,statistics,subprocess,sys
+import ast,builtins,dis,importlib,json,re,statistics,subprocess,sys
 from pathlib import Path
 import pytest,fastai.vision.all as fastai
 import cekd_fastai.all,pictures
@@ -127,6 +127,26 @@ def test_no_star_hides_a_name():
     assert hidden('from cekd_fastai.job import run\nfrom fastai.vision.all import *')=={'run'}
     scripts = [*(root/'benchmarks').rglob('*.py'),*(root/'tools').glob('*.py'),*(root/'tests').glob('*.py')]
     assert {p.name:o for p in scripts if (o := hidden(p.read_text(encoding='utf-8')))}=={}
+
+def _codes(code):
+    "A code object and all within it"
+    yield code
+    for o in code.co_consts:
+        if hasattr(o, 'co_code'): yield from _codes(o)
+
+def unknown(src):
+    "Names that a script uses and nothing defines"
+    known = {*dir(builtins),'__file__','__annotations__'}
+    for n in ast.walk(ast.parse(src)):
+        if isinstance(n, ast.ImportFrom) and n.names[0].name=='*': known |= set(dir(importlib.import_module(n.module)))
+    ops = [(o.opname,o.argval) for c in _codes(compile(src, 'script', 'exec')) for o in dis.get_instructions(c)]
+    known |= {k for op,k in ops if op in ('STORE_NAME','STORE_GLOBAL')}
+    return {k for op,k in ops if op in ('LOAD_NAME','LOAD_GLOBAL')}-known
+
+def test_scripts_know_their_names():
+    assert unknown('from pathlib import *\ndef f(x):\n    y = x\n    return Path(y)/table\n')=={'table'}
+    scripts = [*(root/'benchmarks').rglob('*.py'),*(root/'tools').glob('*.py')]
+    assert {p.name:o for p in scripts if (o := unknown(p.read_text(encoding='utf-8')))}=={}
 
 # The front door
 

@@ -129,7 +129,7 @@ def test_recorded_rows_are_not_run_again():
     done = {birds.key(r):r for r in rows if 'stage' in r}
     left = {birds.key(j) for j in birds.jobs(c, None, done)}
     every = {birds.key(j) for j in birds.jobs(c, None, {k:r for k,r in done.items() if r['stage']=='select'})}
-    assert len(done)==59 and not left&done.keys() and every-left==done.keys()-{k for k,r in done.items() if r['stage']=='select'}
+    assert len(done)==sum('stage' in r for r in rows)>0 and not left&done.keys() and every-left==done.keys()-{k for k,r in done.items() if r['stage']=='select'}
 
 def test_teachers_have_lines_in_the_table():
     c = birds.read_config('meal50')

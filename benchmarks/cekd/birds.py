@@ -107,7 +107,7 @@ def cost(c, j, n):
 
 # The bundle
 
-CONFIGS = ('birds','birds160','birds200','birds_random','meal50','cifar','long')
+CONFIGS = ('birds','long',*json.loads((here/'long.json').read_text())['studies'])
 FILES = ('birds.py','birds_train.py','long_train.py','graphed.py','graph_check.py',*[f'{o}.json' for o in CONFIGS]) # What a machine needs of this folder
 
 def unpack(file, to):

@@ -155,17 +155,19 @@ class Bench:
         if self.layout=='channels_last': learn.model.to(memory_format=torch.channels_last)
         return learn
 
-    def fit(self, learn, j, cbs):
-        n = len(learn.splitter(learn.model))
-        rates = [j['lr']]*(n-1)+[j['lr']*self.c['head_lr']]
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(j['epochs'], rates, cbs=cbs)
+    def fit(self, learn, epochs, lr, head_lr, cbs):
+        "`lr` for all groups of parameters but the last, which learns `head_lr` times as fast"
+        rates = [lr]*(len(learn.splitter(learn.model))-1)+[lr*head_lr]
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, rates, cbs=cbs)
+
+    def fit_job(self, learn, j, cbs): self.fit(learn, j['epochs'], j['lr'], self.c['head_lr'], cbs)
 
     def run(self, j, deadline):
         "Train and test; what a row says about it, or None when the time was up"
         start = time.time()
         dls,seen = self.loaders(j)
         learn,lean = self.learner(j, dls),Lean(deadline)
-        self.train(j, learn, partial(self.fit, learn, j, [lean]))
+        self.train(j, learn, partial(self.fit_job, learn, j, [lean]))
         return self.measured(j, learn, dls, seen, start) if lean.done==j['epochs'] else None
 
     def train(self, j, learn, fit):
@@ -193,7 +195,7 @@ class Bench:
         j = dict(stage='final', seed=0, branches=2, mix=None, methods=[], args={}, smoothing=0., lr=1e-5, epochs=1000)
         dls,_ = self.loaders(j)
         clock = Clock(begin, seconds, self.device)
-        self.fit(self.learner(j, dls), j, [clock])
+        self.fit_job(self.learner(j, dls), j, [clock])
         return clock.rate
 
 class Clock(Callback):

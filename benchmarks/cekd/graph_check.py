@@ -1,6 +1,6 @@
 """Which runs of the long studies may train by CUDA graphs: two epochs of each, by graphs and step by step.
 
-    python benchmarks/cekd/graph_check.py --bundle BUNDLE
+    python benchmarks/cekd/graph_check.py BUNDLE
 
 Each run trains twice step by step, which shows what chance does, and once by graphs. `BUNDLE/graphed_STUDY.json` then has how far
 apart their weights are, as shares of the way from the start, and the seconds of an epoch; `birds.py run` reads it. Teachers are random
@@ -36,7 +36,7 @@ def begun(bench, j, graphed, epochs=2):
     learn,short = bench.learner(j, dls),Short(epochs)
     flat = lambda: torch.cat([o.detach().flatten().float() for o in learn.model.parameters()])
     start = flat()
-    fit = lambda: bench.fit(learn, j['epochs'], bench.c|dict(lr=j['lr']), [short]) if hasattr(bench, 'rows_of') else bench.fit(learn, j, [short])
+    fit = lambda: bench.fit_job(learn, j, [short])
     if graphed: fit_graphed(learn, fit)
     else: fit()
     return flat()-start,short.seconds

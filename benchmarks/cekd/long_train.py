@@ -94,18 +94,13 @@ class Bench(birds_train.Bench):
         dls.train.epoch = 0 # whatever was looked at on the way: the same crops for all
         return learn
 
-    def fit(self, learn, epochs, c, cbs):
-        n = len(learn.splitter(learn.model))
-        rates = [c['lr']]*(n-1)+[c['lr']*c['head_lr']]
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, rates, cbs=cbs)
-
     def run(self, j, deadline):
         "Train and test; what a row says about it, or None when the time was up"
         dls,seen = self.loaders(j)
         learn,lean = self.learner(j, dls),Lean(deadline)
         start = time.time()
         epochs = round(j['epochs']/(1 if 'meal' in j['methods'] else j['args'].get('labelled', 1))) # as many steps, whatever is labelled
-        self.train(j, learn, partial(self.fit, learn, epochs, self.c|dict(lr=j['lr']), [lean]))
+        self.train(j, learn, partial(self.fit_job, learn, j|dict(epochs=epochs), [lean]))
         if lean.done<epochs: return None
         res = self.measured(j, learn, dls, seen, start)
         if 'meal' in j['methods']: res['teachers'] = self.teacher_accuracy(j)
@@ -138,7 +133,7 @@ class Bench(birds_train.Bench):
         learn = branch_learner(dls, o['arch'], 1, pretrained=False, weights=self.bundle/o['weights'], freeze_bn=t['freeze_bn'], arch_args=o.get('args'),
             loss_func=nn.CrossEntropyLoss(label_smoothing=t['smoothing']), opt_func=optimiser(t, self.device.type=='cuda'))
         self.set_up(learn)
-        self.fit(learn, t['epochs'], t, [Lean(1e12)])
+        self.fit(learn, t['epochs'], t['lr'], t['head_lr'], [Lean(1e12)])
         z,_,y = branch_preds(learn, dls.valid)
         whole = file.with_suffix('.part')
         torch.save(dict(weights=learn.model.state_dict(), accuracy=(z.argmax(1)==y).float().mean().item(), logits=z), whole)

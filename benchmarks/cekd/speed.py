@@ -23,6 +23,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback import mixup as fastai_mixup
 from cekd_fastai.all import *
 from cekd_fastai.core import write_whole
+from cekd_fastai.mix.core import draw_lam
 from cekd_fastai.results import about
 from common import status # after fastai
 
