@@ -6,7 +6,7 @@ import numpy as np,pytest,torch
 repo = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(repo/'benchmarks'/'gpu'),str(repo/'benchmarks'/'cekd')]
 import birds,checks,long_train
-from graphed import GraphedLoop
+from graphed import GraphedLoop,HeldMomentum
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -153,8 +153,9 @@ def test_graphed_epochs_train_as_steps_do(tiny):
         bench,j = tiny['cifar'],birds.job(tiny['cifar'].c, 'final', 'plain', 0, 'equal compute', 3, .05, '-')
         dls,_ = bench.loaders(j)
         learn = bench.learner(j, dls)
-        loop,replays = GraphedLoop(learn, None, warm=2),[]
-        def replay(): # what a graph launches, without the events of Python
+        loop,replays,groups = GraphedLoop(learn, None),[],lambda: learn.opt.opt.param_groups
+        def replay(): # what a graph launches, without the events of Python, and with the momentum of its capture
+            for g in groups(): g['momentum'] = loop.held
             x,y = loop.batch(*loop.at)
             learn.loss_func(learn.model(x)[0][0], y).backward()
             loop.step()
@@ -162,10 +163,11 @@ def test_graphed_epochs_train_as_steps_do(tiny):
             replays.append(1)
         def capture(step):
             step()
+            loop.held = groups()[0]['momentum']
             return replay
         loop.capture = capture
         if graphed: learn.all_batches = loop.all_batches
-        with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(3, .05, moms=(.9,.9,.9))
+        with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(6, .05, cbs=[] if graphed else HeldMomentum())
         return torch.cat([o.detach().flatten() for o in learn.model.parameters()]),len(replays),learn.train_iter
     plain,_,steps = trained(False)
     graphs,replays,same = trained(True)

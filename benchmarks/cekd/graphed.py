@@ -4,7 +4,7 @@ Whatever a step does on the device is replayed, whatever it does in Python is no
 launch the same work. Rates reach the device with every step; momentum and ramps move once an epoch, from capture to capture.
 `graph_check.py` compares each with training step by step."""
 import gc,torch
-from fastai.basics import Learner
+from fastai.basics import Callback,Learner
 from fastai.callback.schedule import ParamScheduler
 
 REPEATS = ('dml','kdcl','one','okddip','ffl','diversity','css','meal') # methods whose steps of one epoch launch the same work
@@ -28,9 +28,19 @@ class CudaCapture:
         graph.replay()
         return graph.replay
 
+WARM = 3 # steps of a run before the first is captured
+
+class HeldMomentum(Callback):
+    "Step by step, the momentum that graphs have: in each epoch that of the step that is captured"
+    order = ParamScheduler.order+1
+    def before_batch(self):
+        if not self.training: return
+        if self.iter==0 or self.train_iter<=WARM: self.held = [o['mom'] for o in self.learn.opt.hypers]
+        else: self.learn.opt.set_hyper('mom', self.held)
+
 class GraphedLoop:
     "The loop over the batches of an epoch for a `Learner` whose loader is a `BirdLoader`"
-    def __init__(self, learn, capture, warm=3): self.learn,self.capture,self.warm,self.rates,self.at = learn,capture,warm,None,None
+    def __init__(self, learn, capture, warm=WARM): self.learn,self.capture,self.warm,self.rates,self.at = learn,capture,warm,None,None
 
     def batch(self, rows, theta):
         dl = self.learn.dl
