@@ -67,11 +67,12 @@ def paired(rows, base='plain'):
 def paired_table(
     rows,   # Runs, each with method, seed, accuracy and the accuracy on its training images, `train`
     epochs, # {method: its epochs, in words}, in the order of the lines
-    share,  # {method: its multiply-adds over those of plain training}
+    share,  # {method: its multiply-adds over those of `base`}
+    base='plain', # What the others are compared with
 ):
-    "One line for each method: its epochs, its accuracy, and its gain over plain training of the same seed"
-    gain = paired(rows)
-    lines = ['| method | epochs | multiply-adds | training images % | test images % | over plain | each seed |','|---|---|---|---|---|---|---|']
+    "One line for each method: its epochs, its accuracy, and its gain over `base` with the same seed"
+    gain = paired(rows, base)
+    lines = [f'| method | epochs | multiply-adds | training images % | test images % | over {base} | each seed |','|---|---|---|---|---|---|---|']
     for k,words in epochs.items():
         d = [r for r in rows if r['method']==k]
         if not d: continue
