@@ -7,8 +7,9 @@ Each of 20 drawn species has four training images, so every way here knows them 
 weights: a small backbone is trained first, on 28 *other* species, and all start from it and keep its statistics of batch normalisation, as `recommended` has it.
 All have the rates and the decay of plain training. Two branches cost a little more for each image, and CEKD passes each image twice, clean and mixed, so they have fewer epochs.
 
-The students are smaller and start from random weights. One learns from the labels, one from smoothed labels, and two from the outputs of the networks just trained (MEAL), with no
-label at all: on the same images, and on these and others that nobody has labelled. What a teacher computes for a student counts, so the taught ones have fewer epochs."""
+The students are smaller and start from random weights. Three learn from labels: as they are, smoothed, and mixed by MixUp. Two learn from the outputs of the networks just trained (MEAL), with
+no label at all: on the same images, and on these and others that nobody has labelled. What a teacher computes for a student counts, so the taught ones have fewer epochs; the training of the teachers
+themselves, which are there anyway, does not."""
 import json,multiprocessing as mp,signal,sys,time
 from concurrent.futures import Future,process as pools # fastcore has a ProcessPoolExecutor of its own
 from cekd_fastai import job # chkstyle: ignore; before fastai, whose import makes torch warn: this room filters the warning
@@ -40,7 +41,7 @@ recipe,cekd = '2 branches, label smoothing','CEKD + MixUp, label smoothing'
 
 fresh = dict(arch_args=values(small), lr=1e-2, no_pretrained=True, n_branches=1)
 outputs = ['T=4','taps=0'] # the softened outputs alone: neither feature maps nor discriminators
-students = {'labels': dict(method='plain'), 'smoothed labels': dict(method='plain', **smooth),
+students = {'labels': dict(method='plain'), 'smoothed labels': dict(method='plain', **smooth), 'labels, MixUp': dict(method='plain', mix='mixup'),
     'MEAL by outputs': dict(method='meal', adversarial='none', method_args=outputs),
     f'MEAL by outputs, {20*n_more} images more': dict(method='meal', adversarial='none', method_args=[*outputs,'unlabeled=birds20_more'])}
 teachers = recipe,cekd # one of them, drawn anew, in each step
@@ -170,13 +171,16 @@ def closing(rows, kept):
     "What was gained over what, for which compute: by the run at hand, and by the committed seeds"
     acc = {r['method']:100*r['accuracy'] for r in rows}
     alone,more = taught
+    gain = paired(kept, 'labels')
+    best = max((k for k in gain if k in students and k not in taught), key=lambda k: np.mean(gain[k]))
     def now(k): return f'{acc[k]:.1f} ({acc[k]-acc["labels"]:+.1f})'
     n = len({r['seed'] for r in kept})
     controls = [f'{against(g)} {k} ({over(g)})' for k in ways if k not in ('plain',cekd) for g in [paired(kept, k)[cekd]]]
     return [f'This run: a small student that starts from random weights has {acc["labels"]:.1f} % by the labels of its {20*n_train} images, {now("smoothed labels")} by smoothed labels. '
         f'By the outputs of two networks above, on the same images, without their labels, and for the same multiply-adds: {now(alone)}. '
         f'With {20*n_more} images more, which nobody has labelled: {now(more)}.',
-        f'Over {n} seeds, each with a backbone of its own, in points over labels of the same seed ± standard error, two of which count as a difference: {gains(kept, students)}.',
+        f'Over {n} seeds, each with a backbone of its own, in points over labels of the same seed ± standard error, two of which count as a difference: {gains(kept, students)}. '
+        f'{alone} over {best}, the best by labels: {over(paired(kept, best)[alone])}.',
         f'The networks above, in points over plain training: {gains(kept, ways)}. CEKD, which passes each image clean and mixed and so has {epochs_of(cekd)} epochs instead of {plain_epochs(cekd)}, '
         f'beside its controls: {" and ".join(controls)}.',
         'On photographs of birds label smoothing and a second branch gain two to four points, and a student with strong teachers ten: benchmarks/README.md.']
@@ -225,7 +229,7 @@ def main(seed=0):
     "Train the four ways and the students, and print their tables and what they mean"
     start,rows = time.time(),[]
     all_birds(), more_birds()
-    print(f'The birds are drawn ({time.time()-start:.0f} s). Four ways to train on {20*n_train} images of 20 species, and four students:', flush=True)
+    print(f'The birds are drawn ({time.time()-start:.0f} s). Four ways to train on {20*n_train} images of 20 species, and five students:', flush=True)
     with executor(1 if torch.cuda.is_available() else min(2, num_cpus())) as ex:
         for k,res in results(ex, seed):
             rows.append(dict(method=k, seed=seed, **res))

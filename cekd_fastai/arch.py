@@ -47,9 +47,9 @@ def _chain_parts(model, x):
 
 # %% ../nbs/36_arch.ipynb #chain-head
 def _joints():
-    "Layers that a `forward` may run between its last map and its classifier"
-    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return [], [nn.Flatten()], pool, [nn.ReLU(),*pool]
+    "Layers that a `forward` may run after its last map and before its classifier; where it has a pooling, before and after that"
+    relu,flat,pool = [nn.ReLU()],[nn.Flatten()],[nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return ([],[]), ([],flat), ([],pool), ([],relu+pool), (relu,[]), (relu,flat)
 
 def _try(head, feat):
     "Output of `head`, None if it does not fit the map"
@@ -65,7 +65,7 @@ def same_logits(
     "Are both the same, up to the order of sums?"
     return out is not None and out.shape==want.shape and torch.allclose(out, want, atol=1e-4, rtol=1e-3)
 
-def _head(rest, joint, i): return nn.Sequential(*rest[:i], *_joints()[joint], *rest[i:])
+def _head(rest, joint, i): return nn.Sequential(*_joints()[joint][0], *rest[:i], *_joints()[joint][1], *rest[i:])
 
 def _find_head(rest, feat, want):
     "The joint before the logits `want` and its place among the children that follow the last map, None if there is none"
@@ -94,10 +94,10 @@ def _input_size(model):
 def trial_images(
     model:nn.Module, # A network
 )->Tensor:           # Shape (2, C, H, W)
-    "Two images of a fixed pattern, in the size that the model was made for"
+    "Two images of a fixed pattern in the size that the model was made for, unlike and rough, so that no feature has one sign in all places"
     size = _input_size(model)
-    x = torch.linspace(-1, 1, 2*math.prod(size)).sin_()
-    return x.view(2, *size).to(next(model.parameters()).device)
+    i = torch.arange(2*math.prod(size))
+    return (2*i/len(i)-1 + (2.4*i).sin()).view(2, *size).to(next(model.parameters()).device)
 
 # %% ../nbs/36_arch.ipynb #chain-seen
 _seen = {} # what the trial of a build has found

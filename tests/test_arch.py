@@ -1,6 +1,7 @@
 "Taking networks apart: what must stay as it was, and what each part computes."
 import pytest,timm,torch,torchvision
 from torch import nn
+from torch.nn import functional as F
 from functools import partial
 from cekd_fastai.weights import load_weights
 from cekd_fastai.arch import CIFAR_ARCHS,chain,cifar_net,make_arch,new_head,split_at
@@ -22,6 +23,23 @@ def test_parts_make_the_whole(name):
     trunk = nn.Sequential(*[m for _,m in parts])
     assert len(parts)==len(heights) and heights==sorted(heights, reverse=True)
     torch.testing.assert_close(head.eval()(trunk(x)), net(x), atol=1e-4, rtol=1e-3)
+
+class FunctionalRelu(nn.Module):
+    "A network whose `forward` runs a ReLU between its last map and its pooling"
+    def __init__(self):
+        super().__init__()
+        self.stem,self.body = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU()),nn.Conv2d(4, 4, 3, 2, 1)
+        self.pool,self.fc = nn.AdaptiveAvgPool2d(1),nn.Linear(4, 5)
+    def forward(self, x): return self.fc(self.pool(F.relu(self.body(self.stem(x)))).flatten(1))
+
+@pytest.mark.parametrize('seed', range(5))
+def test_a_relu_before_the_pooling_is_none_after_it(seed):
+    "On smooth images a map of few channels has one sign in all places, where both are the same."
+    torch.manual_seed(seed)
+    net = FunctionalRelu().eval()
+    parts,_,head = chain(net)
+    x = torch.randn(4, 3, 64, 64)
+    torch.testing.assert_close(head(nn.Sequential(*[m for _,m in parts])(x)), net(x))
 
 def test_looking_changes_nothing():
     "Modes, statistics and random numbers are as before"
