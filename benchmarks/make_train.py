@@ -11,6 +11,8 @@ The students are smaller and start from random weights. Three learn from labels:
 no label at all: on the same images, and on these and others that nobody has labelled. What a teacher computes for a student counts, so the taught ones have fewer epochs; the training of the teachers
 themselves, which are there anyway, does not."""
 import json,multiprocessing as mp,signal,sys,time
+from contextlib import redirect_stdout
+from io import StringIO
 from concurrent.futures import Future,process as pools # fastcore has a ProcessPoolExecutor of its own
 from cekd_fastai import job # chkstyle: ignore; before fastai, whose import makes torch warn: this room filters the warning
 from fastai.vision.all import *
@@ -130,12 +132,13 @@ def with_files(args):
 def run(args):
     "Train one row, write its report and network if that is asked for, and read the training images too"
     args = with_files(args)
-    learn = build(args)
-    secs = quietly(learn, lambda: train(learn, args), Seldom()) # in every run, since a validation draws random numbers
-    if args['out'] in [str(out_of(k, args['seed'])) for k in reported]:
-        with out_folder(args['out'], True) as out: res = save_run(learn, out, args, secs)
-    else: res = evaluate(learn)[0] | dict(seconds=round(secs, 1))
-    with learn.no_bar(), learn.no_logging(): res['train'] = float(learn.validate(ds_idx=0)[1])
+    with redirect_stdout(StringIO()): # progress of what takes a second, and the names of new heads
+        learn = build(args)
+        secs = quietly(learn, lambda: train(learn, args), Seldom()) # in every run, since a validation draws random numbers
+        if args['out'] in [str(out_of(k, args['seed'])) for k in reported]:
+            with out_folder(args['out'], True) as out: res = save_run(learn, out, args, secs)
+        else: res = evaluate(learn)[0] | dict(seconds=round(secs, 1))
+        res['train'] = float(learn.validate(ds_idx=0)[1])
     return res
 
 def table_of(rows):
@@ -215,9 +218,9 @@ def results(ex, seed):
     "`(row, result)` of each row; the backbone comes before the ways, and the teachers before those they teach"
     def start(names): return {k:ex.submit(run, job(k, seed)) for k in names}
     def ended(futures): return ((k,f.result()) for k,f in futures.items())
-    known = ex.submit(backbone, seed)
+    ready = ex.submit(backbone, seed)
     alone = start([k for k in students if k not in taught]) # need no backbone
-    known.result()
+    ready.result()
     teach,rest = start(teachers),start([k for k in ways if k not in teachers])
     yield from ended(alone)
     yield from ended(teach)
