@@ -321,6 +321,14 @@ def test_tables(birds):
     assert lines[2].startswith('| 2 branches, label smoothing | equal compute | 20 | 20 | 12.0 | 70.0 ± 10.0')
     assert '+15.0 ± 5.0 (+10.0, +20.0)' in lines[2]
 
+def test_runs_on_a_gpu_and_on_processors(birds):
+    "A title says how many runs were not on the GPU, and their seconds are not averaged with those on it."
+    def r(gpu, secs): return dict(machine=dict(gpu=gpu), seconds=secs)
+    gpu,cpu = r('NVIDIA H200', 10),r(None, 1000)
+    assert birds.where([gpu,gpu])==', on one NVIDIA H200' and birds.where([cpu])==''
+    assert birds.where([gpu,cpu,gpu])==', on one NVIDIA H200, 1 of 3 runs on processors'
+    assert birds.seconds_of([gpu,cpu])==10 and birds.seconds_of([cpu])==1000
+
 def test_recorded_rows_are_not_run_again(birds):
     "Rows keep the names that arguments had when they were recorded"
     c = birds.config

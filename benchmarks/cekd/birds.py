@@ -487,6 +487,18 @@ def teacher_lines(rows):
     named = lambda k: 'the teachers together' if k=='ensemble' else f'teacher {k}'
     return [[named(k),*['']*4,pct(list(v.values())),*['']*4,len(v),'',''] for k,v in each.items()]
 
+def gpu_of(r): return r.get('machine', {}).get('gpu')
+
+def seconds_of(rs):
+    "Mean of the seconds, those on a GPU where some of the runs were there"
+    return np.mean([r['seconds'] for r in rs if gpu_of(r)] or [r['seconds'] for r in rs])
+
+def where(rows):
+    "In words, which runs were made on a GPU, and which were not"
+    gpus,n = list(filter(None, map(gpu_of, rows))),sum(gpu_of(r) is None for r in rows)
+    if not gpus: return ''
+    return f', on one {gpus[-1]}' + (f", {n} of {len(rows)} runs on processors" if n else '')
+
 def final_table(rows, gmacs, c=config):
     "One line for each method and budget: level, calibration, and paired differences from the two rows that all are held against"
     against = c.get('against', ['plain','2 branches, label smoothing'])
@@ -500,7 +512,7 @@ def final_table(rows, gmacs, c=config):
         level = [pct([o['accuracy'] for o in rs]),pct([np.mean(o['each']) for o in rs]),f"{100*mean('ece'):.1f}",f"{100*mean('train_accuracy'):.1f}"]
         diffs = [paired(acc[k], acc[o]) if o in acc and o!=k else '' for o in (plain,bar)]
         gmac = 3*passes*gmacs[r['branches']]*(1+('css' in r['methods'])) # backward costs twice as much as forward; CSS has two networks
-        cells.append([k[1],k[0],r['epochs'],passes,f'{gmac:.1f}',*level,f"{mean('seconds'):.0f}",len(rs),*diffs])
+        cells.append([k[1],k[0],r['epochs'],passes,f'{gmac:.1f}',*level,f'{seconds_of(rs):.0f}',len(rs),*diffs])
     return md(cells)
 
 def select_table(rows):
@@ -553,13 +565,13 @@ def table(c, out, whole=None):
     rows = read_rows(out/f'{name}.jsonl')
     full = [r for r in rows if 'accuracy' in r]
     if not full: return print(f'No rows yet in {out/f"{name}.jsonl"}.')
-    info = {k:full[-1][k] for k in ('versions','machine')}
+    info = {k:([r for r in full if gpu_of(r)] or full)[-1][k] for k in ('versions','machine')}
     tables = dict(select=('candidates on a held-out fifth of train',select_table(rows)),
         final=('official test part',final_table(rows, forward_gmacs(c, rows), c)))
     for part,(what,text) in tables.items():
         if text.count('\n')<2: continue # nothing was chosen, or has been read of the test part
-        on = f", on one {info['machine']['gpu']}" if info['machine']['gpu'] else ''
-        res = dict(title=f"{c['title']}: {what}{on}", command='python benchmarks/cekd/birds.py run' + f' --config {whole}'*(name!='birds'), **info, table=text)
+        of = [r for r in full if r['stage']==part]
+        res = dict(title=f"{c['title']}: {what}{where(of)}", command='python benchmarks/cekd/birds.py run' + f' --config {whole}'*(name!='birds'), **info, table=text)
         res |= dict(rows=f'benchmarks/cekd/results/{name}.jsonl')
         (here.parent/'results'/f"{c.get('result', f'cekd_{name}')}_{part}.json").write_text(json.dumps(res, indent=1)+'\n')
         print(text, end='\n\n')
