@@ -3,7 +3,7 @@
     make train
     python benchmarks/synthetic.py --few --first 0 --seeds 5 # the same with more seeds: benchmarks/results/make_train.json
 
-Each of 20 drawn species has four training images, so every way here knows them all in the end, as it does on real birds. As there, nobody starts from random
+Each of 20 drawn species has four training images, so every way here knows nearly all of them in the end, as it does on real birds. As there, nobody starts from random
 weights: a small backbone is trained first, on 28 *other* species, and all start from it and keep its statistics of batch normalisation, as `recommended` has it.
 All have the rates and the decay of plain training. Two branches cost a little more for each image, and CEKD passes each image twice, clean and mixed, so they have fewer epochs.
 

@@ -16,7 +16,7 @@ def test_ways_have_equal_multiply_adds():
     nets = [branch_net('resnet10t', 20, 1, pretrained=False, **o).eval() for o in (front.net,front.small)]
     assert macs(nets[0], x)==pytest.approx([front.trunk,front.branch], abs=.06)
     assert sum(macs(nets[1], x))==pytest.approx(front.student, abs=.06)
-    for k in front.methods: assert front.share(k)==pytest.approx(1, rel=.03)
+    for k in front.methods: assert front.share(k)==pytest.approx(1, rel=.02)
     assert front.cost(front.cekd)==pytest.approx(2*front.cost(front.recipe)) # a clean pass and a mixed one
     teacher = sum(front.trunk+front.methods[k]['n_branches']*front.branch for k in front.teachers)/len(front.teachers)
     alone,more = map(front.cost, front.taught)
