@@ -64,6 +64,22 @@ def test_students(tiny, row):
     assert r['images']==8 and 0<=r['accuracy']<=1 and r['train_images']==(8 if 'half' in row else 16)
     assert set(r.get('teachers', ()))==({'test_efficientnet','test_resnet','ensemble'} if 'MEAL' in row or 'teachers' in row else set())
 
+@pytest.mark.parametrize('row', ['plain','ONE','FFM + CD','CSS'])
+def test_mixed_precision_on_processors(tiny, row):
+    "Maps are bfloat16, weights and what stands in a row are not; without the option, all is in full precision"
+    bench,seen = tiny['cifar'],[]
+    for precision,want in ((None,torch.float32),('bf16',torch.bfloat16)):
+        bench.c['precision'] = precision
+        j = birds.job(bench.c, 'final', row, 0, 'equal compute', 1, .03, '-')
+        learn = bench.learner(j, bench.loaders(j)[0])
+        first = next(o for o in learn.model.modules() if isinstance(o, torch.nn.Conv2d))
+        hook = first.register_forward_hook(lambda m,x,y: seen.append(y.dtype))
+        bench.fit_job(learn, j, [long_train.Lean(time.time()+100)])
+        hook.remove()
+        assert seen.pop()==want and first.weight.dtype==torch.float32
+    assert 0<=run(bench, row)['accuracy']<=1
+    bench.c['precision'] = None
+
 def test_teachers_are_trained_once_for_all_students_of_the_same_labels(tiny):
     bench = tiny['meal50']
     j = birds.job(bench.c, 'final', 'MEAL, joint', 0, 'equal compute', 1, .03, '-')

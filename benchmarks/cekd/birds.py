@@ -436,7 +436,7 @@ def run(c, bundle, out, seconds, device, workers, begin):
                 add_row(file, dict(plan=epochs, rate=round(rate), **how))
             for conn in pool.workers: conn.send(('layout',layout))
             print(f'{epochs} epochs, {how}, after {time.time()-begin:.0f} s', flush=True)
-            how |= dict(precision='tf32' if gpu else 'fp32', **info, **next(iter(ready.values())))
+            how |= dict(precision=c.get('precision') or ('tf32' if gpu else 'fp32'), **info, **next(iter(ready.values())))
             serve(pool, c, epochs, rows, file, deadline, n, rate, how)
         finally:
             pool.close()
@@ -590,11 +590,13 @@ def main(
     workers:int=None, # Processes
     classes:int=None, # Fewer classes, to try it out
     epochs:int=None, # These epochs, to try it out
+    precision:str=None, # bf16: mixed precision; without, TF32 on a GPU and full precision on processors
     config:str='birds', # The study: birds, birds160, birds200, birds_random, meal50, cifar, or long for all but the first
 ):
     "Prepare, run or show the study on real birds"
     begin,c = time.time(),read_config(config)
     for o in each_study(c).values():
+        if precision: o['precision'] = c['precision'] = precision
         if classes: o['classes'] = classes
         if epochs: o['epochs'] = o['epochs']|{'from':epochs,'to':epochs}
     bundle,out = Path(bundle),Path(out)
