@@ -495,9 +495,11 @@ def seconds_of(rs):
 
 def where(rows):
     "In words, which runs were made on a GPU, and which were not"
-    gpus,n = list(filter(None, map(gpu_of, rows))),sum(gpu_of(r) is None for r in rows)
+    gpus,others = list(filter(None, map(gpu_of, rows))),[r for r in rows if gpu_of(r) is None]
     if not gpus: return ''
-    return f', on one {gpus[-1]}' + (f", {n} of {len(rows)} runs on processors" if n else '')
+    half = sum(r.get('precision')=='bf16' for r in others)
+    more = f" ({half} of them in bfloat16)" if half else ''
+    return f', on one {gpus[-1]}' + (f", {len(others)} of {len(rows)} runs on processors{more}" if others else '')
 
 def final_table(rows, gmacs, c=config):
     "One line for each method and budget: level, calibration, and paired differences from the two rows that all are held against"
