@@ -327,7 +327,9 @@ def test_runs_on_a_gpu_and_on_processors(birds):
     gpu,cpu = r('NVIDIA H200', 10),r(None, 1000)
     assert birds.where([gpu,gpu])==', on one NVIDIA H200' and birds.where([cpu])==''
     assert birds.where([gpu,cpu,gpu])==', on one NVIDIA H200, 1 of 3 runs on processors'
-    assert birds.where([gpu,cpu,cpu|dict(precision='bf16')])==', on one NVIDIA H200, 2 of 3 runs on processors (1 of them in bfloat16)'
+    half = cpu|dict(precision='bf16')
+    assert birds.where([gpu,cpu,half])==', on one NVIDIA H200, 2 of 3 runs on processors (1 of them in bfloat16)'
+    assert birds.where([gpu,half])==', on one NVIDIA H200, 1 of 2 runs on processors in bfloat16'
     assert birds.seconds_of([gpu,cpu])==10 and birds.seconds_of([cpu])==1000
 
 def test_recorded_rows_are_not_run_again(birds):

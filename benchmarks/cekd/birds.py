@@ -498,7 +498,7 @@ def where(rows):
     gpus,others = list(filter(None, map(gpu_of, rows))),[r for r in rows if gpu_of(r) is None]
     if not gpus: return ''
     half = sum(r.get('precision')=='bf16' for r in others)
-    more = f" ({half} of them in bfloat16)" if half else ''
+    more = '' if not half else ' in bfloat16' if half==len(others) else f' ({half} of them in bfloat16)'
     return f', on one {gpus[-1]}' + (f", {len(others)} of {len(rows)} runs on processors{more}" if others else '')
 
 def final_table(rows, gmacs, c=config):
