@@ -65,11 +65,11 @@ def test_students(tiny, row):
     assert set(r.get('teachers', ()))==({'test_efficientnet','test_resnet','ensemble'} if 'MEAL' in row or 'teachers' in row else set())
 
 @pytest.mark.parametrize('row', ['plain','ONE','FFM + CD','CSS'])
-def test_mixed_precision_on_processors(tiny, row):
+def test_mixed_precision_on_processors(tiny, row, monkeypatch):
     "Maps are bfloat16, weights and what stands in a row are not; without the option, all is in full precision"
     bench,seen = tiny['cifar'],[]
     for precision,want in ((None,torch.float32),('bf16',torch.bfloat16)):
-        bench.c['precision'] = precision
+        monkeypatch.setitem(bench.c, 'precision', precision)
         j = birds.job(bench.c, 'final', row, 0, 'equal compute', 1, .03, '-')
         learn = bench.learner(j, bench.loaders(j)[0])
         first = next(o for o in learn.model.modules() if isinstance(o, torch.nn.Conv2d))
@@ -78,7 +78,10 @@ def test_mixed_precision_on_processors(tiny, row):
         hook.remove()
         assert seen.pop()==want and first.weight.dtype==torch.float32
     assert 0<=run(bench, row)['accuracy']<=1
-    bench.c['precision'] = None
+
+def test_an_unknown_precision_is_refused():
+    "A row would say that it was trained in a precision that it was not"
+    with pytest.raises(SystemExit, match="'fp16', but it is bf16 or left out"): birds.main('table', precision='fp16')
 
 def test_teachers_are_trained_once_for_all_students_of_the_same_labels(tiny):
     bench = tiny['meal50']

@@ -596,6 +596,7 @@ def main(
     config:str='birds', # The study: birds, birds160, birds200, birds_random, meal50, cifar, or long for all but the first
 ):
     "Prepare, run or show the study on real birds"
+    if precision not in (None,'bf16'): sys.exit(f'birds: --precision is {precision!r}, but it is bf16 or left out.')
     begin,c = time.time(),read_config(config)
     for o in each_study(c).values():
         if precision: o['precision'] = c['precision'] = precision
