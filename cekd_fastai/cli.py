@@ -295,7 +295,7 @@ def cekd_train(
     milestones:Annotated[int,dict(nargs='+')]=(), # Epochs of steps: --milestones 80 150 180
     warmup:float=0.,            # Epochs of linear warm-up with steps
     stairs:bool=False, # Let the warm-up rise once an epoch
-    precision:str='full',       # full, fp16 or bf16 (on a GPU)
+    precision:str='full',       # full, fp16 (on a GPU) or bf16 (also on processors, which gains with matrix units)
     grad_checkpoint:bool=False, # Less memory, more time: compute the trunk's activations again in the backward pass
     grad_accum:int=1,           # Batches in one step of the optimiser: a large step in little memory
     compile:bool=False, # Compile the network: minutes at the beginning, then faster on a GPU

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
-from .core import check_above,check_count,lookup,one_of,unwrap_model
+from .core import HalfPrecision,check_above,check_count,lookup,one_of,unwrap_model
 from .data.table import RECIPES
 from .data.benchmarks import BENCHMARKS
 from .data.loaders import fine_grained_dls
@@ -110,7 +110,9 @@ def _callbacks(a):
     if a.grad_checkpoint: cbs.append(GradCheckpoint())
     if a.compile: cbs.append(Compile())
     if a.grad_accum>1: cbs.append(GradientAccumulation(a.grad_accum*a.bs))
-    if a.precision!='full': cbs.append(MixedPrecision(amp_mode=a.precision))
+    if a.precision!='full':
+        half = MixedPrecision if _gpus(a) else HalfPrecision # a GPU's run is exported with fastai's own
+        cbs.append(half(a.precision))
     if mix := _mix_of(a): cbs.append(_make_mix(mix, a))
     return cbs
 
@@ -187,6 +189,7 @@ class Steps:
 
 # %% ../nbs/86_train.ipynb #train-code
 def _processes(): return int(os.environ.get('WORLD_SIZE', 1))
+def _gpus(a): return torch.cuda.device_count() if a.device!='cpu' else 0
 
 def _rates(learn, a):
     "One learning rate from random weights, otherwise one for each parameter group: trunk, branches, heads and what follows, or layers"
@@ -270,12 +273,12 @@ def check_used(
 def _check_machine(a):
     "Refuse what needs a GPU where there is none"
     local = int(os.environ.get('LOCAL_WORLD_SIZE', _processes()))
-    n_gpus = torch.cuda.device_count() if a.device!='cpu' else 0
+    n_gpus = _gpus(a)
     if local>max(n_gpus, 1) and a.device!='cpu':
         remedy = 'start fewer, one process without `torchrun`, or train on the processor with --device cpu'
         raise ValueError(f"{local} processes need a GPU each, and there are {n_gpus}: {remedy}.")
     if n_gpus: return
-    if a.precision!='full': raise ValueError(f"--precision {a.precision} needs a GPU: leave it out.")
+    if a.precision=='fp16': raise ValueError('--precision fp16 needs a GPU: leave it out, or take bf16, which processors with matrix units have too.')
 
 def take_device(
     a:SimpleNamespace, # Arguments of `cekd_train`

@@ -3,9 +3,10 @@ import copy,itertools,warnings
 import pytest,torch,torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastai.vision.all import (CancelBatchException,CancelFitException,CancelStepException,CancelTrainException,CancelValidException,Callback,
-    CrossEntropyLossFlat,DataLoaders,L,Learner,MixedPrecision,load_learner,nn,set_seed,tensor)
+    CrossEntropyLossFlat,DataLoaders,L,Learner,load_learner,nn,set_seed,tensor)
 from cekd_fastai.branches import branch_net,branch_splitter,peer_net
 from cekd_fastai.cekd import CEKD,TARGETS,TEACHERS,cekd_losses,region_logits,teacher_logits
+from cekd_fastai.core import HalfPrecision
 from cekd_fastai.diagnose import Diagnose
 from cekd_fastai.distill import BranchLoss
 from cekd_fastai.losses import cross_target,mixed_loss,soft_probs
@@ -311,12 +312,7 @@ def test_mixed_precision(prec, kw):
 def test_maps_of_the_clean_pass_under_autocast():
     "SnapMix looks at the clean pass before the step's own autocast begins, in the precision of that pass"
     seen = []
-    class Amp(MixedPrecision):
-        name = 'mixed_precision'
-        def before_fit(self):
-            super().before_fit()
-            self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
-    learn = learner(tiny(2), SnapMix(), CEKD(), Amp(amp_mode='bf16'), dls=toy_dls(24))
+    learn = learner(tiny(2), SnapMix(), CEKD(), HalfPrecision(), dls=toy_dls(24))
     learn.model.heads[0].register_forward_hook(lambda m,i,o: seen.append(o.dtype))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix as StockCutMix,MixUp as StockMixUp
 from fastai.callback.training import GradientAccumulation
 from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelFitException,CrossEntropyLossFlat,DataBlock,DataLoaders,FocalLossFlat,ImageBlock,
@@ -13,6 +12,7 @@ from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelFitException
 from torch.utils._python_dispatch import TorchDispatchMode
 from cekd_fastai.all import CEKD,CutMix,MixOneOf,MixUp,SnapMix,branch_learner,fine_grained_dls,make_birds
 from cekd_fastai.cam import model_cam
+from cekd_fastai.core import HalfPrecision
 from cekd_fastai.losses import _setting
 from cekd_fastai.mix import callback,snapmix
 from cekd_fastai.mix.callback import Mix
@@ -318,15 +318,10 @@ def test_the_batch_is_not_written(make):
 
 @pytest.mark.parametrize('make', every)
 def test_precision_and_memory_format(make):
-    class CPUAmp(MixedPrecision):
-        name = 'mixed_precision'
-        def before_fit(self):
-            super().before_fit()
-            self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
     class Last(Callback):
         order = 3
         def before_batch(self): self.learn.xb = (self.learn.xb[0].to(memory_format=torch.channels_last),)
-    for amp in (lambda l: l.to_fp16(), lambda l: l.to_bf16(), lambda l: l.add_cb(CPUAmp(amp_mode='bf16'))):
+    for amp in (lambda l: l.to_fp16(), lambda l: l.to_bf16(), lambda l: l.add_cb(HalfPrecision())):
         learn = Learner(pixel_dls(), net(), loss_func=nn.CrossEntropyLoss(), cbs=[make(),Steps(),ChannelsLast(),Last()])
         amp(learn)
         quiet(learn, 'fit', 1)
@@ -341,13 +336,8 @@ def test_maps_under_autocast():
         def forward(self, x):
             seen.append((res := super().forward(x)).dtype)
             return res
-    class CPUAmp(MixedPrecision):
-        name = 'mixed_precision'
-        def before_fit(self):
-            super().before_fit()
-            self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
     model = nn.Sequential(nn.Sequential(Body(3, 8, 3)), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)))
-    learn = Learner(pixel_dls(n=8), model, loss_func=nn.CrossEntropyLoss(), cbs=[SnapMix(),CPUAmp(amp_mode='bf16')])
+    learn = Learner(pixel_dls(n=8), model, loss_func=nn.CrossEntropyLoss(), cbs=[SnapMix(),HalfPrecision()])
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert seen==[torch.bfloat16]*2+[torch.float32] or seen==[torch.bfloat16]*3
 

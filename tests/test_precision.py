@@ -1,9 +1,10 @@
 "Half precision by autocast on the processor, for every method with every mix: near full precision, and really in half."
-import math,warnings
+import math,pickle,warnings
 import pytest,torch
-from fastai.vision.all import Callback,CrossEntropyLossFlat,DataLoaders,L,MixedPrecision,SGD,set_seed
+from fastai.vision.all import Callback,CrossEntropyLossFlat,DataLoaders,L,SGD,set_seed
 from cekd_fastai.branches import branch_net
 from cekd_fastai.cekd import CEKD
+from cekd_fastai.core import HalfPrecision
 from cekd_fastai.learner import branch_learner,css_learner,meal_learner,online_learner
 from cekd_fastai.mix.callback import CutMix,Mix,MixUp
 from cekd_fastai.mix.snapmix import MixOneOf,SnapMix
@@ -14,13 +15,6 @@ from cekd_fastai.soft_labels import OnlineLabelSmoothing
 arch,n_out = 'cifar_resnet8',3
 kw = dict(pretrained=False, loss_func=CrossEntropyLossFlat(), opt_func=SGD)
 
-class HalfOnCPU(MixedPrecision):
-    "fastai's mixed precision, whose autocast is for GPUs alone, on the processor"
-    name = 'mixed_precision' # as users of the callback know it
-    def before_fit(self):
-        super().before_fit()
-        self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
-
 class Look(Callback):
     "In which precision the first layer of a network computes while it trains, and the loss"
     def before_fit(self):
@@ -29,6 +23,12 @@ class Look(Callback):
         self.hook = m.register_forward_hook(lambda m,i,o: self.seen.add(o.dtype) if self.learn.training else None)
     def before_backward(self): self.loss_seen.add(self.learn.loss_grad.dtype)
     def after_fit(self): self.hook.remove()
+
+class ScaleSeen(Callback):
+    "By what the loss is multiplied before the backward pass"
+    order = 11 # after mixed precision
+    def before_fit(self): self.scales = set()
+    def before_backward(self): self.scales.add(round(float(self.learn.loss_grad.detach()/self.learn.loss), 3))
 
 def toy():
     g = torch.Generator().manual_seed(0)
@@ -67,7 +67,20 @@ pairs = [(a,b) for a in METHODS for b in MIXES if (a,b)!=('stored','none')] # st
 
 @pytest.mark.parametrize('method,mix', pairs)
 def test_half_is_near_full(method, mix):
-    full,half = losses(method, mix),losses(method, mix, HalfOnCPU(amp_mode='bf16'))
+    full,half = losses(method, mix),losses(method, mix, HalfPrecision())
     assert half[1].seen=={torch.bfloat16} and full[1].seen=={torch.float32}
     assert half[1].loss_seen=={torch.float32} and all(math.isfinite(o) for o in half[0])
     assert half[0]==pytest.approx(full[0], rel=.05, abs=.02) and half[0]!=full[0]
+
+@pytest.mark.parametrize('mode,dtype,scale', [('bf16',torch.bfloat16,1.), ('fp16',torch.float16,2.**16)])
+def test_no_warning_and_a_file(mode, dtype, scale):
+    "Training warns of nothing, a loss in float16 is scaled, and what went through a file predicts in the same precision"
+    learn = plain(look := Look(), half := HalfPrecision(mode), scaled := ScaleSeen())
+    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*CUDA')
+        learn.fit(1, .01)
+    assert look.seen=={dtype} and scaled.scales=={scale}
+    loaded,seen = plain(pickle.loads(pickle.dumps(half))),set()
+    next(m for m in loaded.model.modules() if isinstance(m, torch.nn.Conv2d)).register_forward_hook(lambda m,i,o: seen.add(o.dtype))
+    with loaded.no_bar(): p,_ = loaded.get_preds()
+    assert seen=={dtype} and p.dtype==torch.float32 and len(p)==4

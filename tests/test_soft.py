@@ -4,10 +4,11 @@ import pytest,torch
 from torch.nn.parallel import DistributedDataParallel
 from fastai.vision.all import CancelFitException,CancelValidException,CrossEntropyLossFlat,Callback,DataLoader,DataLoaders
 from fastai.vision.all import F,LabelSmoothingCrossEntropyFlat,Learner,SGD,Tensor
-from fastai.vision.all import load_learner,nn,np,partial,random,set_seed,tensor,to_float
+from fastai.vision.all import load_learner,nn,np,partial,random,set_seed,tensor
 from fastai.callback.mixup import MixUp as FastaiMixUp
 from fastai.callback.training import GradientAccumulation
 from cekd_fastai.cekd import CEKD
+from cekd_fastai.core import HalfPrecision
 from cekd_fastai.data.loaders import BalancedDL
 from cekd_fastai.distill import Distill
 from cekd_fastai.losses import mixed_loss
@@ -305,21 +306,12 @@ def test_average_of_weights_beside():
     assert not any('remembered' in k for k in learn.model.ema.tensors())
     assert torch.allclose(learn.pskd.memory['probs'].sum(1), torch.ones(8), atol=1e-5)
 
-class Autocast(Callback):
-    "Half precision as `MixedPrecision` has it, on the CPU"
-    order = 10
-    def before_batch(self):
-        self.cast = torch.autocast('cpu', dtype=torch.bfloat16)
-        self.cast.__enter__()
-    def after_pred(self): self.learn.pred = to_float(self.learn.pred)
-    def after_loss(self): self.cast.__exit__(None, None, None)
-
 @each_method
 @pytest.mark.parametrize('branches', [True,False])
 def test_half_precision(make, branches):
     "Targets and losses are in full precision, and near those without"
     run = lambda *cbs: quiet(learner(tiny(2), Alternate(), make(), *cbs) if branches else plain_learner(Alternate(), make(), *cbs), 3)
-    half,full = run(Autocast()),run()
+    half,full = run(HalfPrecision()),run()
     for k,v in soft_of(full).memory.items():
         if not v.is_floating_point(): continue
         assert soft_of(half).memory[k].dtype==torch.float32 and torch.allclose(soft_of(half).memory[k], v, atol=.05)

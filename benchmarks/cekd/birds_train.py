@@ -7,8 +7,8 @@ import numpy as np,torch
 import torch.nn.functional as F
 from torch import nn
 from fastai.basics import Callback,CancelFitException,CancelValidException,DataLoaders,OptimWrapper,partial,set_seed
-from fastai.callback import fp16
 from cekd_fastai.all import branch_learner,branch_preds,branch_accuracy,ece,mixed_loss
+from cekd_fastai.core import HalfPrecision
 from cekd_fastai.losses import soft_probs
 from cekd_fastai.all import kd_loss,Distill,CEKD,MixUp,CutMix,SnapMix
 from cekd_fastai.soft_labels import OnlineLabelSmoothing
@@ -115,13 +115,6 @@ def callbacks(j, c):
         res.append(CEKD(**j['args'], joint=joint) if o=='cekd' else METHODS[o]())
     return res
 
-class MixedPrecision(fp16.MixedPrecision):
-    "Mixed precision in bfloat16 that also runs on processors"
-    def __init__(self): super().__init__(fp16.AMPMode.BF16)
-    def before_fit(self):
-        super().before_fit()
-        if not torch.cuda.is_available(): self.autocast = torch.autocast('cpu', torch.bfloat16)
-
 class Bench:
     "Pictures and weights on one device, and what can be done with them"
     def __init__(self, bundle, pixels, label, test, c, device):
@@ -159,7 +152,7 @@ class Bench:
     def set_up(self, learn):
         "Put a learner on the device, and take away what waits for it"
         learn.remove_cb(learn.recorder)
-        if self.c.get('precision')=='bf16': learn.add_cb(MixedPrecision())
+        if self.c.get('precision')=='bf16': learn.add_cb(HalfPrecision())
         learn.model.to(self.device)
         if self.layout=='channels_last': learn.model.to(memory_format=torch.channels_last)
         return learn

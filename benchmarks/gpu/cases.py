@@ -1,8 +1,6 @@
 "Every mix and every method of the library, each as a learner in the middle of training, at a size that one chooses."
 from dataclasses import dataclass,field
 from fastai.vision.all import *
-from fastai.callback.fp16 import AMPMode
-from fastai.callback.fp16 import MixedPrecision as _MixedPrecision
 import names
 
 SIZES = dict(tiny=dict(arch='cifar_resnet8', teachers=('cifar_resnet8','cifar_resnet14'), px=32, bs=8, c=6),
@@ -208,11 +206,3 @@ def next_epoch(learn):
     learn('after_epoch')
     learn.epoch = 1
     for e in ('before_epoch','before_train'): learn(e)
-
-class MixedPrecision(_MixedPrecision):
-    "Mixed precision that also runs on the CPU"
-    def before_fit(self):
-        super().before_fit()
-        if torch.cuda.is_available(): return
-        dtype = torch.bfloat16 if self.amp_mode==AMPMode.BF16 else torch.float16
-        self.autocast,self.learn.scaler = torch.autocast('cpu', dtype=dtype),torch.amp.GradScaler('cpu', **self.kwargs)

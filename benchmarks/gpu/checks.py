@@ -157,7 +157,8 @@ def planted():
 @stage
 def sync(run):
     "Device synchronisations of a step of every method and mix; in a dry run, on a GPU that knows shapes only"
-    from cases import CASES,MixedPrecision
+    from cases import CASES
+    from cekd_fastai.core import HalfPrecision
     if run.dry:
         from fake import fake_step
         for k in run.each([k for k,o in CASES.items() if not o.real]): run.do(k, lambda o: dict(note='a GPU that knows shapes only') if fake_step(o) else None, CASES[k])
@@ -165,8 +166,8 @@ def sync(run):
     for k in run.each(['(planted)']): run.do(k, planted)
     order = sorted(CASES, key=lambda k: not CASES[k].main)
     for k in run.each(order): run.do(k, steps_watched, CASES[k])
-    for k in run.each([f'bf16: {k}' for k in order if CASES[k].main]): run.do(k, steps_watched, CASES[k.partition(': ')[2]], [MixedPrecision('bf16')])
-    for k in run.each(['fp16: CEKD + SnapMix, batch']): run.do(k, steps_watched, CASES[k.partition(': ')[2]], [MixedPrecision('fp16')])
+    for k in run.each([f'bf16: {k}' for k in order if CASES[k].main]): run.do(k, steps_watched, CASES[k.partition(': ')[2]], [HalfPrecision('bf16')])
+    for k in run.each(['fp16: CEKD + SnapMix, batch']): run.do(k, steps_watched, CASES[k.partition(': ')[2]], [HalfPrecision('fp16')])
 
 # --- runs as a user starts them
 
@@ -224,9 +225,10 @@ def trained(o, mode, size, dev, backend='inductor'):
     "Losses of a few steps, and the weights before and after, from the same seeds for every mode"
     import torch
     from fastai.callback.channelslast import ChannelsLast
-    from cases import MixedPrecision,begin,make_kit,set_seed
+    from cases import begin,make_kit,set_seed
+    from cekd_fastai.core import HalfPrecision
     from cekd_fastai.compiled import Compile
-    extra = dict(compile=[Compile(backend)], fp16=[MixedPrecision('fp16', init_scale=2.**10)], bf16=[MixedPrecision('bf16')], channels_last=[ChannelsLast()]).get(mode, [])
+    extra = dict(compile=[Compile(backend)], fp16=[HalfPrecision('fp16', init_scale=2.**10)], bf16=[HalfPrecision('bf16')], channels_last=[ChannelsLast()]).get(mode, [])
     set_seed(0)
     kit = make_kit(size, o, dev, extra)
     learn = o.make(kit)
@@ -307,9 +309,10 @@ def peak_flops(dtype, dev, n):
 def ready(o, size, dev):
     "A learner in bfloat16 and channels last, and a function that trains its next step"
     from fastai.callback.channelslast import ChannelsLast
-    from cases import MixedPrecision,begin,make_kit,set_seed
+    from cases import begin,make_kit,set_seed
+    from cekd_fastai.core import HalfPrecision
     set_seed(0)
-    kit = make_kit(size, o, dev, [MixedPrecision('bf16'),ChannelsLast()])
+    kit = make_kit(size, o, dev, [HalfPrecision('bf16'),ChannelsLast()])
     learn,batches = begin(o.make(kit)),itertools.cycle(enumerate(kit.batches()))
     return learn,lambda: learn.one_batch(*next(batches))
 
