@@ -149,10 +149,10 @@ class Bench:
             loss_func=loss, opt_func=opt, cbs=callbacks(j, self.c))
         return self.set_up(learn)
 
-    def set_up(self, learn):
-        "Put a learner on the device, and take away what waits for it"
+    def set_up(self, learn, half=True):
+        "Put a learner on the device, and take away what waits for it; in half precision if that was asked for"
         learn.remove_cb(learn.recorder)
-        if self.c.get('precision')=='bf16': learn.add_cb(HalfPrecision())
+        if half and self.c.get('precision')=='bf16': learn.add_cb(HalfPrecision())
         learn.model.to(self.device)
         if self.layout=='channels_last': learn.model.to(memory_format=torch.channels_last)
         return learn

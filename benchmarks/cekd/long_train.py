@@ -132,14 +132,14 @@ class Bench(birds_train.Bench):
         set_seed(j['seed'])
         learn = branch_learner(dls, o['arch'], 1, pretrained=False, weights=self.bundle/o['weights'], freeze_bn=t['freeze_bn'], arch_args=o.get('args'),
             loss_func=nn.CrossEntropyLoss(label_smoothing=t['smoothing']), opt_func=optimiser(t, self.device.type=='cuda'))
-        self.set_up(learn)
+        self.set_up(learn, half=self.device.type=='cuda') # on processors their large depthwise convolutions are slower so
         self.fit(learn, t['epochs'], t['lr'], t['head_lr'], [Lean(1e12)])
         z,_,y = branch_preds(learn, dls.valid)
         whole = file.with_suffix('.part')
         torch.save(dict(weights=learn.model.state_dict(), accuracy=(z.argmax(1)==y).float().mean().item(), logits=z), whole)
         whole.rename(file)
 
-    def await_teacher(self, j, name, seconds=300):
+    def await_teacher(self, j, name, seconds=3600):
         file,end = self.teacher_file(j, name),time.time()+seconds
         while not file.exists():
             if time.time()>end: raise RuntimeError(f'the teacher {file.name} did not come in {seconds} s')
