@@ -1,5 +1,5 @@
 "The studies of long runs: what is done to labels and pictures by hand-worked numbers, a run of each kind, and one queue for several studies."
-import json,re,sys,time
+import shutil,json,re,sys,time
 from pathlib import Path
 import numpy as np,pytest,torch
 
@@ -83,7 +83,8 @@ def test_an_unknown_precision_is_refused():
     "A row would say that it was trained in a precision that it was not"
     with pytest.raises(SystemExit, match="'fp16', but it is bf16 or left out"): birds.main('table', precision='fp16')
 
-def test_teachers_are_trained_once_for_all_students_of_the_same_labels(tiny):
+def test_teachers_are_trained_once_for_all_students_of_the_same_labels(tiny, tmp_path):
+    "In later runs too, unless how they are trained is another"
     bench = tiny['meal50']
     j = birds.job(bench.c, 'final', 'MEAL, joint', 0, 'equal compute', 1, .03, '-')
     bench.teachers(j)
@@ -92,6 +93,10 @@ def test_teachers_are_trained_once_for_all_students_of_the_same_labels(tiny):
     assert was=={k:bench.teacher_file(j, k).stat().st_mtime_ns for k in bench.c['teachers']}
     wrong = birds.job(bench.c, 'final', 'MEAL, joint, 20 % wrong', 0, 'equal compute', 1, .03, '-')
     assert bench.teacher_file(wrong, 'test_resnet')!=bench.teacher_file(j, 'test_resnet')
+    def later(**o): return long_train.Bench(bench.bundle, shutil.copy(bench.pixels, tmp_path), bench.label, bench.test, bench.c|o, 'cpu')
+    later().teachers(j)
+    assert not [*tmp_path.glob('*.begun')] and was=={k:bench.teacher_file(j, k).stat().st_mtime_ns for k in bench.c['teachers']}
+    assert later(teacher=bench.c['teacher']|dict(epochs=9)).teacher_file(j, 'test_resnet')!=bench.teacher_file(j, 'test_resnet')
 
 @pytest.mark.parametrize('row', ['3 branches, label smoothing','DML','OKDDip','FFL','FFM + CD','CSS'])
 def test_branches(tiny, row):

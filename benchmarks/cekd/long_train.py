@@ -1,8 +1,8 @@
 """What the studies of long runs train beside the mixes of `birds_train`: students of MEAL, online distillation and CSS, all from random weights.
 
-Teachers of MEAL are fine-tuned by the first run that needs them, on the labels that its student would have, and lie beside the
-pictures for the others."""
-import os,time
+Teachers of MEAL are fine-tuned by the first run that needs them, on the labels that its student would have, and lie in the
+bundle for the others, of later runs too."""
+import json,os,time,zlib
 from pathlib import Path
 import numpy as np,torch
 import torch.nn.functional as F
@@ -110,7 +110,8 @@ class Bench(birds_train.Bench):
 
     def teacher_file(self, j, name):
         wrong,part = j['args'].get('wrong', 0),j['args'].get('labelled', 1)
-        return self.pixels.with_name(f"{self.c['name']}-{name}-{j['stage']}-{wrong}-{part}-{j['seed']}.pt")
+        how = json.dumps([self.c[o] for o in ('teacher','crop','size','bs')]+[self.c['teachers'][name]])
+        return self.bundle/f"{self.c['name']}-{name}-{j['stage']}-{wrong}-{part}-{j['seed']}-{zlib.crc32(how.encode()):08x}.pt"
 
     def teachers(self, j):
         "The teachers of a run; the first run that needs one trains it"
@@ -121,9 +122,11 @@ class Bench(birds_train.Bench):
         return [self.teacher_net(name, self.teacher_file(j, name)) for name in names]
 
     def make_teacher(self, j, name):
-        "Fine-tune a teacher and write it, unless another process has begun to"
+        "Fine-tune a teacher and write it, unless an earlier run has, or another process of this one has begun to"
         file = self.teacher_file(j, name)
-        try: os.close(os.open(file.with_suffix('.begun'), os.O_CREAT|os.O_EXCL))
+        if file.exists(): return
+        begun = self.pixels.with_name(file.name).with_suffix('.begun') # it goes with this run, the teacher stays
+        try: os.close(os.open(begun, os.O_CREAT|os.O_EXCL))
         except FileExistsError: return
         t,o = self.c['teacher'],self.c['teachers'][name]
         _,part,te,label = self.rows_of(j)
