@@ -6,6 +6,7 @@ import numpy as np,pytest,torch
 repo = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(repo/'benchmarks'/'gpu'),str(repo/'benchmarks'/'cekd')]
 import birds,checks,long_train
+from fastai.callback.core import Callback
 from graphed import GraphedLoop,HeldMomentum
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -64,6 +65,33 @@ def test_students(tiny, row):
     assert r['images']==8 and 0<=r['accuracy']<=1 and r['train_images']==(8 if 'half' in row else 16)
     assert set(r.get('teachers', ()))==({'test_efficientnet','test_resnet','ensemble'} if 'MEAL' in row or 'teachers' in row else set())
 
+class Watch(Callback):
+    "Counts steps of training, and ends the run in the last one of an epoch, as a signal would"
+    steps,resumable = 0,False # nothing of it goes into a file
+    def __init__(self, kill_in=None): self.kill_in = kill_in
+    def before_batch(self):
+        if not self.training: return
+        self.steps += 1
+        if self.epoch==self.kill_in and self.iter==self.n_iter-1: raise SystemExit
+
+SOME = [('cifar',o) for o in ('plain','FFM + CD','OKDDip','DML','CSS')] + [('meal50',o) for o in ('MEAL without adversary','MEAL, joint','labels of half of the images')]
+@pytest.mark.parametrize('study,row', SOME)
+def test_a_killed_run_goes_on(tiny, study, row, tmp_path, monkeypatch):
+    "It ends with the figures of one that was not killed, says when it began, and leaves nothing behind"
+    bench,make = tiny[study],tiny[study].learner
+    def watched(watch):
+        monkeypatch.setattr(bench, 'learner', lambda *o: make(*o).add_cb(watch))
+        return run(bench, row, epochs=4)
+    whole,rest = Watch(),Watch()
+    want = watched(whole)
+    monkeypatch.setattr(bench, 'c', bench.c|dict(keep=str(tmp_path), commit='first'))
+    with pytest.raises(SystemExit): watched(Watch(2))
+    bench.c['commit'] = 'second'
+    res = watched(rest)
+    for k in ('accuracy','ece','loss','train_accuracy','each'): assert res[k]==want[k], k
+    n_epochs = 8 if 'half' in row else 4
+    assert rest.steps*n_epochs==whole.steps*(n_epochs-2) and res['begun']=='first' and not [*tmp_path.iterdir()]
+
 @pytest.mark.parametrize('row', ['plain','ONE','FFM + CD','CSS'])
 def test_mixed_precision_on_processors(tiny, row, monkeypatch):
     "Maps are bfloat16, weights and what stands in a row are not; without the option, all is in full precision"
@@ -82,6 +110,15 @@ def test_mixed_precision_on_processors(tiny, row, monkeypatch):
 def test_an_unknown_precision_is_refused():
     "A row would say that it was trained in a precision that it was not"
     with pytest.raises(SystemExit, match="'fp16', but it is bf16 or left out"): birds.main('table', precision='fp16')
+
+def test_a_student_begins_alike_whether_its_teachers_are_there_or_not(tiny, tmp_path):
+    "With the weights of the student by labels, too"
+    bench,nets = tiny['meal50'],[]
+    for row in ('labels','MEAL without adversary','MEAL without adversary'):
+        j = birds.job(bench.c, 'final', row, 5, 'equal compute', 1, .03, '-')
+        if row!='labels' and len(nets)<2: assert not any(bench.teacher_file(j, k).exists() for k in bench.c['teachers'])
+        nets.append(bench.learner(j, bench.loaders(j)[0]).model.state_dict())
+    assert all(torch.equal(v, o[k]) for o in nets[1:] for k,v in nets[0].items())
 
 def test_teachers_are_trained_once_for_all_students_of_the_same_labels(tiny, tmp_path):
     "In later runs too, unless how they are trained is another"
@@ -126,7 +163,8 @@ def test_the_first_block_of_each_study_comes_first():
     done = {birds.key(j):j|dict(accuracy=j['lr']) for j in first[:9]}
     then = birds.jobs(c, None, done)
     assert {j['lr'] for j in then if j['study'] not in ('birds160','birds200')}=={.3}
-    assert [j['study'] for j in then[:15]]==['meal50']*15 and not {birds.key(j) for j in then}&done.keys()
+    n = len(c['studies']['meal50']['final'][0]['rows'])
+    assert [j['study'] for j in then[:n]]==['meal50']*n and not {birds.key(j) for j in then}&done.keys()
 
 class Conn:
     def send(self, msg): self.sent = msg[1]

@@ -7,7 +7,8 @@
 
 `prepare` puts pictures, weights and the package into one folder, for a machine without network; DIR holds `CUB_200_2011.tgz` and
 `weights-efficientnet-lite.tgz`. `run` chooses settings on a held-out part of train, then reads the official test part; it goes on from
-`birds.jsonl` in OUT and in BUNDLE, and ends when the time is up. `table` writes tables and figure from the rows.
+`birds.jsonl` in OUT and in BUNDLE, and ends when the time is up. On processors a run that was ended goes on at
+its last epoch, which lies in `killed` in OUT. `table` writes tables and figure from the rows.
 
 `birds.json` says what is run, in which order, and by which rule settings are chosen. One pass is one image forward and backward through
 the network. *Equal compute*: every method has the passes of plain training, so one that runs clean and mixed images has half the epochs.
@@ -108,7 +109,7 @@ def cost(c, j, n):
 # The bundle
 
 CONFIGS = ('birds','long',*json.loads((here/'long.json').read_text())['studies'])
-FILES = ('birds.py','birds_train.py','long_train.py','graphed.py','graph_check.py',*[f'{o}.json' for o in CONFIGS]) # What a machine needs of this folder
+FILES = ('birds.py','birds_train.py','long_train.py','goes_on.py','graphed.py','graph_check.py',*[f'{o}.json' for o in CONFIGS]) # What a machine needs of this folder
 
 def unpack(file, to):
     with tarfile.open(file) as f: f.extractall(to, filter='data')
@@ -365,7 +366,7 @@ def serve(pool, c, epochs, rows, file, deadline, n, rate, about):
         speed = sum(o for o,_ in spent)/sum(o for _,o in spent) if len(spent)>=5 else .85*rate/max(1, len(pool.workers))
         for conn in [o for o in pool.workers if o not in busy]:
             taken = {key(j) for j,_ in busy.values()}|failed
-            fits = lambda j: now+cost(c, j, n)/speed*1.05+2<deadline
+            fits = lambda j: c.get('keep') or now+cost(c, j, n)/speed*1.05+2<deadline
             j = next((o for o in jobs(c, epochs, done) if key(o) not in taken and fits(o)), None)
             if j is None: break
             conn.send(('run',j,deadline))
@@ -415,6 +416,8 @@ def run(c, bundle, out, seconds, device, workers, begin):
         mps = start_mps(tmp) if gpu else None
         print(f'MPS: {"on" if mps else "off"}', flush=True)
         data = decode_each(c, bundle, tmp)
+        if not gpu: # one run takes up to an hour there
+            for o in (c,*each_study(c).values()): o |= dict(keep=str(out/'killed'), commit=info['commit'])
         args,n = (bundle,data,c,device),{name:int((~test).sum()) for name,(_,_,test) in data.items()}
         if 'studies' not in c: n = n[c['name']]
         pool,ready = begin_pool(workers, args, mps, min(deadline, time.time()+(90 if gpu else 400)))

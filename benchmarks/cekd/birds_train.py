@@ -1,7 +1,7 @@
 """What `birds.py` trains: photographs that live on the device, a distillation of its own, and one run.
 
 The loader says in `rows` which rows of the training data its batch holds, where the library's soft labels look for them."""
-import json,time
+import json,math,time
 from pathlib import Path
 import numpy as np,torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from cekd_fastai.losses import soft_probs
 from cekd_fastai.all import kd_loss,Distill,CEKD,MixUp,CutMix,SnapMix
 from cekd_fastai.soft_labels import OnlineLabelSmoothing
 from cekd_fastai.own_targets import PSKD,StoredTargets
+from goes_on import GoesOn,folder_of
 from graphed import fit_graphed
 
 # Names and forms of the library that other versions of it may change
@@ -99,12 +100,13 @@ METHODS = dict(online=OnlineLabelSmoothing, progressive=PSKD, stored=StoredTarge
 
 class Lean(Callback):
     "No validation between epochs, and an end when the time is up"
-    order,done = -100,0
+    order,late = -100,False
     def __init__(self, deadline): self.deadline = deadline
     def before_validate(self): raise CancelValidException
     def before_epoch(self):
-        if time.time()>self.deadline: raise CancelFitException
-    def after_epoch(self): self.done = self.epoch+1
+        if time.time()<=self.deadline: return
+        self.late = True
+        raise CancelFitException
 
 def callbacks(j, c):
     "Mix and method of a job"
@@ -168,9 +170,16 @@ class Bench:
         "Train and test; what a row says about it, or None when the time was up"
         start = time.time()
         dls,seen = self.loaders(j)
-        learn,lean = self.learner(j, dls),Lean(deadline)
-        self.train(j, learn, partial(self.fit_job, learn, j, [lean]))
-        return self.measured(j, learn, dls, seen, start) if lean.done==j['epochs'] else None
+        return self.trained(j, self.learner(j, dls), dls, seen, start, deadline)
+
+    def trained(self, j, learn, dls, seen, start, deadline):
+        "Train a learner, to go on another time where that is wanted, and measure it"
+        kept = GoesOn(folder_of(self.c, j), self.c['commit']) if self.c.get('keep') else None
+        ends = [Lean(math.inf),kept] if kept else [Lean(deadline)]
+        self.train(j, learn, partial(self.fit_job, learn, j, ends))
+        if ends[0].late: return None
+        if not kept: return self.measured(j, learn, dls, seen, start)
+        return self.measured(j, learn, dls, seen, start-kept.spent) | kept.done()
 
     def train(self, j, learn, fit):
         "Call `fit`, by CUDA graphs where `graph_check.py` has found that it comes to the same"

@@ -80,6 +80,7 @@ class Bench(birds_train.Bench):
     def learner(self, j, dls):
         "The learner of a job; nothing in its steps waits for the device"
         c,m,kw = self.c,j['methods'],{}
+        teachers = self.teachers(j) if 'meal' in m else None # before the seed, since one that is trained here draws numbers
         set_seed(j['seed'])
         if c.get('own_start') and j['branches']>1: kw['own_start'] = True
         kw |= dict(pretrained=False, freeze_bn=c['freeze_bn'], loss_func=nn.CrossEntropyLoss(label_smoothing=j['smoothing']), opt_func=optimiser(c, self.device.type=='cuda'))
@@ -88,7 +89,7 @@ class Bench(birds_train.Bench):
         elif 'css' in m: learn = css_learner(dls, (c['arch'],c['arch']), j['branches'], **kw)
         elif 'meal' in m:
             own = {k:v for k,v in j['args'].items() if k not in ('wrong','labelled')}
-            learn = branch_learner(dls, c['arch'], 1, cbs=MEAL(self.teachers(j), **own), **kw)
+            learn = branch_learner(dls, c['arch'], 1, cbs=MEAL(teachers, **own), **kw)
         else: learn = branch_learner(dls, c['arch'], j['branches'], cbs=callbacks(j, c), **kw)
         self.set_up(learn)
         dls.train.epoch = 0 # whatever was looked at on the way: the same crops for all
@@ -97,14 +98,15 @@ class Bench(birds_train.Bench):
     def run(self, j, deadline):
         "Train and test; what a row says about it, or None when the time was up"
         dls,seen = self.loaders(j)
-        learn,lean = self.learner(j, dls),Lean(deadline)
-        start = time.time()
-        epochs = round(j['epochs']/(1 if 'meal' in j['methods'] else j['args'].get('labelled', 1))) # as many steps, whatever is labelled
-        self.train(j, learn, partial(self.fit_job, learn, j|dict(epochs=epochs), [lean]))
-        if lean.done<epochs: return None
-        res = self.measured(j, learn, dls, seen, start)
-        if 'meal' in j['methods']: res['teachers'] = self.teacher_accuracy(j)
+        learn,start = self.learner(j, dls),time.time()
+        res = self.trained(j, learn, dls, seen, start, deadline)
+        if res and 'meal' in j['methods']: res['teachers'] = self.teacher_accuracy(j)
         return res
+
+    def fit_job(self, learn, j, cbs):
+        "As many steps, whatever is labelled"
+        share = 1 if 'meal' in j['methods'] else j['args'].get('labelled', 1)
+        self.fit(learn, round(j['epochs']/share), j['lr'], self.c['head_lr'], cbs)
 
     # Teachers
 
