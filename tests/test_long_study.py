@@ -77,7 +77,7 @@ class Watch(Callback):
 SOME = [('cifar',o) for o in ('plain','FFM + CD','OKDDip','DML','CSS')] + [('meal50',o) for o in ('MEAL without adversary','MEAL, joint','labels of half of the images')]
 @pytest.mark.parametrize('study,row', SOME)
 def test_a_killed_run_goes_on(tiny, study, row, tmp_path, monkeypatch):
-    "It ends with the figures of one that was not killed, says when it began, and leaves nothing behind"
+    "It ends with the figures of one that was not killed, and says when it began; nothing is trained twice"
     bench,make = tiny[study],tiny[study].learner
     def watched(watch):
         monkeypatch.setattr(bench, 'learner', lambda *o: make(*o).add_cb(watch))
@@ -90,7 +90,9 @@ def test_a_killed_run_goes_on(tiny, study, row, tmp_path, monkeypatch):
     res = watched(rest)
     for k in ('accuracy','ece','loss','train_accuracy','each'): assert res[k]==want[k], k
     n_epochs = 8 if 'half' in row else 4
-    assert rest.steps*n_epochs==whole.steps*(n_epochs-2) and res['begun']=='first' and not [*tmp_path.iterdir()]
+    assert rest.steps*n_epochs==whole.steps*(n_epochs-2) and res['begun']=='first'
+    again = watched(last := Watch()) # ended after the training, before its row was written
+    assert last.steps==0 and again['kept']==res['kept'] and again['loss']==want['loss']
 
 @pytest.mark.parametrize('row', ['plain','ONE','FFM + CD','CSS'])
 def test_mixed_precision_on_processors(tiny, row, monkeypatch):
@@ -184,6 +186,16 @@ def test_each_study_has_its_file_and_is_not_run_again(tmp_path):
     assert 'study' not in json.loads((tmp_path/'cifar.jsonl').read_text().splitlines()[0])
     serve()
     assert count=={o:len((tmp_path/f'{o}.jsonl').read_text().splitlines()) for o in c['studies']}
+
+def test_what_is_kept_of_a_run_goes_when_its_row_is_written(tmp_path):
+    c = birds.read_config('cifar')
+    (kept := tmp_path/'kept').mkdir()
+    class Keeps(Machine):
+        def answers(self, conns, until):
+            for conn,what,value in super().answers(conns, until): yield conn,what,value|dict(kept=str(kept))
+    birds.serve(Keeps(), c, 150, [], tmp_path/'cifar.jsonl', time.time()+1e6, 100, 1e9, {})
+    rows = birds.read_rows(tmp_path/'cifar.jsonl')
+    assert rows and not kept.exists() and not any('kept' in r for r in rows)
 
 def test_recorded_rows_are_not_run_again():
     c = birds.read_config('long')

@@ -385,8 +385,9 @@ def serve(pool, c, epochs, rows, file, deadline, n, rate, about):
             else:
                 done[key(j)] = j|value
                 spent.append((cost(c, j, n),time.time()-start))
-            row = j|value|about
-            add_row(own_file(file, j), {k:v for k,v in row.items() if k!='study'})
+            row,kept = j|value|about,value.get('kept')
+            add_row(own_file(file, j), {k:v for k,v in row.items() if k not in ('study','kept')})
+            if kept: shutil.rmtree(kept, ignore_errors=True) # not before its row is written
             print(f'{deadline-time.time():4.0f} s left | {said(row)}', flush=True)
 
 def own_file(file, j):

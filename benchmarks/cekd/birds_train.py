@@ -179,7 +179,7 @@ class Bench:
         self.train(j, learn, partial(self.fit_job, learn, j, ends))
         if ends[0].late: return None
         if not kept: return self.measured(j, learn, dls, seen, start)
-        return self.measured(j, learn, dls, seen, start-kept.spent) | kept.done()
+        return self.measured(j, learn, dls, seen, start-kept.spent) | kept.said()
 
     def train(self, j, learn, fit):
         "Call `fit`, by CUDA graphs where `graph_check.py` has found that it comes to the same"

@@ -1,5 +1,5 @@
 "A run on processors takes up to an hour: one that is killed goes on when it is started again, at the epoch where it was."
-import json,shutil,time,zlib
+import json,time,zlib
 from pathlib import Path
 from cekd_fastai.all import Checkpoint
 from cekd_fastai.core import write_whole
@@ -20,10 +20,9 @@ class GoesOn(Checkpoint):
         note = json.dumps(dict(seconds=self.spent+time.time()-self.now, commit=self.begun))
         write_whole(self.file, lambda p: p.write_text(note))
 
-    def done(self):
-        "What the row says of it; nothing is kept any more"
-        shutil.rmtree(self.folder, ignore_errors=True)
-        return {} if self.begun==self.commit else {'begun':self.begun}
+    def said(self):
+        "For the row: where this lies until the row is written, and the commit of the first start if it is another"
+        return dict(kept=str(self.folder)) | ({} if self.begun==self.commit else {'begun':self.begun})
 
 def folder_of(c, j):
     "Where a run is kept, by all that defines it"
