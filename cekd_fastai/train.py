@@ -187,10 +187,11 @@ class Steps:
         if self.warmup: k *= min(1, reached/self.warmup)
         return [o*k for o in self.lrs] if is_listy(self.lrs) else self.lrs*k
 
-# %% ../nbs/86_train.ipynb #train-code
+# %% ../nbs/86_train.ipynb #machine
 def _processes(): return int(os.environ.get('WORLD_SIZE', 1))
 def _gpus(a): return torch.cuda.device_count() if a.device!='cpu' else 0
 
+# %% ../nbs/86_train.ipynb #train-code
 def _rates(learn, a):
     "One learning rate from random weights, otherwise one for each parameter group: trunk, branches, heads and what follows, or layers"
     if a.no_pretrained and not a.weights: return a.lr
