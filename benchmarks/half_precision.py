@@ -8,23 +8,11 @@ import torch
 from fastcore.script import call_parse
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
-from cekd_fastai.all import *
 from cekd_fastai.core import HalfPrecision,amp_context
 from common import write_result
+from step_cost import ready
 
 MATRIX_UNITS = 'amx_bf16' # as Linux calls them
-
-def ready(arch, x, y, cbs):
-    "A learner in the middle of training, without progress bar and recorder"
-    dls = DataLoaders.from_dsets(L(zip(x,y)), L(zip(x,y)), bs=len(x), num_workers=0, device='cpu')
-    dls.c = 50
-    learn = branch_learner(dls, arch, 1, pretrained=False, loss_func=CrossEntropyLossFlat(), cbs=[ChannelsLast(),*cbs], default_cbs=False)
-    learn.add_cbs([TrainEvalCallback,CastToTensor])
-    learn.create_opt()
-    learn.n_epoch,learn.n_iter,learn.epoch = 1,1000,0
-    learn.dl = dls.train
-    for e in ('before_fit','before_epoch','before_train'): learn(e)
-    return learn
 
 def seconds(f):
     "How long a call takes"
@@ -39,7 +27,7 @@ def predict(learn, x):
     net.train()
 
 def processor():
-    "Whether this processor multiplies matrices of bfloat16"
+    "Whether this processor multiplies matrices of bfloat16, in words"
     file = Path('/proc/cpuinfo')
     if not file.exists(): return 'a processor that does not say'
     return 'a processor '+('with' if MATRIX_UNITS in file.read_text() else 'without')+' matrix units (AMX)'
@@ -57,7 +45,7 @@ def main(
     x,y = torch.randn(bs,3,size,size),torch.randint(0, 50, (bs,))
     last = x.contiguous(memory_format=torch.channels_last)
     for arch in archs.split(','):
-        learns = dict(full=ready(arch, x, y, []), half=ready(arch, x, y, [HalfPrecision()]))
+        learns = {k:ready(arch, 1, [ChannelsLast,*cbs], x, y) for k,cbs in dict(full=[], half=[HalfPrecision]).items()}
         times = {}
         for _ in range(rounds+1):
             for k,l in learns.items():

@@ -1,5 +1,5 @@
 "The studies of long runs: what is done to labels and pictures by hand-worked numbers, a run of each kind, and one queue for several studies."
-import shutil,json,re,sys,time
+import json,re,shutil,sys,time
 from pathlib import Path
 import numpy as np,pytest,torch
 
@@ -113,7 +113,7 @@ def test_an_unknown_precision_is_refused():
     "A row would say that it was trained in a precision that it was not"
     with pytest.raises(SystemExit, match="'fp16', but it is bf16 or left out"): birds.main('table', precision='fp16')
 
-def test_a_student_begins_alike_whether_its_teachers_are_there_or_not(tiny, tmp_path):
+def test_a_student_begins_alike_whether_its_teachers_are_there_or_not(tiny):
     "With the weights of the student by labels, too"
     bench,nets = tiny['meal50'],[]
     for row in ('labels','MEAL without adversary','MEAL without adversary'):
