@@ -1,11 +1,12 @@
 "The study on real birds: softened labels against numbers worked out by hand, and the bookkeeping of its queue."
-import importlib.util
+import importlib.util,sys
 from pathlib import Path
 import pytest,torch
 from fastai.vision.all import Callback,CancelValidException,DataLoaders,SGD,Learner,nn,tensor
 from cekd_fastai.all import BranchNet,BranchLoss,CEKD,Mix,MixRecord
 
 FOLDER = Path(__file__).parent.parent/'benchmarks'/'cekd'
+sys.path[:0] = [str(FOLDER)] # what they import from each other
 
 def load(name):
     spec = importlib.util.spec_from_file_location(name, FOLDER/f'{name}.py')
