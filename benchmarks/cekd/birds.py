@@ -43,7 +43,7 @@ def job(c, stage, row, seed, compute, epochs, lr, target):
     "Everything that defines a run, as plain data"
     r = c['rows'][row]
     args = dict(r.get('args', {}))
-    if 'cekd' in r.get('methods', []) and args.get('w_cross', 1): args['target'] = target
+    if 'cekd' in r.get('methods', []) and args.get('w_cross', 1): args = {'target':target} | args
     passes,net = r.get('passes', 1),dict(branches=1, mix=None, methods=[], smoothing=0.)
     more = {'cost':r['cost']} if 'cost' in r else {}
     n = {'equal compute': epochs/passes, 'equal epochs': epochs, 'double compute': 2*epochs/passes}[compute]
@@ -73,7 +73,7 @@ def choose(tried, done):
     return max(mean, key=mean.get)
 
 def ranked(c, epochs, done):
-    "What is to run now, each with its rank: the stage `select` at 0, and the blocks of the stage `final` that have their settings"
+    "What is to run now, each with its rank: the stage `select` at 0, and the blocks of `final` that have their settings"
     tried = trials(c, epochs)
     todo = [(0,j) for each in zip(*(runs for options in tried.values() for runs in options.values())) for j in each]
     lr,target,best = (choose(o, done) for o in tried.values())
@@ -83,7 +83,7 @@ def ranked(c, epochs, done):
                 if lr is None or 'BEST' in name and best is None: continue
                 row = name.replace('BEST', best or '')
                 if target is None and 'cekd' in c['rows'][row].get('methods', []): continue
-                todo.append((rank,job(c, 'final', row, seed, block['compute'], epochs, lr, target)))
+                todo.append((rank,job(c, block.get('stage', 'final'), row, seed, block['compute'], epochs, lr, target)))
     return todo
 
 def jobs(c, epochs, done):
@@ -108,8 +108,8 @@ def cost(c, j, n):
 
 # The bundle
 
-CONFIGS = ('birds','long',*json.loads((here/'long.json').read_text())['studies'])
-FILES = ('birds.py','birds_train.py','long_train.py','goes_on.py','graphed.py','graph_check.py',*[f'{o}.json' for o in CONFIGS]) # What a machine needs of this folder
+CONFIGS = ('birds','birds_search','long',*json.loads((here/'long.json').read_text())['studies'])
+FILES = ('birds.py','birds_train.py','variants.py','folded.py','long_train.py','goes_on.py','graphed.py','graph_check.py',*[f'{o}.json' for o in CONFIGS]) # What a machine needs of this folder
 
 def unpack(file, to):
     with tarfile.open(file) as f: f.extractall(to, filter='data')
@@ -521,14 +521,19 @@ def final_table(rows, gmacs, c=config):
         cells.append([k[1],k[0],r['epochs'],passes,f'{gmac:.1f}',*level,f'{seconds_of(rs):.0f}',len(rs),*diffs])
     return md(cells)
 
-def select_table(rows):
-    "One line for each setting that was tried on the held-out part"
-    res,cells = {},[['method','rate','target','epochs','accuracy % (held-out)','train %','seeds']]
+def select_table(rows, c=config):
+    "One line for each setting that was tried on the held-out part; best first, and held against rivals, where the study names some"
+    res,against = {},c['select'].get('against', [])
     for r in rows:
         if r.get('stage')!='select' or 'accuracy' not in r: continue
-        res.setdefault((r['row'],r['lr'],r['args'].get('target', ''),r['epochs']), []).append(r)
+        res.setdefault((r['row'],r['lr'],r['args'].get('target', ''),r['epochs']), {})[r['seed']] = r
+    acc = {k:{s:r['accuracy'] for s,r in v.items()} for k,v in res.items()}
+    if against: res = dict(sorted(res.items(), key=lambda o: -np.mean(list(acc[o[0]].values()))))
+    rivals = [next((v for k,v in acc.items() if k[0]==o), {}) for o in against]
+    cells = [['method','rate','target','epochs','accuracy % (held-out)','train %','seeds',*(f'against {o}' for o in against)]]
     for what,v in res.items():
-        cells.append([*what,pct([o['accuracy'] for o in v]),f"{100*np.mean([o['train_accuracy'] for o in v]):.1f}",len(v)])
+        diffs = ['' if acc[what] is o else paired(acc[what], o) for o in rivals]
+        cells.append([*what,pct(list(acc[what].values())),f"{100*np.mean([o['train_accuracy'] for o in v.values()]):.1f}",len(v),*diffs])
     return md(cells)
 
 def figure(rows, file):
@@ -572,7 +577,7 @@ def table(c, out, whole=None):
     full = [r for r in rows if 'accuracy' in r]
     if not full: return print(f'No rows yet in {out/f"{name}.jsonl"}.')
     info = {k:([r for r in full if gpu_of(r)] or full)[-1][k] for k in ('versions','machine')}
-    tables = dict(select=('candidates on a held-out fifth of train',select_table(rows)),
+    tables = dict(select=('candidates on a held-out fifth of train',select_table(rows, c)),
         final=('official test part',final_table(rows, forward_gmacs(c, rows), c)))
     for part,(what,text) in tables.items():
         if text.count('\n')<2: continue # nothing was chosen, or has been read of the test part
@@ -597,7 +602,7 @@ def main(
     classes:int=None, # Fewer classes, to try it out
     epochs:int=None, # These epochs, to try it out
     precision:str=None, # bf16: mixed precision; without, TF32 on a GPU and full precision on processors
-    config:str='birds', # The study: birds, birds160, birds200, birds_random, meal50, cifar, or long for all but the first
+    config:str='birds', # The study: birds, birds_search, birds160, birds200, birds_random, meal50, cifar, or long for all but the first two
 ):
     "Prepare, run or show the study on real birds"
     if precision not in (None,'bf16'): sys.exit(f'birds: --precision is {precision!r}, but it is bf16 or left out.')

@@ -13,11 +13,13 @@ from cekd_fastai.losses import soft_probs
 from cekd_fastai.all import kd_loss,Distill,CEKD,MixUp,CutMix,SnapMix
 from cekd_fastai.soft_labels import OnlineLabelSmoothing
 from cekd_fastai.own_targets import PSKD,StoredTargets
+from folded import fold_norms
 from goes_on import GoesOn,folder_of
 from graphed import fit_graphed
+from variants import Annealed,ClassMeans,LastThird,Neighbours
 
 # Names and forms of the library that other versions of it may change
-MIXES = dict(MixUp=MixUp, CutMix=CutMix, SnapMix=SnapMix)
+MIXES = dict(MixUp=MixUp, CutMix=CutMix, SnapMix=SnapMix, Neighbours=Neighbours)
 def clean_logits(owner): return None if getattr(owner, 'clean', None) is None else owner.clean.logits
 
 # Photographs on the device
@@ -25,8 +27,8 @@ def clean_logits(owner): return None if getattr(owner, 'clean', None) is None el
 class BirdLoader:
     "Batches of photographs that live on the device; with a seed, shuffled, cropped and flipped, for all methods alike"
     n_inp = 1
-    def __init__(self, ims, y, c, seed=None, last=False):
-        self.ims,self.y,self.c,self.seed,self.last = ims,y,c,seed,last
+    def __init__(self, ims, y, c, seed=None, last=False, pairs=False):
+        self.ims,self.y,self.c,self.seed,self.last,self.pairs = ims,y,c,seed,last,pairs
         self.n,self.bs,self.epoch,self.rows = len(y),c['bs'] if seed is not None else 4*c['bs'],0,None
         self.device = ims.device
 
@@ -45,7 +47,9 @@ class BirdLoader:
         x,y = ((2*torch.rand(n, generator=g)-1)*(1-o) for o in (w,h))
         flip = torch.where(torch.rand(n, generator=g)<.5, -1., 1.)
         z = torch.zeros(n)
-        return torch.randperm(n, generator=g),torch.stack([w*flip,z,x, z,h,y], 1).view(n, 2, 3)
+        order = torch.randperm(n, generator=g)
+        if self.pairs: order = by_pairs(order, self.y, g)
+        return order,torch.stack([w*flip,z,x, z,h,y], 1).view(n, 2, 3)
 
     def still(self):
         "All images in their order, with the crop in the middle"
@@ -65,6 +69,16 @@ class BirdLoader:
             part = slice(i*self.bs, (i+1)*self.bs)
             self.rows = rows[part]
             yield self.crops(self.rows, theta[part]),self.y[self.rows]
+
+def by_pairs(order, y, g):
+    "The same rows, two of one class side by side; where a class has an odd number, its last one stands beside another class"
+    order = order[y[order].argsort(stable=True)]
+    label = y[order]
+    place = torch.arange(len(order))-torch.searchsorted(label, label) # within its class
+    single = (place%2==0) & ~torch.cat([label[1:]==label[:-1],label.new_zeros(1, dtype=torch.bool)])
+    paired = order[~single].view(-1, 2)
+    paired = paired[torch.randperm(len(paired), generator=g)].flatten()
+    return torch.cat([paired,order[single]])
 
 def split(label, test, held_out, seed, pct):
     "Rows to train and to test on: the official parts, or for choosing a share of each class of train held out"
@@ -95,6 +109,7 @@ class MixSKDLogits(Distill):
         return dict(ce_mix=hard, ce_clean=sum(lf(o, y) for o in clean), mutual=mutual)
 
 METHODS = dict(online=OnlineLabelSmoothing, progressive=PSKD, stored=StoredTargets, mixskd=MixSKDLogits)
+FORMS = dict(cekd=CEKD, class_means=ClassMeans, last_third=LastThird, annealed=Annealed) # of CEKD
 
 # One run
 
@@ -112,9 +127,10 @@ def callbacks(j, c):
     "Mix and method of a job"
     mix = c['mixes'].get(j['mix'])
     res = [MIXES[mix['mix']](mix['alpha'], mix['prob'])] if mix else []
-    for o in j['methods']:
-        joint = mix and mix['mix']!='SnapMix' # with frozen statistics the same step in fewer calls
-        res.append(CEKD(**j['args'], joint=joint) if o=='cekd' else METHODS[o]())
+    joint = bool(mix) and mix['mix'] in ('MixUp','CutMix') # with frozen statistics the same step in fewer calls
+    for i,o in enumerate(j['methods']):
+        args = j['args'] if i==0 else {}
+        res.append(FORMS[o](**args, joint=joint) if o in FORMS else METHODS[o](**args))
     return res
 
 class Bench:
@@ -134,10 +150,10 @@ class Bench:
 
     def loaders(self, j):
         tr,te = split(self.label, self.test, j['stage']=='select', j['seed'], self.c['valid_pct'])
-        last = self.layout=='channels_last'
+        last,pairs = self.layout=='channels_last',self.c['mixes'].get(j['mix'], {}).get('pairs', False)
         def at(rows, seed=None):
             rows = torch.from_numpy(rows).to(self.device)
-            return BirdLoader(self.ims[rows], self.y[rows], self.c, seed, last)
+            return BirdLoader(self.ims[rows], self.y[rows], self.c, seed, last, pairs and seed is not None)
         dls = DataLoaders(at(tr, j['seed']), at(te), device=self.device)
         dls.c = int(self.label.max())+1
         return dls,at(tr)
@@ -149,6 +165,7 @@ class Bench:
         loss = nn.CrossEntropyLoss(label_smoothing=j['smoothing'])
         learn = branch_learner(dls, self.c['arch'], j['branches'], pretrained=False, weights=self.weights, freeze_bn=True,
             loss_func=loss, opt_func=opt, cbs=callbacks(j, self.c))
+        if self.device.type=='cpu': fold_norms(learn.model)
         return self.set_up(learn)
 
     def set_up(self, learn, half=True):

@@ -96,6 +96,13 @@ def draw(self:Mix,
     raise NotImplementedError(f"{self} must define `draw(h, w, n)` or `mix(x, y)`.")
 
 @patch
+def donors(self:Mix,
+    n:int, # Number of images in the batch
+)->Tensor: # Shape (n,), on the CPU
+    "Which image is mixed into each: a random order, unless a subclass chooses otherwise"
+    return torch.randperm(n, device='cpu')
+
+@patch
 def weigh(self:Mix,
     x:Tensor,      # Unmixed images, shape (B, C, H, W)
     y:Tensor,      # Their labels
@@ -138,8 +145,7 @@ def mix(self:Mix,
     geometry = self.draw(h, w, n if each else None)
     if geometry is None: return None
     if each and self.prob<1: geometry = mix_only(geometry, torch.rand(n, device='cpu')<self.prob)
-    donors = torch.randperm(n, device='cpu')
-    geometry = _send_all(geometry | dict(perm=donors), x.device)
+    geometry = _send_all(geometry | dict(perm=self.donors(n)), x.device)
     lam = geometry.pop('lam')
     if not isinstance(lam, Tensor): lam = torch.full((n,), lam, device=x.device)
     rec = MixRecord(lam_a=lam, lam_b=1-lam, **geometry)
