@@ -11,7 +11,7 @@ from cells import all_cuda_cells,missing_names,files_of_tests
 repo = Path(__file__).resolve().parents[2]
 MOST = 60 # MB of wheels and kit
 STUDY = repo/'benchmarks'/'cekd' # the study on birds
-STUDIED = ('birds.py','birds_train.py','goes_on.py','graphed.py','birds.json','birds200.json') # what it needs
+STUDIED = ('birds.py','birds_train.py','variants.py','folded.py','goes_on.py','graphed.py','birds.json','birds200.json') # what it needs
 CARRIED = ['fastai','fastcore','fasttransform','fastdownload','fastprogress','python-fasthtml','plum-dispatch','beartype','starlette','itsdangerous','python-multipart',
     'httpx2','httpcore2','truststore']
 # What the machine has; the check below lets nothing else be imported.

@@ -1,0 +1,107 @@
+"The study that compares forms of CEKD on held-out images: each form by hand, and frozen norms within their convolutions."
+import sys
+from copy import deepcopy
+from pathlib import Path
+import pytest,timm,torch
+from fastai.vision.all import Callback,nn,tensor
+from cekd_fastai.all import CEKD,SnapMix
+sys.path[:0] = [str(Path(__file__).parent),str(Path(__file__).parent.parent/'benchmarks'/'cekd')]
+import birds,variants
+from birds_train import by_pairs
+from folded import Folded,fold_norms,pairs
+from test_birds_study import Y,Z,fit,halves,learner
+
+def parts_of(cekd, epochs=1):
+    "Parts and weights of the loss of two images that are mixed 3 to 1, step by step; the network answers `Z`"
+    res = []
+    class Spy(Callback):
+        order = 10
+        def after_loss(self): res.append({k:v.item() for k,v in cekd.parts.items()} | {f'w_{k}':v for k,v in cekd.weights().items()})
+    fit(learner(Z, Y, [[0,3]], [halves(None, range(epochs)),cekd,Spy()], n_branches=2), epochs)
+    return res
+
+def test_class_means_are_averaged_over_steps():
+    cb = variants.ClassMeans(keep=.9)
+    cb.learn_classes(tensor([[.6,.4,0],[.8,.2,0]]), tensor([0,0]))
+    assert torch.allclose(cb.means, tensor([[.97,.03,0],[0,1,0],[0,0,1]])) # .9 of [1,0,0], .1 of the mean [.7,.3,0]
+
+def test_class_means_are_the_target():
+    "With `keep` 0 and one image a class, the class's mean is the image's own prediction, as CEKD has it"
+    means,own = parts_of(variants.ClassMeans(keep=0., ramp=0.)),parts_of(CEKD(ramp=0.))
+    assert means[0]==pytest.approx(own[0], abs=1e-5) and own[0]['cross']>.001
+    kept = parts_of(variants.ClassMeans(keep=.5, ramp=0.))
+    assert abs(kept[0]['cross']-own[0]['cross'])>.001
+
+def test_the_last_third():
+    w = [o['w_cross'] for o in parts_of(variants.LastThird(w_cross=2.), 6)]
+    assert w==[0,0,0,0,2,2]
+
+def test_clean_labels_fade():
+    w = [o['w_ce_clean'] for o in parts_of(variants.Annealed(ramp=0.), 4)]
+    assert w==pytest.approx([2,1.5,1,.5])
+
+def test_neighbours_have_one_class():
+    "Pairs of a class side by side, none lost; the odd one of a class stands at the end"
+    y = tensor([0,1,0,1,0,2,2,1,0])
+    order = by_pairs(torch.randperm(9), y, torch.Generator().manual_seed(0))
+    assert sorted(order.tolist())==list(range(9))
+    assert (y[order][0:8:2]==y[order][1:8:2]).all() and y[order[8]]==1
+    assert variants.Neighbours().donors(4).tolist()==[1,0,3,2] and isinstance(variants.Neighbours(), SnapMix)
+    other = by_pairs(torch.randperm(9), y, torch.Generator().manual_seed(1))
+    assert order.tolist()!=other.tolist()
+
+def frozen(arch):
+    "A small network in double precision whose norms are frozen at random statistics"
+    torch.manual_seed(0)
+    net = timm.create_model(arch, num_classes=3).double().train()
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    for m in norms:
+        m.eval()
+        m.running_mean.normal_(0, .1), m.running_var.uniform_(.5, 2)
+        nn.init.uniform_(m.weight, .5, 1.5), nn.init.normal_(m.bias, 0, .1)
+    return net,len(norms)
+
+@pytest.mark.parametrize('arch', ['tf_efficientnet_lite0','mobilenetv2_100'])
+def test_folded_norms_train_alike(arch):
+    net,n = frozen(arch)
+    folded = deepcopy(net)
+    assert fold_norms(folded)==n and list(folded.state_dict())==list(net.state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.double)
+    for o in (net,folded): nn.functional.cross_entropy(o(x), tensor([0,2])).backward()
+    assert torch.allclose(net(x), folded(x), rtol=1e-9)
+    for a,b in zip(net.parameters(), folded.parameters()): assert (a.grad-b.grad).norm()<=1e-9*max(1, a.grad.norm())
+
+def test_a_copy_of_a_folded_network_has_its_own_norms():
+    net,_ = frozen('mobilenetv2_100')
+    fold_norms(net)
+    copy = deepcopy(net)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.double)
+    before = net(x)
+    with torch.no_grad(): [p.zero_() for p in copy.parameters()]
+    assert torch.equal(net(x), before) and not copy(x).any()
+    conv = next(m for m in copy.modules() if isinstance(m, Folded))
+    assert any(conv.norm[0] is m for m in copy.modules())
+
+def test_a_norm_without_its_convolution_is_left():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), timm.layers.BatchNormAct2d(4), timm.layers.BatchNormAct2d(4))
+    assert not list(pairs(net)) # the convolution has a bias, and the second norm follows none
+
+def test_every_form_is_defined_and_trains_for_as_many_passes():
+    c = birds.read_config('birds_search')
+    bar = '2 branches, label smoothing'
+    todo = birds.jobs(c, 20, {})
+    assert {j['stage'] for j in todo}=={'select'} and {j['epochs']*j['passes'] for j in todo}=={20} and {j['seed'] for j in todo}==set(range(5))
+    assert len({birds.key(j) for j in todo})==len(todo)==5*len(c['final'][0]['rows'])
+    assert [j['row'] for j in todo][0]==bar and {j['row'] for j in todo}|{'plain','CEKD + SnapMix'}==set(c['rows'])
+    assert {j['mix'] for j in todo if j['mix']}<=set(c['mixes'])
+
+def test_the_table_holds_each_form_against_its_rivals():
+    c = birds.read_config('birds_search')
+    def r(row, seed, acc):
+        j = birds.job(c, 'select', row, seed, 'equal compute', 20, .0012, 'separate')
+        return j|dict(accuracy=acc, train_accuracy=1.)
+    one,bar,other = ('2 branches, PS-KD','2 branches, label smoothing','CEKD + SnapMix, label smoothing')
+    rows = [r(bar, 0, .6),r(bar, 1, .7),r(one, 0, .5),r(one, 1, .7),r(other, 0, .7),r(other, 1, .7)]
+    lines = birds.select_table(rows, c).split('\n')
+    assert [o.split(' | ')[0][2:] for o in lines[2:]]==[other,bar,one]
+    assert lines[2].split(' | ')[-2].strip()=='+5.0 ± 5.0 (+10.0, +0.0)' and lines[4].endswith('| -5.0 ± 5.0 (-10.0, +0.0) | -10.0 ± 10.0 (-20.0, +0.0) |')
