@@ -8,7 +8,8 @@
 `prepare` puts pictures, weights and the package into one folder, for a machine without network; DIR holds `CUB_200_2011.tgz` and
 `weights-efficientnet-lite.tgz`. `run` chooses settings on a held-out part of train, then reads the official test part; it goes on from
 `birds.jsonl` in OUT and in BUNDLE, and ends when the time is up. On processors a run that was ended goes on at
-its last epoch, which lies in `killed` in OUT. `table` writes tables and figure from the rows.
+its last epoch, which lies in `killed` in OUT; frozen norms are computed there within their convolutions (`folded.py`), which gives
+the same function faster. `table` writes tables and figure from the rows.
 
 `birds.json` says what is run, in which order, and by which rule settings are chosen. One pass is one image forward and backward through
 the network. *Equal compute*: every method has the passes of plain training, so one that runs clean and mixed images has half the epochs.

@@ -1,8 +1,7 @@
 """Frozen batch normalisation within the convolution before it, on processors: $\\gamma(w*x-\\mu)/\\sigma+\\beta = (w\\gamma/\\sigma)*x + \\beta-\\mu\\gamma/\\sigma$.
 
 The same function of the same parameters, so the gradients are the same too but for rounding, and a step passes over its maps fewer times."""
-import torch
-import torch.nn.functional as F
+import torch,torch.nn.functional as F
 from torch import nn
 from timm.layers import BatchNormAct2d
 from timm.layers.padding import pad_same

@@ -1,4 +1,4 @@
-"""Forms of CEKD that the study compares on held-out images, and that the library does not have: each changes one thing."""
+"Forms of CEKD that the study compares on held-out images, and that the library does not have: each changes one thing."
 import torch
 from cekd_fastai.all import CEKD,SnapMix
 from cekd_fastai.cekd import teacher_logits
