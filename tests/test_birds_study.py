@@ -1,5 +1,5 @@
 "The study on real birds: softened labels against numbers worked out by hand, and the bookkeeping of its queue."
-import importlib.util,sys
+import importlib.util,subprocess,sys,time
 from pathlib import Path
 import pytest,torch
 from fastai.vision.all import Callback,CancelValidException,DataLoaders,SGD,Learner,nn,tensor
@@ -305,11 +305,33 @@ def test_queue(birds, tmp_path):
     birds.serve(again, birds.config, 20, rows, file, birds.time.time()+1e6, 3000, 1e9, {})
     assert {j['row'] for j in again.jobs}=={'CutMix'}
 
+def is_running(pid):
+    "Whether a process exists that has not ended"
+    try: return Path(f'/proc/{pid}/stat').read_text().split(')')[-1].split()[0]!='Z'
+    except FileNotFoundError: return False
+
 def test_deadline(birds, tmp_path):
     "Nothing is started that cannot end in time"
     pool = Machine(3)
     birds.serve(pool, birds.config, 20, [], tmp_path/'rows.jsonl', birds.time.time()+10, 3000, 3000, {})
     assert not pool.jobs
+
+@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='looks for the process in /proc')
+def test_a_worker_ends_with_the_process_that_began_it(tmp_path):
+    "One that was left alone would train its row to the end, and report it to nobody"
+    lines = ['import sys,time,multiprocessing as mp', f'sys.path.insert(0, {str(FOLDER)!r})', 'import birds', 'def work(conn):', '    birds.end_with_parent()',
+        "    conn.send('ready')", '    time.sleep(60)', "if __name__=='__main__':", "    mine,theirs = mp.get_context('spawn').Pipe()",
+        "    p = mp.get_context('spawn').Process(target=work, args=(theirs,))", '    p.start()', '    mine.recv()', '    print(p.pid, flush=True)', '    time.sleep(60)']
+    script = tmp_path/'parent.py'
+    script.write_text('\n'.join(lines))
+    parent = subprocess.Popen([sys.executable,script], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    assert is_running(worker)
+    parent.kill()
+    parent.wait()
+    until = time.time()+10
+    while is_running(worker) and time.time()<until: time.sleep(.05)
+    assert not is_running(worker)
 
 def test_tables(birds):
     "Paired differences are taken over common seeds"

@@ -17,7 +17,7 @@ the network. *Equal compute*: every method has the passes of plain training, so 
 SnapMix's look at the unmixed image adds a third of a pass, which is not counted. A second branch adds less than a pass: the table says
 what by multiply-adds. Runs of one seed begin at the same weights and see the same crops in the same order. The test part is read once,
 after the last epoch of a run of the stage `final`. Seconds are those of a run beside those of the other processes."""
-import io,json,math,os,shutil,subprocess,sys,tarfile,tempfile,time
+import io,json,math,os,shutil,subprocess,sys,tarfile,tempfile,threading,time
 import multiprocessing as mp
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -266,8 +266,16 @@ def begin_bench(bundle, data, c, device):
     if 'studies' in c: return import_module('long_train').Several(bundle, data, c, device)
     return import_module(c.get('trainer', 'birds_train')).Bench(bundle, *data[c['name']], c, device)
 
+def end_with_parent():
+    "End this process as soon as the one that began it has ended, since nobody would hear its answer"
+    def watch():
+        wait([mp.parent_process().sentinel])
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
 def work(conn, src, *args):
     "A worker: answers each message with one, but for `layout`"
+    end_with_parent()
     try:
         sys.path[:0] = src
         bench = begin_bench(*args)
