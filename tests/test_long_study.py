@@ -212,6 +212,11 @@ def test_teachers_have_lines_in_the_table():
     assert [o.split(' |')[0] for o in lines[2:6]]==['| teacher Lite0','| teacher Lite2','| teacher MobileNetV2','| the teachers together']
     assert lines[0].endswith('against labels | against labels, label smoothing |')
 
+def test_of_several_sets_of_teachers_the_table_shows_that_of_most_rows():
+    def r(seed, acc, **args): return dict(stage='final', seed=seed, args=args, teachers=dict(Lite0=acc))
+    line, = birds.teacher_lines([r(0, .6), r(0, .6), r(0, .5), r(0, .2, wrong=.4), r(1, .8)])
+    assert line[0]=='teacher Lite0' and line[5].startswith('70.0 ±') and 2 in line
+
 def test_pictures_of_one_kind_are_decoded_once(tmp_path, monkeypatch):
     checks.tiny_birds(birds, tmp_path, 4)
     c = dict(studies={k:dict(classes=n) for k,n in dict(few=2, all=4).items()})

@@ -492,11 +492,13 @@ HEAD = ['method','budget','epochs','passes an image','GMAC an image','accuracy %
 HEAD += ['seconds','seeds']
 
 def teacher_lines(rows):
-    "One line for each teacher: what it knows of the test part"
-    each = {}
+    "One line for each teacher: what it knows of the test part; of a seed whose rows had several sets of teachers, that of most rows"
+    sets,each = {},{}
     for r in rows:
         if r.get('stage')=='final' and 'teachers' in r and not {'wrong','labelled'}&r['args'].keys():
-            for k,v in r['teachers'].items(): each.setdefault(k, {})[r['seed']] = v
+            sets.setdefault(r['seed'], []).append(tuple(r['teachers'].items()))
+    for seed,o in sets.items():
+        for k,v in max(o, key=o.count): each.setdefault(k, {})[seed] = v
     named = lambda k: 'the teachers together' if k=='ensemble' else f'teacher {k}'
     return [[named(k),*['']*4,pct(list(v.values())),*['']*4,len(v),'',''] for k,v in each.items()]
 
