@@ -19,7 +19,7 @@ install: ## make .venv with the package and its pinned dependencies
 train: install ## train: the main job, with nothing but this command
 	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000 $(PY) benchmarks/make_train.py
 
-test: install ## run every check: style, sync, notebooks, wheel, pytest
+test: install ## run every check: style, sync, docs, wheel, notebooks, pytest
 	@$(PY) tools/check.py
 
 test-browser: install ## run lessons in JupyterLab and read the site, in a browser

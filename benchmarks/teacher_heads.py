@@ -4,7 +4,7 @@ Features are the pooled ones of the last layer, in one pass without augmentation
 the right class (what a student is taught with), and the seconds of the fit. 'chosen' takes the strength that is best on a fifth of the training images, then fits on all of them;
 'kept' is the fit on the other four fifths itself.
 
-    python benchmarks/teacher_heads.py            # CUB's first 50 classes, 12 flowers (with CEKD_DATA, see CONTRIBUTING.md) and the drawn birds"""
+    python benchmarks/teacher_heads.py            # CUB's first 50 classes, 12 flowers (`CEKD_DATA` names the folder of their archives) and the drawn birds"""
 import os,tarfile,time,warnings
 import timm,torch
 import torch.nn.functional as F

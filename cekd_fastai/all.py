@@ -68,3 +68,4 @@ from .share import from_hub,to_hub
 
 # %% ../nbs/93_all.ipynb #names
 __all__ = [o for o in globals() if not o.startswith('_')]
+import cekd_fastai.explain # gives `Deployed` its `where` and `similar`, and no name

@@ -268,7 +268,7 @@ def cekd_train(
     verify:bool=False,    # Read every image first, list and skip those that cannot be read
     method:str='cekd',          # What the network learns from (--list methods)
     method_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the method: --method-args w_cross=2 T=4
-    learner_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the learner: --learner-args mid=True own_start=True
+    learner_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the learner: --learner-args mid=True (with --method plain)
     n_branches:int=None,        # Number of branches, by default that of the method's paper
     teachers:Annotated[str,dict(nargs='+')]=(), # Of meal: files of `deploy` or `export`, or names in timm
     adversarial:str='joint',    # Of meal: joint, grl, alternate or none
@@ -286,7 +286,7 @@ def cekd_train(
     recipe:str=None,            # A published experiment (--list recipes), e.g. cekd-cub-resnet101; options given beside it win
     epochs:int=20,              # Number of epochs
     bs:int=32,                  # Images in a batch
-    lr:float=None,              # Largest learning rate, by default as recommended for the backbone; more for heads, see head_lr
+    lr:float=None,              # Largest learning rate, by default as recommended for the backbone; more for heads, see --head-lr
     head_lr:float=None,         # How many times faster the heads of a pretrained network learn, by default 10
     label_smoothing:float=None, # Share of a label that goes to all classes, by default 0.1; 0 for meal, css and recipes
     wd:float=None,              # Weight decay, by default 0.01, or 0.05 for a backbone without batch normalisation

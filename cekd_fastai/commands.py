@@ -66,7 +66,7 @@ def cekd_predict(
     tta:bool=False, # Average over a picture and its mirror image
     batch:int=64, # Pictures in a batch
     workers:int=None, # Processes that read pictures, one for each CPU by default
-    device:str='cpu', # cpu or cuda, for a file of `deploy`
+    device:str='cpu', # cpu or cuda, for a file of `deploy` or `export_program`
 ):
     "Predict every picture of a folder, as a table"
     args = dict(locals())
@@ -84,11 +84,11 @@ def cekd_predict(
 # %% ../nbs/92_commands.ipynb #serve
 @call_parse
 def cekd_serve(
-    model:str, # File of `deploy` or `export_onnx`
+    model:str, # File of `deploy`, `export_onnx` or `export_program`
     host:str='127.0.0.1', # Interface to listen at; 0.0.0.0 for everybody in the network
     port:int=8000, # Port, 0 for a free one
     top:int=3, # Classes for each picture
-    device:str='cpu', # cpu or cuda, for a file of `deploy`
+    device:str='cpu', # cpu or cuda, for a file of `deploy` or `export_program`
     max_mb:float=20., # Largest file of a picture
     max_pixels:int=50_000_000, # Largest picture, width times height
     max_files:int=16, # Most pictures at once

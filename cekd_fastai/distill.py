@@ -80,8 +80,9 @@ def check(self:Distill):
             f"this network is for `{net.made_by}`, so make the learner with the function that the method comes with.")
     left = _untrained(net, self.trains) if owns else []
     if left:
-        raise ValueError(f"`{self}` has no loss for the {left[0]} of the network, which would stay as it is: "
-            f"build the network with `branch_net`, or train this one with `{net.made_by}`.")
+        remedy = f'build the network with `branch_net`, or train this one with `{net.made_by}`'
+        if left[0]=='mid': remedy = f'leave out `mid=True`, or `{self}`'
+        raise ValueError(f"`{self}` has no loss for the {left[0]} of the network, which would stay as it is: {remedy}.")
     if net.n_branches<self.min_branches:
         raise ValueError(f"`{self}` needs at least {self.min_branches} branches, but the network has {net.n_branches}: "
             f"pass `n_branches={self.min_branches}`.")

@@ -30,7 +30,7 @@ class NoDecay(Callback):
 # %% ../nbs/66_recommended.ipynb #rec-code
 @dataclass
 class Recommended:
-    "Settings to begin with, from `recommended`; their names are those of `cekd_train`"
+    "Settings to begin with, from `recommended`; their names are those of `cekd_train`, but for `pretrained` and `layer_decay`"
     arch:object            # The backbone
     pretrained:bool        # From pretrained weights?
     size:int               # Of the images in pixels

@@ -157,7 +157,7 @@ class _App:
 
 # %% ../nbs/84_serve.ipynb #sv-routes
 def serve_app(
-    model,                # File of `deploy` or `export_onnx`
+    model,                # File of `deploy`, `export_onnx` or `export_program`
     top:int=3,            # Classes for each picture, unless a request asks for another number
     device:str='cpu',     # Where a network of PyTorch runs
     max_mb:float=20,      # Largest file of a picture
@@ -198,7 +198,7 @@ def _only_here(app, host):
     return app
 
 def listening(
-    model,               # File of `deploy` or `export_onnx`
+    model,               # File of `deploy`, `export_onnx` or `export_program`
     host='127.0.0.1',    # Interface to listen at
     port=8000,           # Port, 0 for a free one
     **kwargs             # As for `serve_app`

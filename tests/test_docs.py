@@ -144,6 +144,14 @@ def test_outputs(project):
     assert 'alt="Picture drawn by draw(1)"' in core and '<table class="dataframe">' in core and 'scoped' not in core
     assert (project/'html'/'_images'/'core-c8-0.png').read_bytes()==png
 
+def test_markdown(project):
+    "Beside each page lies its Markdown, at the address that modules name: words, code and what was printed, and no hidden cell."
+    page = build(project)
+    core,first = page('core.html.md'),page('course/first.html.md')
+    for o in ('# Core', '`Pot`', '```python\ndef double(', '```text\nseen\n```', '*A picture*', '```python\ndf\n```'): assert o in core, o
+    assert not [o for o in ('secret', 'unseen', 'warned', 'dropped', '<details', 'default_exp') if o in core]
+    assert '[core](../core.html)' in first
+
 def test_formulas(project):
     "Formulas are MathML, in the text and on lines of their own; dollars in code are dollars."
     core = build(project)('core.html')

@@ -195,6 +195,8 @@ def test_pythons():
     assert only(r'They need Python ([\d.]+) to ([\d.]+) ', text('CONTRIBUTING.md'))==ends
     assert only(r'which holds for Python ([\d.]+) to ([\d.]+)\s', text('CONTRIBUTING.md'))==ends
     assert only(r'(?m)^# For Python ([\d.]+) to ([\d.]+)$', text('constraints.txt'))==ends
+    assert only(r'need Python ([\d.]+) to ([\d.]+), make', text('README.md'))==only(r'/python-([\d.]+)%20to%20([\d.]+)-', text('README.md'))==ends
+    assert only(r'need only Python ([\d.]+) to ([\d.]+), make', text('CHANGELOG.md'))==ends
 
 @pytest.mark.parametrize('name', ['docs', 'release', 'test'])
 def test_workflow_pythons(name):

@@ -268,6 +268,27 @@ class Page:
         # What a solution prints would give it away, so it is folded too.
         return code[:-1]+outs+code[-1:] if fold and summary=='Solution' else code+outs
 
+    def printed(self, cell):
+        "What the cell shows, in words: text as it is, a picture by its name"
+        outs = cell.get('outputs', []) if cell.directives_.get('output')!='false' else []
+        for o in outs:
+            if o['output_type']=='stream' and o['name']=='stderr': continue
+            data = {t: ''.join(v) for t,v in o.get('data', {}).items() if isinstance(v, (str, list))}
+            if any(t.startswith('image/') for t in data): yield f"*{cell.directives_.get('fig-alt', 'A picture').strip(chr(34))}*"
+            elif 'text/markdown' in data: yield data['text/markdown']
+            elif said := _text(''.join(o.get('text', '')) or data.get('text/plain', '')): yield f'```text\n{said.strip(chr(10))}\n```'
+
+    def plain(self):
+        "The page in Markdown for programs that read it: words, code and what it printed"
+        res = []
+        for cell in self.cells:
+            ds = cell.directives_
+            if cell.cell_type=='markdown': res.append(_outside_code(lambda s: _links.sub(lambda m: m[1]+self.resolve(m[2]), s), cell.source))
+            elif cell.cell_type=='code' and not ds.keys()&{'hide', 'default_exp'} and ds.get('include')!='false' and cell.source.strip():
+                code = [] if ds.get('echo')=='false' else [f'```python\n{cell.source.strip()}\n```']
+                res += [*code,*self.printed(cell)]
+        return '\n\n'.join(res)+'\n'
+
     def title(self):
         "Title and the line below it, which starts with `>`."
         top = next(c.source for c in self.cells if c.cell_type=='markdown')
@@ -377,6 +398,7 @@ class Site:
         faults = re.sub(r'\x1b\[[\d;]*m|WARNING: ', '', said.getvalue()).replace(f'{self.src}/', '').strip()
         if faults: raise DocsError(f'{faults}\nCorrect the notebooks of these pages.')
         for o in self.assets: shutil.copyfile(self.nbs/o, _made(Path(out)/o))
+        for p in self.pages.values(): _made(Path(out)/f'{p.html}.md').write_text(p.plain(), encoding='utf-8') # the address that each module names
         _made(Path(out)/'.nojekyll').touch()
         check(out, {p.html.as_posix(): str(p) for p in self.pages.values()})
 
