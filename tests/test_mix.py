@@ -617,7 +617,7 @@ def test_middle(dls, tmp_path, mix):
 
 def test_middle_stands_alone(dls):
     "It has no loss beside a distillation, and none beside peers"
-    with pytest.raises(ValueError, match='no loss for the mid'): branch_learner(dls, 'test_resnet', mid=True, pretrained=False, cbs=[SnapMix(),CEKD()])
+    with pytest.raises(ValueError, match='no loss for the mid.*: leave out `mid=True`, or `CEKD`'): branch_learner(dls, 'test_resnet', mid=True, pretrained=False, cbs=[SnapMix(),CEKD()])
     with pytest.raises(ValueError, match='`mid` is for one network'): branch_learner(dls, ('test_resnet',)*2, mid=True, pretrained=False)
 
 def test_maps_of_the_ensemble(dls):
