@@ -536,7 +536,7 @@ def house():
     does = 'a benchmark or|your pictures|as DataLoaders'
     room(s, 24, clean, 'Data', '`data.*`|`synthetic`', does, 'trains, or knows|a method')
     does = 'a mixed batch|and a record of|how it was made'
-    room(s, 177, mixed, 'Mix', '`mix.*`', does, 'touches loss|or labels')
+    room(s, 177, mixed, 'Mix', '`mix.*`', does, 'touches labels|or loss_func')
     does = 'one trunk and|*n* branches of|any backbone'
     room(s, 330, trunk, 'Network', '`arch` `branches`|`ema`', does, 'knows a loss|or a method')
     does,modules = 'pure losses, and|a callback for|each paper','`losses` `distill`|`cekd` `meal.*`|`online.*` `css`'

@@ -75,7 +75,7 @@ def plot_reliability(
     share = table.images/table.images.sum()
     ax.plot([0,1], [0,1], 'k:', lw=1)
     ax.plot(table.confidence, table.accuracy, lw=1)
-    ax.scatter(table.confidence, table.accuracy, s=15+150*share)
+    ax.scatter(table.confidence, table.accuracy, s=15+150*share, clip_on=False)
     ax.set_title(f'calibration error {error:.2f}')
     ax.set(xlabel='confidence', ylabel='accuracy')
     ax.set(xlim=(0,1.02), ylim=(-.02,1.02))

@@ -128,8 +128,10 @@ def _plot_distances(ax, distances):
     "A matrix of the distances between branches, with numbers"
     n = len(distances)
     im = ax.imshow(distances, cmap='viridis', vmin=0)
-    look = dict(ha='center', va='center', color='w', fontsize=8)
-    for i,j in itertools.permutations(range(n), 2): ax.text(j, i, f'{distances[i,j]:.2f}', **look)
+    look = dict(ha='center', va='center', fontsize=8)
+    for i,j in itertools.permutations(range(n), 2):
+        bright = distances[i,j]>.6*distances.max()
+        ax.text(j, i, f'{distances[i,j]:.2f}', color='k' if bright else 'w', **look)
     ax.set(title='distance', xlabel='branch', ylabel='branch', xticks=range(n), yticks=range(n))
     ax.figure.colorbar(im, ax=ax)
 
