@@ -50,6 +50,16 @@ def test_notebook_cells():
     assert {k:n for k,n in cells.items() if n>60}=={}
     assert {p.name: p.stat().st_size for p in notebooks() if p.stat().st_size>=150_000}=={}
 
+def wordless(p):
+    "Cells of a notebook that store a picture and do not say what it shows."
+    pictured = [c for c in json.loads(p.read_text(encoding='utf-8'))['cells']
+        if any(t.startswith('image/') for o in c.get('outputs', []) for t in o.get('data', {}))]
+    return [c['id'] for c in pictured if not re.search(r'^#\| fig-alt: "[^"]+"$', ''.join(c['source']), re.M)]
+
+def test_pictures_have_words():
+    "Each stored picture is described for readers who cannot see it."
+    assert {p.name:o for p in notebooks() if (o := wordless(p))}=={}
+
 def test_long_lines():
     "At most 2 % of the lines of code have more than 120 columns, tables of drawings, sets and published runs aside."
     tables = ('drawing','data.benchmarks','recipes')

@@ -388,6 +388,7 @@ def test_components_without_parts_or_weights(dls, tmp_path):
 def test_plot_history(learn):
     hist,axs = history(learn),plt.subplots(1, 3)[1]
     assert plot_history(hist, axs) is hist
+    assert all(float(o).is_integer() for ax in axs for o in ax.get_xticks()) # no epoch 2.5
     assert [[o.get_label() for o in ax.lines] for ax in axs]==[['train_loss','valid_loss'],['accuracy'],['ce_mix','cross','ce_clean']]
     plain = plot_history(hist[['epoch','train_loss','valid_loss','accuracy']].copy())
     assert list(plain)==['epoch','train_loss','valid_loss','accuracy']

@@ -64,6 +64,7 @@ def _draw_curves(ax, hist, cols, title, label=noop):
     "Draw the columns `cols` of `hist` over the epochs; `label` makes a label of a column's name"
     for c in cols: ax.plot(hist['epoch']+1, hist[c], marker='.', label=label(c))
     ax.set(title=title, xlabel='epoch')
+    ax.xaxis.get_major_locator().set_params(integer=True) # there is no epoch 2.5
     if cols: ax.legend(fontsize=8)
     else: ax.text(.5, .5, 'none', ha='center')
 
