@@ -43,12 +43,11 @@ def test_clean_labels_fade():
 def test_neighbours_have_one_class():
     "Pairs of a class side by side, none lost; the odd one of a class stands at the end"
     y = tensor([0,1,0,1,0,2,2,1,0])
-    order = by_pairs(torch.randperm(9), y, torch.Generator().manual_seed(0))
+    order,other = (by_pairs(torch.arange(9), y, torch.Generator().manual_seed(o)) for o in (0,1))
     assert sorted(order.tolist())==list(range(9))
     assert (y[order][0:8:2]==y[order][1:8:2]).all() and y[order[8]]==1
     assert variants.Neighbours().donors(4).tolist()==[1,0,3,2] and isinstance(variants.Neighbours(), SnapMix)
-    other = by_pairs(torch.randperm(9), y, torch.Generator().manual_seed(1))
-    assert order.tolist()!=other.tolist()
+    assert order.tolist()!=other.tolist() # the pairs come in another order
 
 def frozen(arch):
     "A small network in double precision whose norms are frozen at random statistics"

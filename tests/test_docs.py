@@ -148,7 +148,7 @@ def test_markdown(project):
     "Beside each page lies its Markdown, at the address that modules name: words, code and what was printed, and no hidden cell."
     page = build(project)
     core,first = page('core.html.md'),page('course/first.html.md')
-    for o in ('# Core', '`Pot`', '```python\ndef double(', '```text\nseen\n```', '*A picture*', '```python\ndf\n```'): assert o in core, o
+    for o in ('# Core', '`Pot`', '```python\ndef double(', '```text\nseen\n```', '*Picture drawn by draw(1)*', '```python\ndf\n```'): assert o in core, o
     assert not [o for o in ('secret', 'unseen', 'warned', 'dropped', '<details', 'default_exp') if o in core]
     assert '[core](../core.html)' in first
 

@@ -144,10 +144,11 @@ def _codes(code):
     for o in code.co_consts:
         if hasattr(o, 'co_code'): yield from _codes(o)
 
+def _ops(src): return [(o.opname,o.argval) for c in _codes(compile(src, 'script', 'exec')) for o in dis.get_instructions(c)]
+
 def stored(src):
     "Names that a script makes, stars included; another script is read and not imported, since some set fastai's defaults"
-    ops = [(o.opname,o.argval) for c in _codes(compile(src, 'script', 'exec')) for o in dis.get_instructions(c)]
-    res = {k for op,k in ops if op in ('STORE_NAME','STORE_GLOBAL')}
+    res = {k for op,k in _ops(src) if op in ('STORE_NAME','STORE_GLOBAL')}
     for n in ast.walk(ast.parse(src)):
         if not isinstance(n, ast.ImportFrom) or n.names[0].name!='*': continue
         res |= stored(scripts[n.module].read_text(encoding='utf-8')) if n.module in scripts else set(dir(importlib.import_module(n.module)))
@@ -155,8 +156,7 @@ def stored(src):
 
 def unknown(src):
     "Names that a script uses and nothing defines"
-    ops = [(o.opname,o.argval) for c in _codes(compile(src, 'script', 'exec')) for o in dis.get_instructions(c)]
-    return {k for op,k in ops if op in ('LOAD_NAME','LOAD_GLOBAL')}-stored(src)-{*dir(builtins),'__file__','__annotations__'}
+    return {k for op,k in _ops(src) if op in ('LOAD_NAME','LOAD_GLOBAL')}-stored(src)-{*dir(builtins),'__file__','__annotations__'}
 
 files = [p for folder in ('benchmarks','tools') for p in (root/folder).rglob('*.py')]
 scripts = {p.stem:p for p in files}

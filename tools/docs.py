@@ -123,6 +123,17 @@ def _outside_code(f, md):
         end = m.end()
     return ''.join(parts) + f(md[end:])
 
+def _shown(cell):
+    "Is it code that a reader sees?"
+    ds = cell.directives_
+    return cell.cell_type=='code' and not ds.keys()&{'hide', 'default_exp'} and ds.get('include')!='false' and cell.source.strip()!=''
+
+def _data(o): return {t: ''.join(v) for t,v in o.get('data', {}).items() if isinstance(v, (str, list))}
+
+def _words(cell):
+    "What the picture of a cell shows"
+    return cell.directives_.get('fig-alt', '').strip('"') or f'Picture drawn by {cell.source.strip().splitlines()[-1]}'
+
 class Page:
     "One notebook as Markdown for Sphinx."
     def __init__(self,
@@ -170,12 +181,11 @@ class Page:
         "One output: pictures as files, tables as they are, anything else as text."
         if o['output_type']=='error': raise DocsError(f"{self} stores an error in cell `{cell.id}`: run it again and save its outputs.")
         if o['output_type']=='stream': return '' if o['name']=='stderr' else _pre(_text(o['text']))
-        data = {t: ''.join(v) for t,v in o['data'].items() if isinstance(v, (str, list))}
+        data = _data(o)
         for t,ext in (('image/png', 'png'), ('image/jpeg', 'jpg')):
             if t in data:
                 file = self.site.write(f'_out/{self.html.stem}-{cell.id}-{k}.{ext}', b64decode(data[t]))
-                alt = cell.directives_.get('fig-alt', '').strip('"') or f'Picture drawn by {cell.source.strip().splitlines()[-1]}'
-                return f'![{_escaped(alt)}](/{file})'
+                return f'![{_escaped(_words(cell))}](/{file})'
         if 'text/markdown' in data and 'text/html' not in data: return self.relink(data['text/markdown'])
         if 'text/html' in data: return _wrap(_html(data['text/html']))
         return _pre(_text(data.get('text/plain', '')))
@@ -258,7 +268,7 @@ class Page:
             for m in re.finditer(r'^(#{1,6}) ', _code.sub('', cell.source), re.M): self.depth = len(m[1])
             return [self.relink(cell.source)]
         if 'default_exp' in ds and self.site.lib: self.mod = import_module(f"{self.site.lib}.{ds['default_exp']}")
-        if cell.cell_type!='code' or ds.keys()&{'hide', 'default_exp'} or ds.get('include')=='false' or not cell.source.strip(): return []
+        if not _shown(cell): return []
         if _exports&ds.keys(): return self.exported(cell)
         fold = (ds['code-fold'] or 'true') if 'code-fold' in ds and ds['code-fold']!='false' else None
         summary = ds.get('code-summary', 'Code').strip('"')
@@ -273,8 +283,8 @@ class Page:
         outs = cell.get('outputs', []) if cell.directives_.get('output')!='false' else []
         for o in outs:
             if o['output_type']=='stream' and o['name']=='stderr': continue
-            data = {t: ''.join(v) for t,v in o.get('data', {}).items() if isinstance(v, (str, list))}
-            if any(t.startswith('image/') for t in data): yield f"*{cell.directives_.get('fig-alt', 'A picture').strip(chr(34))}*"
+            data = _data(o)
+            if any(t.startswith('image/') for t in data): yield f'*{_words(cell)}*'
             elif 'text/markdown' in data: yield data['text/markdown']
             elif said := _text(''.join(o.get('text', '')) or data.get('text/plain', '')): yield f'```text\n{said.strip(chr(10))}\n```'
 
@@ -284,7 +294,7 @@ class Page:
         for cell in self.cells:
             ds = cell.directives_
             if cell.cell_type=='markdown': res.append(_outside_code(lambda s: _links.sub(lambda m: m[1]+self.resolve(m[2]), s), cell.source))
-            elif cell.cell_type=='code' and not ds.keys()&{'hide', 'default_exp'} and ds.get('include')!='false' and cell.source.strip():
+            elif _shown(cell):
                 code = [] if ds.get('echo')=='false' else [f'```python\n{cell.source.strip()}\n```']
                 res += [*code,*self.printed(cell)]
         return '\n\n'.join(res)+'\n'

@@ -3,7 +3,7 @@
 The same function of the same parameters, so the gradients are the same too but for rounding, and a step passes over its maps fewer times."""
 import torch,torch.nn.functional as F
 from torch import nn
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d,Conv2dSame
 from timm.layers.padding import pad_same
 
 class Folded:
@@ -12,7 +12,7 @@ class Folded:
         norm, = self.norm # in a tuple, so that it is not a part twice
         scale = norm.weight*(norm.running_var+norm.eps).rsqrt()
         bias,pad = norm.bias-norm.running_mean*scale,self.padding
-        if self.same: x,pad = pad_same(x, self.kernel_size, self.stride, self.dilation),0
+        if isinstance(self, Conv2dSame): x,pad = pad_same(x, self.kernel_size, self.stride, self.dilation),0
         return F.conv2d(x, self.weight*scale[:,None,None,None], bias, self.stride, pad, self.dilation, self.groups)
 
 class ClipAt6(torch.autograd.Function):
@@ -44,7 +44,7 @@ def fold_norms(model):
     "Fold every frozen norm of a timm network; how many there were"
     n = 0
     for conv,norm in list(pairs(model)):
-        conv.norm,conv.same = (norm,),type(conv).__name__=='Conv2dSame'
+        conv.norm = (norm,)
         conv.__class__ = type('FoldedConv', (Folded,type(conv)), {})
         norm.__class__ = type('FoldedNorm', (ActivationOnly,type(norm)), {})
         n += 1
