@@ -233,7 +233,8 @@ class Page:
         "Heading of a public constant, the comment beside it, and the names in it."
         name,val = node.targets[0].id,self.symbol(node.targets[0].id)
         said = re.search(rf'^{name} *=.*?# *(?!chkstyle)(.+)$', cell.source, re.M)
-        words = [o for o in (val if isinstance(val, (dict, list, tuple, set, frozenset)) else ()) if isinstance(o, str)]
+        if isinstance(val, (set, frozenset)): val = sorted(val, key=str) # the same page each time
+        words = [o for o in (val if isinstance(val, (dict, list, tuple)) else ()) if isinstance(o, str)]
         shown = ', '.join(f'`{o}`' for o in words) or (f'`{val!r}`' if isinstance(val, (int, float, str)) and len(repr(val))<80 else '')
         return [*self.heading(name), *[o for o in (said and self.relink(said[1]), shown) if o]]
 
