@@ -4,7 +4,7 @@ from copy import deepcopy
 from pathlib import Path
 import pytest,timm,torch
 from fastai.vision.all import Callback,nn,tensor
-from cekd_fastai.all import CEKD,SnapMix
+from cekd_fastai.all import CEKD,Mix,MixRecord,SnapMix
 sys.path[:0] = [str(Path(__file__).parent),str(Path(__file__).parent.parent/'benchmarks'/'cekd')]
 import birds,variants
 from birds_train import by_pairs
@@ -89,10 +89,26 @@ def test_every_form_is_defined_and_trains_for_as_many_passes():
     c = birds.read_config('birds_search')
     bar = '2 branches, label smoothing'
     todo = birds.jobs(c, 20, {})
-    assert {j['stage'] for j in todo}=={'select'} and {j['epochs']*j['passes'] for j in todo}=={20} and {j['seed'] for j in todo}==set(range(5))
-    assert len({birds.key(j) for j in todo})==len(todo)==5*len(c['final'][0]['rows'])
+    assert {j['stage'] for j in todo}=={'select'} and {j['seed'] for j in todo}=={0}
+    assert all(19<j['epochs']*j['passes']<=20 for j in todo)
+    assert len({birds.key(j) for j in todo})==len(todo)==len(c['final'][0]['rows'])
     assert [j['row'] for j in todo][0]==bar and {j['row'] for j in todo}|{'plain','CEKD + SnapMix'}==set(c['rows'])
     assert {j['mix'] for j in todo if j['mix']}<=set(c['mixes'])
+
+def test_the_best_forms_go_on():
+    "Eight, then four, then two, beside the rivals; none of them before all of a block has been run"
+    c = birds.read_config('birds_search')
+    rows,done = c['final'][0]['rows'],{}
+    def go(n):
+        todo = birds.jobs(c, 20, done)[:n]
+        done.update({birds.key(j):dict(accuracy=rows.index(j['row'])/100 + j['seed']/1000) for j in todo})
+        return todo
+    assert len(go(len(rows)-1))==len(rows)-1 and [j['row'] for j in birds.jobs(c, 20, done)]==rows[-1:]
+    go(1)
+    assert [j['row'] for j in birds.jobs(c, 20, done)]==[*rows[:3],*rows[:-9:-1]] and {j['seed'] for j in go(11)}=={1}
+    assert [j['row'] for j in birds.jobs(c, 20, done)]==[*rows[:2],*rows[:-5:-1]] and {j['seed'] for j in go(6)}=={2}
+    assert [(j['row'],j['seed']) for j in go(99)]==[(o,s) for s in (3,4) for o in (*rows[:2],rows[-1],rows[-2])]
+    assert not birds.jobs(c, 20, done)
 
 def test_the_table_holds_each_form_against_its_rivals():
     c = birds.read_config('birds_search')
@@ -104,3 +120,38 @@ def test_the_table_holds_each_form_against_its_rivals():
     lines = birds.select_table(rows, c).split('\n')
     assert [o.split(' | ')[0][2:] for o in lines[2:]]==[other,bar,one]
     assert lines[2].split(' | ')[-2].strip()=='+5.0 ± 5.0 (+10.0, +0.0)' and lines[4].endswith('| -5.0 ± 5.0 (-10.0, +0.0) | -10.0 ± 10.0 (-20.0, +0.0) |')
+
+def test_stored_targets_for_unmixed_images():
+    "The answers of epoch 1 at T = 2 are the target of epoch 2, in which the network answers otherwise"
+    T,cb,losses = 2.,variants.StoredForAll(T=2., ramp=0.),[]
+    class Spy(Callback):
+        order = 10
+        def after_loss(self): losses.append(self.learn.loss_grad.item())
+        def after_epoch(self): self.learn.dls.train.z = Z.roll(1, 1)
+    fit(learner(Z, Y, [[0,3]], [halves(None, []),cb,Spy()]), 2)
+    q,z = (Z[[0,3]]/T).softmax(1),Z.roll(1, 1)[[0,3]]
+    p = (z/T).softmax(1)
+    ce = -z.log_softmax(1)[range(2),[0,2]].mean()
+    assert losses[1]==pytest.approx((ce + T*T*(q*(q/p).log()).sum(1).mean()).item(), abs=1e-5)
+    assert losses[0]==pytest.approx(-Z[[0,3]].log_softmax(1)[range(2),[0,2]].mean().item(), abs=1e-5) # nothing stored yet
+
+class Uncut(Mix):
+    "Weights of 3 to 1, and images that show the host alone"
+    def mix(self, x, y): return x.clone(),MixRecord(tensor([1,0]), torch.full((2,), .75), torch.full((2,), .25), box_a=(0,0,0,0), box_b=(0,0,0,0))
+
+@pytest.mark.parametrize('mix', [halves(None, [0]),Uncut()])
+def test_two_mixes_teach_each_other(mix):
+    "The learner's own mix and one that blends; where they are the same, nobody has anything to teach"
+    T,cb,parts = 2.,variants.TwoMixes(T=2., ramp=0.),[]
+    class Spy(Callback):
+        order = 10
+        def after_loss(self): parts.append({k:v.item() for k,v in cb.parts.items()})
+    fit(learner(Z, Y, [[0,3]], [mix,cb,Spy()], n_branches=2))
+    blend = .75*Z[[0,3]]+.25*Z[[3,0]]
+    own = Z[[0,3]] if isinstance(mix, Uncut) else blend
+    ce = lambda z: -(.75*z.log_softmax(1)[range(2),[0,2]]+.25*z.log_softmax(1)[range(2),[2,0]]).mean()
+    p,q = (own/T).softmax(1),(blend/T).softmax(1)
+    kl = lambda t,s: T*T*(t*(t/s).log()).sum(1).mean()
+    assert parts[0]['ce']==pytest.approx((2*ce(own)+2*ce(blend)).item(), abs=1e-5)
+    assert parts[0]['cross']==pytest.approx((2*kl(p, q)+2*kl(q, p)).item(), abs=1e-5)
+    assert (parts[0]['cross']>.01)==isinstance(mix, Uncut)

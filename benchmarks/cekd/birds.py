@@ -73,18 +73,32 @@ def choose(tried, done):
     mean = {o: sum(done[key(j)].get('accuracy', 0.) for j in runs)/max(len(runs), 1) for o,runs in tried.items()}
     return max(mean, key=mean.get)
 
+def rows_of(c, i, run, done):
+    "Rows of a block; of one that takes the best of the block before, none until all of that has been run"
+    block = c['final'][i]
+    if 'best' not in block: return block['rows']
+    mean = {}
+    for row in rows_of(c, i-1, run, done):
+        own = [done.get(key(run(o, row, s))) for o in c['final'][:i] for s in o['seeds']]
+        if None in own: return []
+        mean[row] = sum(o.get('accuracy', 0.) for o in own)
+    best = [o for o in sorted(mean, key=mean.get, reverse=True) if o not in block['with']]
+    return block['with']+best[:block['best']] if best else []
+
 def ranked(c, epochs, done):
     "What is to run now, each with its rank: the stage `select` at 0, and the blocks of `final` that have their settings"
     tried = trials(c, epochs)
     todo = [(0,j) for each in zip(*(runs for options in tried.values() for runs in options.values())) for j in each]
     lr,target,best = (choose(o, done) for o in tried.values())
-    for rank,block in enumerate(c['final'], 1):
+    def run(block, row, seed): return job(c, block.get('stage', 'final'), row, seed, block['compute'], epochs, lr, target)
+    for i,block in enumerate(c['final']):
+        rows = rows_of(c, i, run, done)
         for seed in block['seeds']:
-            for name in block['rows']:
+            for name in rows:
                 if lr is None or 'BEST' in name and best is None: continue
                 row = name.replace('BEST', best or '')
                 if target is None and 'cekd' in c['rows'][row].get('methods', []): continue
-                todo.append((rank,job(c, block.get('stage', 'final'), row, seed, block['compute'], epochs, lr, target)))
+                todo.append((i+1,run(block, row, seed)))
     return todo
 
 def jobs(c, epochs, done):

@@ -1,8 +1,10 @@
 "Forms of CEKD that the study compares on held-out images, and that the library does not have: each changes one thing."
 import torch
-from cekd_fastai.all import CEKD,SnapMix
+from cekd_fastai.all import CEKD,Distill,SnapMix,kd_loss,mixed_loss
 from cekd_fastai.cekd import teacher_logits
-from cekd_fastai.losses import soft_probs
+from cekd_fastai.core import amp_context
+from cekd_fastai.losses import ramp_up,soft_probs
+from cekd_fastai.own_targets import StoredTargets
 from cekd_fastai.steps import step_pct
 
 class ClassMeans(CEKD):
@@ -40,3 +42,30 @@ class Annealed(CEKD):
 class Neighbours(SnapMix):
     "Mixes neighbours, which `BirdLoader` lays side by side by classes if the mix has `pairs`"
     def donors(self, n): return torch.arange(n)^1
+
+class StoredForAll(StoredTargets):
+    "An unmixed image learns its own stored target too"
+    def soft_loss(self, z, rec=None):
+        if rec is not None: return super().soft_loss(z, rec)
+        return self.reduce(torch.where(self.known, kd_loss(z, self.soft, self.T, per_sample=True), 0.))
+
+class TwoMixes(Distill):
+    "Each pair is mixed in two ways, cut by the mix of the learner and blended with the same weights; on one what the other branch says of the other"
+    min_branches,other = 2,None # `other`: logits of the blended images, shape (n, B, K)
+    _stateattrs = Distill._stateattrs + ('other',)
+    def __init__(self, weight=1., T=3., ramp=.3): self.weight,self.T,self.ramp = weight,T,ramp
+    def part_names(self): return ['ce','cross']
+    def weights(self): return dict(cross=self.weight*ramp_up(step_pct(self.learn), self.ramp))
+
+    def before_batch(self):
+        rec,x = self.record,self.mixer.host
+        if rec is None: return
+        a,b = (o[:,None,None,None] for o in (rec.lam_a,rec.lam_b))
+        with amp_context(self.learn): self.other = self.net.branch_forward(a*x+b*x[rec.perm])[0].float()
+
+    def losses(self):
+        z,y,rec,lf = self.logits.float(),self.learn.yb[0],self.record,self.learn.loss_func
+        if rec is None: return dict(ce=sum(lf(o, y) for o in z), cross=z.new_zeros(()))
+        def teach(student, teacher): return kd_loss(student, soft_probs(teacher.detach(), self.T).flip(0), self.T)
+        ce = sum(mixed_loss(lf, o, y, rec) for o in (*z,*self.other))
+        return dict(ce=ce, cross=teach(z, self.other)+teach(self.other, z))
