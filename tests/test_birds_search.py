@@ -6,7 +6,7 @@ import pytest,timm,torch
 from fastai.vision.all import Callback,nn,tensor
 from cekd_fastai.all import CEKD,Mix,MixRecord,SnapMix
 sys.path[:0] = [str(Path(__file__).parent),str(Path(__file__).parent.parent/'benchmarks'/'cekd')]
-import birds,variants
+import birds_plan,birds_tables,variants
 from birds_train import by_pairs
 from folded import Folded,fold_norms,pairs
 from test_birds_study import Y,Z,fit,halves,learner
@@ -17,7 +17,7 @@ def parts_of(cekd, epochs=1):
     class Spy(Callback):
         order = 10
         def after_loss(self): res.append({k:v.item() for k,v in cekd.parts.items()} | {f'w_{k}':v for k,v in cekd.weights().items()})
-    fit(learner(Z, Y, [[0,3]], [halves(None, range(epochs)),cekd,Spy()], n_branches=2), epochs)
+    fit(learner(Z, Y, [[0,3]], [halves(range(epochs)),cekd,Spy()], n_branches=2), epochs)
     return res
 
 def test_class_means_are_averaged_over_steps():
@@ -86,38 +86,38 @@ def test_a_norm_without_its_convolution_is_left():
     assert not list(pairs(net)) # the convolution has a bias, and the second norm follows none
 
 def test_every_form_is_defined_and_trains_for_as_many_passes():
-    c = birds.read_config('birds_search')
+    c = birds_plan.read_config('birds_search')
     bar = '2 branches, label smoothing'
-    todo = birds.jobs(c, 20, {})
+    todo = birds_plan.jobs(c, 20, {})
     assert {j['stage'] for j in todo}=={'select'} and {j['seed'] for j in todo}=={0}
     assert all(19<j['epochs']*j['passes']<=20 for j in todo)
-    assert len({birds.key(j) for j in todo})==len(todo)==len(c['final'][0]['rows'])
+    assert len({birds_plan.key(j) for j in todo})==len(todo)==len(c['final'][0]['rows'])
     assert [j['row'] for j in todo][0]==bar and {j['row'] for j in todo}|{'plain','CEKD + SnapMix'}==set(c['rows'])
     assert {j['mix'] for j in todo if j['mix']}<=set(c['mixes'])
 
 def test_the_best_forms_go_on():
     "Eight, then four, then two, beside the rivals; none of them before all of a block has been run"
-    c = birds.read_config('birds_search')
+    c = birds_plan.read_config('birds_search')
     rows,done = c['final'][0]['rows'],{}
     def go(n):
-        todo = birds.jobs(c, 20, done)[:n]
-        done.update({birds.key(j):dict(accuracy=rows.index(j['row'])/100 + j['seed']/1000) for j in todo})
+        todo = birds_plan.jobs(c, 20, done)[:n]
+        done.update({birds_plan.key(j):dict(accuracy=rows.index(j['row'])/100 + j['seed']/1000) for j in todo})
         return todo
-    assert len(go(len(rows)-1))==len(rows)-1 and [j['row'] for j in birds.jobs(c, 20, done)]==rows[-1:]
+    assert len(go(len(rows)-1))==len(rows)-1 and [j['row'] for j in birds_plan.jobs(c, 20, done)]==rows[-1:]
     go(1)
-    assert [j['row'] for j in birds.jobs(c, 20, done)]==[*rows[:3],*rows[:-9:-1]] and {j['seed'] for j in go(11)}=={1}
-    assert [j['row'] for j in birds.jobs(c, 20, done)]==[*rows[:2],*rows[:-5:-1]] and {j['seed'] for j in go(6)}=={2}
+    assert [j['row'] for j in birds_plan.jobs(c, 20, done)]==[*rows[:3],*rows[:-9:-1]] and {j['seed'] for j in go(11)}=={1}
+    assert [j['row'] for j in birds_plan.jobs(c, 20, done)]==[*rows[:2],*rows[:-5:-1]] and {j['seed'] for j in go(6)}=={2}
     assert [(j['row'],j['seed']) for j in go(99)]==[(o,s) for s in (3,4) for o in (*rows[:2],rows[-1],rows[-2])]
-    assert not birds.jobs(c, 20, done)
+    assert not birds_plan.jobs(c, 20, done)
 
 def test_the_table_holds_each_form_against_its_rivals():
-    c = birds.read_config('birds_search')
+    c = birds_plan.read_config('birds_search')
     def r(row, seed, acc):
-        j = birds.job(c, 'select', row, seed, 'equal compute', 20, .0012, 'separate')
+        j = birds_plan.job(c, 'select', row, seed, 'equal compute', 20, .0012, 'separate')
         return j|dict(accuracy=acc, train_accuracy=1.)
     one,bar,other = ('2 branches, PS-KD','2 branches, label smoothing','CEKD + SnapMix, label smoothing')
     rows = [r(bar, 0, .6),r(bar, 1, .7),r(one, 0, .5),r(one, 1, .7),r(other, 0, .7),r(other, 1, .7)]
-    lines = birds.select_table(rows, c).split('\n')
+    lines = birds_tables.select_table(rows, c).split('\n')
     assert [o.split(' | ')[0][2:] for o in lines[2:]]==[other,bar,one]
     assert lines[2].split(' | ')[-2].strip()=='+5.0 ± 5.0 (+10.0, +0.0)' and lines[4].endswith('| -5.0 ± 5.0 (-10.0, +0.0) | -10.0 ± 10.0 (-20.0, +0.0) |')
 
@@ -128,7 +128,7 @@ def test_stored_targets_for_unmixed_images():
         order = 10
         def after_loss(self): losses.append(self.learn.loss_grad.item())
         def after_epoch(self): self.learn.dls.train.z = Z.roll(1, 1)
-    fit(learner(Z, Y, [[0,3]], [halves(None, []),cb,Spy()]), 2)
+    fit(learner(Z, Y, [[0,3]], [halves([]),cb,Spy()]), 2)
     q,z = (Z[[0,3]]/T).softmax(1),Z.roll(1, 1)[[0,3]]
     p = (z/T).softmax(1)
     ce = -z.log_softmax(1)[range(2),[0,2]].mean()
@@ -139,7 +139,7 @@ class Uncut(Mix):
     "Weights of 3 to 1, and images that show the host alone"
     def mix(self, x, y): return x.clone(),MixRecord(tensor([1,0]), torch.full((2,), .75), torch.full((2,), .25), box_a=(0,0,0,0), box_b=(0,0,0,0))
 
-@pytest.mark.parametrize('mix', [halves(None, [0]),Uncut()])
+@pytest.mark.parametrize('mix', [halves([0]),Uncut()])
 def test_two_mixes_teach_each_other(mix):
     "The learner's own mix and one that blends; where they are the same, nobody has anything to teach"
     T,cb,parts = 2.,variants.TwoMixes(T=2., ramp=0.),[]

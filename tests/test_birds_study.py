@@ -1,23 +1,14 @@
 "The study on real birds: softened labels against numbers worked out by hand, and the bookkeeping of its queue."
-import importlib.util,subprocess,sys,time
+import subprocess,sys,time
 from pathlib import Path
 import pytest,torch
 from fastai.vision.all import Callback,CancelValidException,DataLoaders,SGD,Learner,nn,tensor
 from cekd_fastai.all import BranchNet,BranchLoss,CEKD,Mix,MixRecord
 
 FOLDER = Path(__file__).parent.parent/'benchmarks'/'cekd'
-sys.path[:0] = [str(FOLDER)] # what they import from each other
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER/f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-@pytest.fixture(scope='module')
-def birds(): return load('birds')
-@pytest.fixture(scope='module')
-def train(): return load('birds_train')
+sys.path[:0] = [str(FOLDER)]
+import birds_plan,birds_queue,birds_tables
+import birds_train as train
 
 # A network that answers with what it is shown: its images are logits
 
@@ -62,7 +53,7 @@ Y = tensor([0,0,1,2])
 
 # Online label smoothing
 
-def test_online_labels(train):
+def test_online_labels():
     "Class 0: mean of two right answers; class 1 was never right: uniform; class 2: its one answer"
     cb = train.OnlineLabelSmoothing()
     learn = learner(Z, Y, [[0,1],[2,3]], [cb])
@@ -83,7 +74,7 @@ def test_online_labels(train):
     second = -(p[0,0].log()+p[1,0].log())/2 - (soft[:2]*p[:2].log()).sum()/2
     assert torch.allclose(cb.memory['soft'], want, atol=1e-6) and losses[2]==pytest.approx(second.item(), abs=1e-5)
 
-def test_online_labels_second_epoch(train):
+def test_online_labels_second_epoch():
     "The loss of an image is its cross-entropy towards its class and towards the label of its class"
     cb,losses = train.OnlineLabelSmoothing(),[]
     class Spy(Callback):
@@ -96,7 +87,7 @@ def test_online_labels_second_epoch(train):
     want = -(p.log()[range(4),Y] + (soft*p.log()).sum(1)).mean()
     assert losses[1]==pytest.approx(want.item(), abs=1e-5)
 
-def test_online_labels_limit(train):
+def test_online_labels_limit():
     "A class whose label is almost sure keeps it, unless its images are all wrong"
     cb = train.OnlineLabelSmoothing()
     learn = learner(Z, Y, [[0,1,2,3]], [cb])
@@ -109,7 +100,7 @@ def test_online_labels_limit(train):
 
 # Progressive self-distillation
 
-def test_progressive_labels(train):
+def test_progressive_labels():
     "Epoch 1 of 2: the label alone. Epoch 2: .8 of the image's answer of the epoch before"
     cb,seen,shares = train.PSKD(),[],[]
     class Spy(Callback):
@@ -126,7 +117,7 @@ def test_progressive_labels(train):
 
 # Stored targets
 
-def halves(train, when):
+def halves(when):
     "A mix of each image with its neighbour, 3 to 1, in the batches of these numbers"
     class Halves(Mix):
         def mix(self, x, y):
@@ -135,13 +126,13 @@ def halves(train, when):
             return .75*x+.25*x[perm],MixRecord(perm, torch.full((2,), .75), torch.full((2,), .25), host_share=.75)
     return Halves(prob=1-1e-6) # soft labels need a mix that leaves batches alone
 
-def test_stored_targets(train):
+def test_stored_targets():
     "Answers at temperature T of unmixed batches, averaged over epochs, are the target of the mixes"
     T,cb,losses = 2.,train.StoredTargets(weight=1., T=2., ramp=0.),[]
     class Spy(Callback):
         order = 10
         def after_loss(self): losses.append(self.learn.loss_grad.item())
-    learn = learner(Z, Y, [[0,3]], [halves(train, [1]),cb,Spy()], n_branches=2)
+    learn = learner(Z, Y, [[0,3]], [halves([1]),cb,Spy()], n_branches=2)
     fit(learn, 2)
     q = (Z[[0,3]]/T).softmax(1)
     probs = cb.memory['probs']
@@ -153,13 +144,13 @@ def test_stored_targets(train):
     plain = -Z[[0,3]].log_softmax(1)[range(2),[0,2]].mean()
     assert losses==pytest.approx([2*plain.item(), 2*(ce+T*T*kl).item()], abs=1e-5)
 
-def test_stored_targets_average(train):
+def test_stored_targets_average():
     "An epoch moves the average halfway; a mix with an image that was never seen unmixed has labels alone"
     cb,soft = train.StoredTargets(T=1., ramp=0.),[]
     class Spy(Callback):
         order = 10
         def after_loss(self): soft.append(cb.soft_loss(self.learn.pred, self.learn.halves.record).item())
-    learn = learner(Z, Y, [[0,3]], [halves(train, [0]),cb,Spy()])
+    learn = learner(Z, Y, [[0,3]], [halves([0]),cb,Spy()])
     class Other(Callback):
         order = 10
         def after_epoch(self):
@@ -169,7 +160,7 @@ def test_stored_targets_average(train):
     assert soft[0]==0
     assert torch.allclose(cb.memory['probs'][[0,3]], .5*Z[[0,3]].exp()+.5*Z.roll(1, 1)[[0,3]].exp(), atol=1e-6)
 
-def test_cekd_with_soft_labels(train):
+def test_cekd_with_soft_labels():
     "In CEKD's hard part the labels are the softened ones, and the clean pass is what they learn from"
     cb = train.OnlineLabelSmoothing()
     cekd = CEKD(w_cross=0, target='both')
@@ -177,7 +168,7 @@ def test_cekd_with_soft_labels(train):
     class Spy(Callback):
         order = 10
         def after_loss(self): parts.append({k:v.item() for k,v in cekd.parts.items()})
-    learn = learner(Z, Y, [[0,3]], [halves(train, [0,1]),cekd,cb,Spy()], n_branches=2)
+    learn = learner(Z, Y, [[0,3]], [halves([0,1]),cekd,cb,Spy()], n_branches=2)
     fit(learn, 2)
     lp = Z.log_softmax(1)[[0,3]]
     assert torch.allclose(cb.memory['soft'], torch.stack([lp[0].exp(),tensor([1/3]*3),lp[1].exp()]), atol=1e-6)
@@ -186,38 +177,38 @@ def test_cekd_with_soft_labels(train):
     zm = (.75*Z[[0,3]]+.25*Z[[3,0]]).log_softmax(1)
     assert parts[1]['ce_mix']==pytest.approx(2*-((.75*t+.25*t[[1,0]])*zm).sum(1).mean().item(), abs=1e-5)
 
-def test_mixskd_logits(train):
+def test_mixskd_logits():
     "Where mixed logits are the mixture of logits, the two teach each other nothing"
     cb,parts = train.MixSKDLogits(),[]
     class Spy(Callback):
         order = 10
         def after_loss(self): parts.append({k:v.item() for k,v in cb.parts.items()})
-    fit(learner(Z, Y, [[0,3]], [halves(train, [0]),cb,Spy()], n_branches=2))
+    fit(learner(Z, Y, [[0,3]], [halves([0]),cb,Spy()], n_branches=2))
     assert parts[0]['mutual']==pytest.approx(0, abs=1e-5)
     lp = Z.log_softmax(1)[[0,3]]
     assert parts[0]['ce_clean']==pytest.approx(-2*(lp[0,0]+lp[1,2]).item()/2, abs=1e-5)
 
 # The loader
 
-def loader(train, seed, n=8):
+def loader(seed, n=8):
     c = dict(bs=4, size=6, crop=[.35,1.], ratio=[.75,1.33], test_crop=1.)
     ims = torch.arange(n*3*6*6).reshape(n,3,6,6).remainder(251).to(torch.uint8)
     return train.BirdLoader(ims, torch.arange(n), c, seed),ims
 
-def test_loader(train):
+def test_loader():
     "Test images are the pictures; training images are the same for one seed, new in each epoch, and their rows are known"
-    dl,ims = loader(train, None)
+    dl,ims = loader(None)
     x = torch.cat([o for o,_ in dl])
     assert torch.allclose(x, ims.float()/127.5-1, atol=1e-3)
-    one,two = (loader(train, s)[0] for s in (1,1))
+    one,two = (loader(s)[0] for s in (1,1))
     first = [(dl.rows.clone(),x,y) for dl in [one] for x,y in dl]
     assert all(torch.equal(r, y) for r,_,y in first)
     assert sorted(torch.cat([r for r,_,_ in first]).tolist())==list(range(8))
     assert all(torch.equal(a, b) for (_,a,_),(b,_) in zip(first, two))
     assert not torch.equal(torch.cat([y for _,y in one]), torch.cat([y for _,_,y in first])) # another epoch
-    assert not torch.equal(torch.cat([x for x,_ in loader(train, 2)[0]]), torch.cat([x for _,x,_ in first]))
+    assert not torch.equal(torch.cat([x for x,_ in loader(2)[0]]), torch.cat([x for _,x,_ in first]))
 
-def test_split(train):
+def test_split():
     "A fifth of each class of train is held out; nothing of the test part is touched"
     label,test = torch.arange(3).repeat_interleave(20).numpy(),(torch.arange(60)%2==0).numpy()
     tr,te = train.split(label, test, True, 0, .2)
@@ -228,54 +219,54 @@ def test_split(train):
 
 # The queue
 
-def done_with(birds, acc):
+def done_with(acc):
     "Selection rows with these accuracies by (row, rate, target, seed)"
-    tried = birds.trials(birds.config, 20)
+    tried = birds_plan.trials(birds_plan.config, 20)
     runs = [j for o in tried.values() for v in o.values() for j in v]
-    return {birds.key(j): j|dict(accuracy=acc(j)) for j in runs}
+    return {birds_plan.key(j): j|dict(accuracy=acc(j)) for j in runs}
 
-def test_selection_comes_first(birds):
+def test_selection_comes_first():
     "Without rows there is nothing of the final stage; each run of the selection stands there once"
-    todo = birds.jobs(birds.config, 20, {})
-    assert {j['stage'] for j in todo}=={'select'} and len({birds.key(j) for j in todo})==len(todo)==14
+    todo = birds_plan.jobs(birds_plan.config, 20, {})
+    assert {j['stage'] for j in todo}=={'select'} and len({birds_plan.key(j) for j in todo})==len(todo)==14
 
-def test_choices(birds):
+def test_choices():
     "The best on held-out images are what the final stage uses; of equal ones the first"
     acc = lambda j: .5+.1*(j['lr']==.0012)+.1*(j['row']=='CEKD + CutMix')+.01*(j['args'].get('target')=='both')
-    todo = birds.jobs(birds.config, 20, done_with(birds, acc))
+    todo = birds_plan.jobs(birds_plan.config, 20, done_with(acc))
     assert {j['stage'] for j in todo}=={'final'} and {j['lr'] for j in todo}=={.0012}
     first = todo[:8]
     assert [j['row'] for j in first if 'cekd' in j['methods']]==['CEKD + CutMix','clean + CutMix']
     assert first[5]['args']=={'target':'both'}
-    assert birds.jobs(birds.config, 20, done_with(birds, lambda j: .5))[0]['lr']==.0006
+    assert birds_plan.jobs(birds_plan.config, 20, done_with(lambda j: .5))[0]['lr']==.0006
 
-def test_budgets(birds):
+def test_budgets():
     "A method with two passes has half the epochs at equal compute"
-    j = lambda row, compute: birds.job(birds.config, 'final', row, 0, compute, 30, 1e-3, 'separate')
+    j = lambda row, compute: birds_plan.job(birds_plan.config, 'final', row, 0, compute, 30, 1e-3, 'separate')
     assert j('plain','equal compute')['epochs']==30 and j('CEKD + MixUp','equal compute')['epochs']==15
     assert j('CEKD + MixUp','equal epochs')['epochs']==30 and j('plain','double compute')['epochs']==60
-    for row in birds.config['rows']: assert j(row,'equal compute')['epochs']*j(row,'equal compute')['passes']==30
+    for row in birds_plan.config['rows']: assert j(row,'equal compute')['epochs']*j(row,'equal compute')['passes']==30
 
-def test_rows_exist(birds):
+def test_rows_exist():
     "Every row that is asked for is defined, with any mix as the best one, and every mix of a row too"
-    c = birds.config
+    c = birds_plan.config
     for block in c['final']:
         for o in block['rows']: assert all(o.replace('BEST', b) in c['rows'] for b in c['select']['best']['rows'])
     assert all(r.get('mix') in (None,*c['mixes']) for r in c['rows'].values())
 
-def test_unfinished_line(birds, tmp_path):
+def test_unfinished_line(tmp_path):
     "What a killed process left is read up to its last whole line"
     f = tmp_path/'rows.jsonl'
     f.write_text('{"a": 1}\n{"b": ')
-    assert birds.read_rows(f, tmp_path/'none')==[dict(a=1)]
-    birds.add_row(f, dict(c=2))
-    birds.add_row(tmp_path/'new', dict(d=3))
-    assert birds.read_rows(f, tmp_path/'new')==[dict(a=1),dict(c=2),dict(d=3)]
+    assert birds_queue.read_rows(f, tmp_path/'none')==[dict(a=1)]
+    birds_queue.add_row(f, dict(c=2))
+    birds_queue.add_row(tmp_path/'new', dict(d=3))
+    assert birds_queue.read_rows(f, tmp_path/'new')==[dict(a=1),dict(c=2),dict(d=3)]
 
-def test_epochs_by_speed(birds):
+def test_epochs_by_speed():
     "As many epochs as the time allows, within the bounds, an even number"
-    e = [birds.plan_epochs(birds.config, r, 14, 3000, 350) for r in (1,18000,1e9)]
-    c = birds.config['epochs']
+    e = [birds_queue.plan_epochs(birds_plan.config, r, 14, 3000, 350) for r in (1,18000,1e9)]
+    c = birds_plan.config['epochs']
     assert e[0]==c['from'] and e[2]==c['to'] and e[0]<=e[1]<=e[2] and e[1]%2==0
 
 GOOD = dict(accuracy=.5, each=[.5], ece=.1, train_accuracy=1., seconds=9.)
@@ -292,17 +283,17 @@ class Conn:
     def __init__(self, i): self.i = i
     def send(self, msg): self.sent = msg[1]
 
-def test_queue(birds, tmp_path):
+def test_queue(tmp_path):
     "Everything is run once; a method that fails stops nothing and is all that a second start has left"
     file = tmp_path/'rows.jsonl'
     pool = Machine(3, ('CutMix',))
-    birds.serve(pool, birds.config, 20, [], file, birds.time.time()+1e6, 3000, 1e9, {})
-    rows = birds.read_rows(file)
-    assert len(rows)==len({birds.key(r) for r in rows})==len(pool.jobs)
+    birds_queue.serve(pool, birds_plan.config, 20, [], file, time.time()+1e6, 3000, 1e9, {})
+    rows = birds_queue.read_rows(file)
+    assert len(rows)==len({birds_plan.key(r) for r in rows})==len(pool.jobs)
     assert {r['row'] for r in rows if 'error' in r}=={'CutMix'}
     assert {r['seed'] for r in rows if r['row']=='plain' and r['stage']=='final'}==set(range(5))
     again = Machine(3)
-    birds.serve(again, birds.config, 20, rows, file, birds.time.time()+1e6, 3000, 1e9, {})
+    birds_queue.serve(again, birds_plan.config, 20, rows, file, time.time()+1e6, 3000, 1e9, {})
     assert {j['row'] for j in again.jobs}=={'CutMix'}
 
 def is_running(pid):
@@ -310,16 +301,16 @@ def is_running(pid):
     try: return Path(f'/proc/{pid}/stat').read_text().split(')')[-1].split()[0]!='Z'
     except FileNotFoundError: return False
 
-def test_deadline(birds, tmp_path):
+def test_deadline(tmp_path):
     "Nothing is started that cannot end in time"
     pool = Machine(3)
-    birds.serve(pool, birds.config, 20, [], tmp_path/'rows.jsonl', birds.time.time()+10, 3000, 3000, {})
+    birds_queue.serve(pool, birds_plan.config, 20, [], tmp_path/'rows.jsonl', time.time()+10, 3000, 3000, {})
     assert not pool.jobs
 
 @pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='looks for the process in /proc')
 def test_a_worker_ends_with_the_process_that_began_it(tmp_path):
     "One that was left alone would train its row to the end, and report it to nobody"
-    lines = ['import sys,time,multiprocessing as mp', f'sys.path.insert(0, {str(FOLDER)!r})', 'import birds', 'def work(conn):', '    birds.end_with_parent()',
+    lines = ['import sys,time,multiprocessing as mp', f'sys.path.insert(0, {str(FOLDER)!r})', 'import birds_pool', 'def work(conn):', '    birds_pool.end_with_parent()',
         "    conn.send('ready')", '    time.sleep(60)', "if __name__=='__main__':", "    mine,theirs = mp.get_context('spawn').Pipe()",
         "    p = mp.get_context('spawn').Process(target=work, args=(theirs,))", '    p.start()', '    mine.recv()', '    print(p.pid, flush=True)', '    time.sleep(60)']
     script = tmp_path/'parent.py'
@@ -333,36 +324,36 @@ def test_a_worker_ends_with_the_process_that_began_it(tmp_path):
     while is_running(worker) and time.time()<until: time.sleep(.05)
     assert not is_running(worker)
 
-def test_tables(birds):
+def test_tables():
     "Paired differences are taken over common seeds"
-    assert birds.paired({0:.5,1:.6,2:.9}, {0:.4,1:.4})=='+15.0 ± 5.0 (+10.0, +20.0)'
+    assert birds_tables.paired({0:.5,1:.6,2:.9}, {0:.4,1:.4})=='+15.0 ± 5.0 (+10.0, +20.0)'
     def r(row, seed, acc):
-        j = birds.job(birds.config, 'final', row, seed, 'equal compute', 20, 1e-3, 'both')
+        j = birds_plan.job(birds_plan.config, 'final', row, seed, 'equal compute', 20, 1e-3, 'both')
         return j|GOOD|dict(accuracy=acc, each=[acc])
     bar = '2 branches, label smoothing'
-    lines = birds.final_table([r('plain', 0, .5), r('plain', 1, .6), r(bar, 0, .6), r(bar, 1, .8)], {1:.1, 2:.2}).split('\n')
+    lines = birds_tables.final_table([r('plain', 0, .5), r('plain', 1, .6), r(bar, 0, .6), r(bar, 1, .8)], {1:.1, 2:.2}).split('\n')
     assert lines[2].startswith('| 2 branches, label smoothing | equal compute | 20 | 20 | 12.0 | 70.0 ± 10.0')
     assert '+15.0 ± 5.0 (+10.0, +20.0)' in lines[2]
 
-def test_runs_on_a_gpu_and_on_processors(birds):
+def test_runs_on_a_gpu_and_on_processors():
     "A title says how many runs were not on the GPU, and their seconds are not averaged with those on it."
     def r(gpu, secs): return dict(machine=dict(gpu=gpu), seconds=secs)
     gpu,cpu = r('NVIDIA H200', 10),r(None, 1000)
-    assert birds.where([gpu,gpu])==', on one NVIDIA H200' and birds.where([cpu])==''
-    assert birds.where([gpu,cpu,gpu])==', on one NVIDIA H200, 1 of 3 runs on processors'
+    assert birds_tables.where([gpu,gpu])==', on one NVIDIA H200' and birds_tables.where([cpu])==''
+    assert birds_tables.where([gpu,cpu,gpu])==', on one NVIDIA H200, 1 of 3 runs on processors'
     half = cpu|dict(precision='bf16')
-    assert birds.where([gpu,cpu,half])==', on one NVIDIA H200, 2 of 3 runs on processors (1 of them in bfloat16)'
-    assert birds.where([gpu,half])==', on one NVIDIA H200, 1 of 2 runs on processors in bfloat16'
-    assert birds.seconds_of([gpu,cpu])==10 and birds.seconds_of([cpu])==1000
+    assert birds_tables.where([gpu,cpu,half])==', on one NVIDIA H200, 2 of 3 runs on processors (1 of them in bfloat16)'
+    assert birds_tables.where([gpu,half])==', on one NVIDIA H200, 1 of 2 runs on processors in bfloat16'
+    assert birds_tables.seconds_of([gpu,cpu])==10 and birds_tables.seconds_of([cpu])==1000
 
-def test_recorded_rows_are_not_run_again(birds):
+def test_recorded_rows_are_not_run_again():
     "Rows keep the names that arguments had when they were recorded"
-    c = birds.config
-    rows = birds.read_rows(FOLDER/'results'/'birds.jsonl')
-    done = {birds.key(r):r for r in rows if 'stage' in r}
-    rest = {birds.key(j) for j in birds.jobs(c, next(r['plan'] for r in rows if 'plan' in r), done)}
+    c = birds_plan.config
+    rows = birds_queue.read_rows(FOLDER/'results'/'birds.jsonl')
+    done = {birds_plan.key(r):r for r in rows if 'stage' in r}
+    rest = {birds_plan.key(j) for j in birds_plan.jobs(c, next(r['plan'] for r in rows if 'plan' in r), done)}
     assert done and not rest&done.keys()
     for name in ('clean + SnapMix','clean + MixUp','CEKD + SnapMix'):
-        j = birds.job(c, 'final', name, 0, 'equal compute', 20, .0012, 'separate')
-        assert birds.key(j) in done
+        j = birds_plan.job(c, 'final', name, 0, 'equal compute', 20, .0012, 'separate')
+        assert birds_plan.key(j) in done
         CEKD(**j['args'])

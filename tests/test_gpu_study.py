@@ -6,7 +6,7 @@ repo = Path(__file__).resolve().parents[1]
 GPU = repo/'benchmarks'/'gpu'
 sys.path[:0] = [str(GPU),str(repo/'benchmarks'/'cekd')]
 import checks,run
-import birds as room
+import birds_bundle,birds_plan,birds_queue
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -50,15 +50,15 @@ def test_an_item_that_time_ended_runs_again(tmp_path):
 def tiny(tmp_path_factory):
     "Drawn birds in the place of the 200 species: settings, bundle, and a bench that trains on them"
     folder = tmp_path_factory.mktemp('birds')
-    c = checks.tiny_birds(room, folder)
-    label,test = room.decode(folder, c['classes'], folder/'pixels.npy')
+    c = checks.tiny_birds(folder)
+    label,test = birds_bundle.decode(folder, c['classes'], folder/'pixels.npy')
     from birds_train import Bench
     return c,folder,Bench(folder, folder/'pixels.npy', label, test, c, 'cpu')
 
-rows200 = list(dict.fromkeys(o['row'] for o in room.jobs(room.read_config('birds200'), 20, {})))
+rows200 = list(dict.fromkeys(o['row'] for o in birds_plan.jobs(birds_plan.read_config('birds200'), 20, {})))
 
 def test_the_study_has_one_seed_of_all_first_and_chooses_nothing():
-    jobs = room.jobs(room.read_config('birds200'), 20, {})
+    jobs = birds_plan.jobs(birds_plan.read_config('birds200'), 20, {})
     assert {(j['stage'],j['lr']) for j in jobs}=={('final',.0012)} and [j['seed'] for j in jobs[:14]]==[0]*14
     assert {j['seed'] for j in jobs[14:]}=={1,2} and {j['row'] for j in jobs[14:]}<=set(rows200)
     assert {j['epochs']*j['passes'] for j in jobs}=={20}
@@ -67,7 +67,7 @@ def test_the_study_has_one_seed_of_all_first_and_chooses_nothing():
 @pytest.mark.parametrize('row', rows200)
 def test_every_row_of_the_study_trains(tiny, row):
     c,_,bench = tiny
-    j = next(o for o in room.jobs(c, 2, {}) if o['row']==row)
+    j = next(o for o in birds_plan.jobs(c, 2, {}) if o['row']==row)
     r = bench.run(j, time.time()+100)
     assert r['images']==8 and r['train_images']==16 and 0<=r['accuracy']<=1 and r['loss']==r['loss']
 
@@ -77,12 +77,12 @@ def test_the_step_of_the_kit_goes_on_where_it_ended(tmp_path, monkeypatch):
     def made(c, bundle, out, seconds, device, workers, begin):
         "In the place of the processes: rows of the first two runs, then of all"
         file = out/f"{c['name']}.jsonl"
-        done = {room.key(r):r for r in room.read_rows(file) if 'accuracy' in r}
-        todo = room.jobs(c, 2, done)
+        done = {birds_plan.key(r):r for r in birds_queue.read_rows(file) if 'accuracy' in r}
+        todo = birds_plan.jobs(c, 2, done)
         calls.append((len(todo),device))
-        for j in todo[:2] if len(calls)==1 else todo: room.add_row(file, j|dict(accuracy=.5, seconds=1.))
-        if len(calls)==1: room.add_row(file, todo[2]|dict(error='RuntimeError: out of memory'))
-    monkeypatch.setattr(room, 'run', made)
+        for j in todo[:2] if len(calls)==1 else todo: birds_queue.add_row(file, j|dict(accuracy=.5, seconds=1.))
+        if len(calls)==1: birds_queue.add_row(file, todo[2]|dict(error='RuntimeError: out of memory'))
+    monkeypatch.setattr(birds_queue, 'run', made)
     for _ in range(3): checks.study(checks.Run('study', tmp_path, 50, True))
     assert calls==[(34,'cpu'),(32,'cpu')]
     rows = checks.done_rows(tmp_path)

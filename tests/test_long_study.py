@@ -5,7 +5,7 @@ import numpy as np,pytest,torch
 
 repo = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(repo/'benchmarks'/'gpu'),str(repo/'benchmarks'/'cekd')]
-import birds,checks,long_train
+import birds,birds_bundle,birds_plan,birds_queue,birds_tables,checks,long_train
 from fastai.callback.core import Callback
 from graphed import GraphedLoop,HeldMomentum
 
@@ -45,18 +45,18 @@ def tiny(tmp_path_factory):
     "Drawn birds and tiny networks in the place of photographs; a bench for each of the two studies"
     import timm
     folder = tmp_path_factory.mktemp('long')
-    c = checks.tiny_birds(birds, folder)
-    label,test = birds.decode(folder, c['classes'], folder/'pixels.npy')
+    c = checks.tiny_birds(folder)
+    label,test = birds_bundle.decode(folder, c['classes'], folder/'pixels.npy')
     small = dict(classes=4, size=32, bs=8, arch='test_resnet', layouts=['channels_first'])
-    meal = birds.read_config('meal50')|small
+    meal = birds_plan.read_config('meal50')|small
     meal['teachers'] = {k:dict(arch=k, weights=f'{k}.pth') for k in ('test_efficientnet','test_resnet')}
     meal['teacher'] = meal['teacher']|dict(epochs=1)
     for k in meal['teachers']: torch.save(timm.create_model(k).state_dict(), folder/f'{k}.pth')
-    cs = dict(meal50=meal, cifar=birds.read_config('cifar')|small|dict(pad=4, arch='cifar_resnet8'))
+    cs = dict(meal50=meal, cifar=birds_plan.read_config('cifar')|small|dict(pad=4, arch='cifar_resnet8'))
     return {k:long_train.Bench(folder, folder/'pixels.npy', label, test, o, 'cpu') for k,o in cs.items()}
 
 def run(bench, row, **kw):
-    j = birds.job(bench.c, 'final', row, 0, 'equal compute', 1, .03, '-')|kw
+    j = birds_plan.job(bench.c, 'final', row, 0, 'equal compute', 1, .03, '-')|kw
     return bench.run(j, time.time()+100)
 
 @pytest.mark.parametrize('row', ['labels, label smoothing','labels of half of the images','mean of the teachers','MEAL, joint, 20 % wrong','labels and MEAL, joint'])
@@ -100,7 +100,7 @@ def test_mixed_precision_on_processors(tiny, row, monkeypatch):
     bench,seen = tiny['cifar'],[]
     for precision,want in ((None,torch.float32),('bf16',torch.bfloat16)):
         monkeypatch.setitem(bench.c, 'precision', precision)
-        j = birds.job(bench.c, 'final', row, 0, 'equal compute', 1, .03, '-')
+        j = birds_plan.job(bench.c, 'final', row, 0, 'equal compute', 1, .03, '-')
         learn = bench.learner(j, bench.loaders(j)[0])
         first = next(o for o in learn.model.modules() if isinstance(o, torch.nn.Conv2d))
         hook = first.register_forward_hook(lambda m,x,y: seen.append(y.dtype))
@@ -117,7 +117,7 @@ def test_a_student_begins_alike_whether_its_teachers_are_there_or_not(tiny):
     "With the weights of the student by labels, too"
     bench,nets = tiny['meal50'],[]
     for row in ('labels','MEAL without adversary','MEAL without adversary'):
-        j = birds.job(bench.c, 'final', row, 5, 'equal compute', 1, .03, '-')
+        j = birds_plan.job(bench.c, 'final', row, 5, 'equal compute', 1, .03, '-')
         if row!='labels' and len(nets)<2: assert not any(bench.teacher_file(j, k).exists() for k in bench.c['teachers'])
         nets.append(bench.learner(j, bench.loaders(j)[0]).model.state_dict())
     assert all(torch.equal(v, o[k]) for o in nets[1:] for k,v in nets[0].items())
@@ -125,12 +125,12 @@ def test_a_student_begins_alike_whether_its_teachers_are_there_or_not(tiny):
 def test_teachers_are_trained_once_for_all_students_of_the_same_labels(tiny, tmp_path):
     "In later runs too, unless how they are trained is another"
     bench = tiny['meal50']
-    j = birds.job(bench.c, 'final', 'MEAL, joint', 0, 'equal compute', 1, .03, '-')
+    j = birds_plan.job(bench.c, 'final', 'MEAL, joint', 0, 'equal compute', 1, .03, '-')
     bench.teachers(j)
     was = {k:bench.teacher_file(j, k).stat().st_mtime_ns for k in bench.c['teachers']}
     bench.teachers(j)
     assert was=={k:bench.teacher_file(j, k).stat().st_mtime_ns for k in bench.c['teachers']}
-    wrong = birds.job(bench.c, 'final', 'MEAL, joint, 20 % wrong', 0, 'equal compute', 1, .03, '-')
+    wrong = birds_plan.job(bench.c, 'final', 'MEAL, joint, 20 % wrong', 0, 'equal compute', 1, .03, '-')
     assert bench.teacher_file(wrong, 'test_resnet')!=bench.teacher_file(j, 'test_resnet')
     def later(**o): return long_train.Bench(bench.bundle, shutil.copy(bench.pixels, tmp_path), bench.label, bench.test, bench.c|o, 'cpu')
     later().teachers(j)
@@ -140,12 +140,12 @@ def test_teachers_are_trained_once_for_all_students_of_the_same_labels(tiny, tmp
 @pytest.mark.parametrize('row', ['3 branches, label smoothing','DML','OKDDip','FFL','FFM + CD','CSS'])
 def test_branches(tiny, row):
     r = run(tiny['cifar'], row)
-    assert r['images']==8 and len(r['each'])==birds.read_config('cifar')['rows'][row]['branches']*(1+(row=='CSS'))
+    assert r['images']==8 and len(r['each'])==birds_plan.read_config('cifar')['rows'][row]['branches']*(1+(row=='CSS'))
     assert ('accuracy_net1' in r)==(row=='CSS')
 
 def test_branches_start_apart(tiny):
     bench = tiny['cifar']
-    j = birds.job(bench.c, 'final', '3 branches', 0, 'equal compute', 1, .03, '-')
+    j = birds_plan.job(bench.c, 'final', '3 branches', 0, 'equal compute', 1, .03, '-')
     net = bench.learner(j, bench.loaders(j)[0]).model
     a,b = (next(p for p in o.parameters() if p.ndim==4) for o in list(net.branches)[:2])
     assert not torch.equal(a, b)
@@ -153,20 +153,20 @@ def test_branches_start_apart(tiny):
 # --- one queue
 
 def test_rows_exist():
-    for name,c in birds.read_config('long')['studies'].items():
+    for name,c in birds_plan.read_config('long')['studies'].items():
         asked = {o.replace('BEST', b) for block in c['final'] for o in block['rows'] for b in c['select']['best']['rows']}
         assert asked<=set(c['rows']), name
 
 def test_the_first_block_of_each_study_comes_first():
-    c,done = birds.read_config('long'),{}
-    first = birds.jobs(c, None, done)
+    c,done = birds_plan.read_config('long'),{}
+    first = birds_plan.jobs(c, None, done)
     assert {j['study'] for j in first[:9]}=={'meal50','cifar','birds_random'} and all(j['stage']=='select' for j in first[:9])
     assert {j['study'] for j in first[9:]}=={'birds160','birds200'} # the others wait for their rates
-    done = {birds.key(j):j|dict(accuracy=j['lr']) for j in first[:9]}
-    then = birds.jobs(c, None, done)
+    done = {birds_plan.key(j):j|dict(accuracy=j['lr']) for j in first[:9]}
+    then = birds_plan.jobs(c, None, done)
     assert {j['lr'] for j in then if j['study'] not in ('birds160','birds200')}=={.3}
     n = len(c['studies']['meal50']['final'][0]['rows'])
-    assert [j['study'] for j in then[:n]]==['meal50']*n and not {birds.key(j) for j in then}&done.keys()
+    assert [j['study'] for j in then[:n]]==['meal50']*n and not {birds_plan.key(j) for j in then}&done.keys()
 
 class Conn:
     def send(self, msg): self.sent = msg[1]
@@ -177,9 +177,9 @@ class Machine:
         for o in conns: yield o,'run',dict(accuracy=.5, each=[.5], ece=.1, train_accuracy=1., seconds=9.)
 
 def test_each_study_has_its_file_and_is_not_run_again(tmp_path):
-    c = birds.read_config('long')
+    c = birds_plan.read_config('long')
     n = dict.fromkeys(c['studies'], 100)
-    serve = lambda: birds.serve(Machine(), c, None, birds.known_rows(c, tmp_path/'none', tmp_path/'long.jsonl'), tmp_path/'long.jsonl', time.time()+1e6, n, 1e9, {})
+    serve = lambda: birds_queue.serve(Machine(), c, None, birds_queue.known_rows(c, tmp_path/'none', tmp_path/'long.jsonl'), tmp_path/'long.jsonl', time.time()+1e6, n, 1e9, {})
     serve()
     count = {o:len((tmp_path/f'{o}.jsonl').read_text().splitlines()) for o in c['studies']}
     assert count['meal50']==3+15*3+2*3 and count['cifar']==3+12*3+2*3 and not (tmp_path/'long.jsonl').exists()
@@ -188,48 +188,48 @@ def test_each_study_has_its_file_and_is_not_run_again(tmp_path):
     assert count=={o:len((tmp_path/f'{o}.jsonl').read_text().splitlines()) for o in c['studies']}
 
 def test_what_is_kept_of_a_run_goes_when_its_row_is_written(tmp_path):
-    c = birds.read_config('cifar')
+    c = birds_plan.read_config('cifar')
     (kept := tmp_path/'kept').mkdir()
     class Keeps(Machine):
         def answers(self, conns, until):
             for conn,what,value in super().answers(conns, until): yield conn,what,value|dict(kept=str(kept))
-    birds.serve(Keeps(), c, 150, [], tmp_path/'cifar.jsonl', time.time()+1e6, 100, 1e9, {})
-    rows = birds.read_rows(tmp_path/'cifar.jsonl')
+    birds_queue.serve(Keeps(), c, 150, [], tmp_path/'cifar.jsonl', time.time()+1e6, 100, 1e9, {})
+    rows = birds_queue.read_rows(tmp_path/'cifar.jsonl')
     assert rows and not kept.exists() and not any('kept' in r for r in rows)
 
 def test_recorded_rows_are_not_run_again():
-    c = birds.read_config('long')
-    rows = birds.known_rows(c, Path('none'), repo/'benchmarks'/'cekd'/'results'/'long.jsonl')
-    done = {birds.key(r):r for r in rows if 'stage' in r}
-    left = {birds.key(j) for j in birds.jobs(c, None, done)}
-    every = {birds.key(j) for j in birds.jobs(c, None, {k:r for k,r in done.items() if r['stage']=='select'})}
+    c = birds_plan.read_config('long')
+    rows = birds_queue.known_rows(c, Path('none'), repo/'benchmarks'/'cekd'/'results'/'long.jsonl')
+    done = {birds_plan.key(r):r for r in rows if 'stage' in r}
+    left = {birds_plan.key(j) for j in birds_plan.jobs(c, None, done)}
+    every = {birds_plan.key(j) for j in birds_plan.jobs(c, None, {k:r for k,r in done.items() if r['stage']=='select'})}
     assert len(done)==sum('stage' in r for r in rows)>0 and not left&done.keys() and every-left==done.keys()-{k for k,r in done.items() if r['stage']=='select'}
 
 def test_teachers_have_lines_in_the_table():
-    c = birds.read_config('meal50')
-    rows = birds.read_rows(repo/'benchmarks'/'cekd'/'results'/'meal50.jsonl')
-    lines = birds.final_table(rows, {1:.2}, c).split('\n')
+    c = birds_plan.read_config('meal50')
+    rows = birds_queue.read_rows(repo/'benchmarks'/'cekd'/'results'/'meal50.jsonl')
+    lines = birds_tables.final_table(rows, {1:.2}, c).split('\n')
     assert [o.split(' |')[0] for o in lines[2:6]]==['| teacher Lite0','| teacher Lite2','| teacher MobileNetV2','| the teachers together']
     assert lines[0].endswith('against labels | against labels, label smoothing |')
 
 def test_of_several_sets_of_teachers_the_table_shows_that_of_most_rows():
     def r(seed, acc, **args): return dict(stage='final', seed=seed, args=args, teachers=dict(Lite0=acc))
-    line, = birds.teacher_lines([r(0, .6), r(0, .6), r(0, .5), r(0, .2, wrong=.4), r(1, .8)])
+    line, = birds_tables.teacher_lines([r(0, .6), r(0, .6), r(0, .5), r(0, .2, wrong=.4), r(1, .8)])
     assert line[0]=='teacher Lite0' and line[5].startswith('70.0 ±') and 2 in line
 
 def test_pictures_of_one_kind_are_decoded_once(tmp_path, monkeypatch):
-    checks.tiny_birds(birds, tmp_path, 4)
+    checks.tiny_birds(tmp_path, 4)
     c = dict(studies={k:dict(classes=n) for k,n in dict(few=2, all=4).items()})
-    calls,decode = [],birds.decode
-    monkeypatch.setattr(birds, 'decode', lambda bundle, n, file, kind: calls.append(n) or decode(bundle, n, file, kind))
-    data = birds.decode_each(c, tmp_path, tmp_path)
+    calls,decode = [],birds_bundle.decode
+    monkeypatch.setattr(birds_bundle, 'decode', lambda bundle, n, file, kind: calls.append(n) or decode(bundle, n, file, kind))
+    data = birds_bundle.decode_each(c, tmp_path, tmp_path)
     want,label,test = decode(tmp_path, 2, tmp_path/'want.npy'),*data['few'][1:]
     assert calls==[4] and (want[0]==label).all() and (want[1]==test).all() and set(label)=={0,1}
     assert (np.load(data['few'][0])==np.load(tmp_path/'want.npy')).all() and len(np.load(data['all'][0]))==2*len(label)
 
 def test_graphed_epochs_train_as_steps_do(tiny):
     def trained(graphed):
-        bench,j = tiny['cifar'],birds.job(tiny['cifar'].c, 'final', 'plain', 0, 'equal compute', 3, .05, '-')
+        bench,j = tiny['cifar'],birds_plan.job(tiny['cifar'].c, 'final', 'plain', 0, 'equal compute', 3, .05, '-')
         dls,_ = bench.loaders(j)
         learn = bench.learner(j, dls)
         loop,replays,groups = GraphedLoop(learn, None),[],lambda: learn.opt.opt.param_groups
@@ -255,19 +255,19 @@ def test_graphed_epochs_train_as_steps_do(tiny):
 
 def test_runs_that_differ_in_labels_alone_do_the_same_work():
     import graph_check
-    c = birds.read_config('meal50')
-    of = lambda row: graph_check.work_of(birds.job(c, 'final', row, 0, 'equal compute', 2, .1, '-'))
+    c = birds_plan.read_config('meal50')
+    of = lambda row: graph_check.work_of(birds_plan.job(c, 'final', row, 0, 'equal compute', 2, .1, '-'))
     assert of('labels')==of('labels, 40 % wrong')==of('labels, label smoothing')!=of('MEAL, joint')==of('MEAL, joint, half of the images labelled')!=of('MEAL, grl')
-    repeats = [o for o in c['rows'] if graph_check.repeats(birds.job(c, 'final', o, 0, 'equal compute', 2, .1, '-'))]
+    repeats = [o for o in c['rows'] if graph_check.repeats(birds_plan.job(c, 'final', o, 0, 'equal compute', 2, .1, '-'))]
     assert set(c['rows'])-set(repeats)=={'one random teacher'} # it asks another one in each step
-    b = birds.read_config('birds_random')
-    assert not any(graph_check.repeats(birds.job(b, 'final', o, 0, 'equal compute', 2, .1, 'separate')) for o in ('SnapMix','CEKD + SnapMix','2 branches, PS-KD'))
+    b = birds_plan.read_config('birds_random')
+    assert not any(graph_check.repeats(birds_plan.job(b, 'final', o, 0, 'equal compute', 2, .1, 'separate')) for o in ('SnapMix','CEKD + SnapMix','2 branches, PS-KD'))
 
 def test_files_for_another_machine_bring_what_they_import():
     import prepare
     here = {o.stem for o in (repo/'benchmarks'/'cekd').glob('*.py')}
     def imported(file): return {o for o in re.findall(r'^(?:from|import) (\w+)', (repo/'benchmarks'/'cekd'/file).read_text(), re.M) if o in here}
-    for files in (birds.FILES,prepare.STUDIED):
+    for files in (birds_bundle.FILES,prepare.STUDIED):
         needs = set().union(*(imported(o) for o in files if o.endswith('.py')))
         assert {f'{o}.py' for o in needs}<=set(files)
-    assert {f'{o}.json' for o in birds.read_config('long')['studies']}<=set(birds.FILES)
+    assert {f'{o}.json' for o in birds_plan.read_config('long')['studies']}<=set(birds_bundle.FILES)

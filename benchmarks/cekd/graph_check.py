@@ -12,7 +12,8 @@ import torch
 from fastai.basics import CancelFitException
 from fastcore.script import call_parse
 from cekd_fastai.all import branch_net
-from birds import decode_each,job,read_config
+from birds_bundle import decode_each
+from birds_plan import job,read_config
 import birds_train,long_train
 from birds_train import Lean
 from graphed import HeldMomentum,fit_graphed,repeats

@@ -163,14 +163,3 @@ class Bench(birds_train.Bench):
         mean = sum(o['logits'].softmax(1) for o in kept.values())
         res = {k:round(o['accuracy'], 5) for k,o in kept.items()}
         return res | dict(ensemble=round((mean.argmax(1)==y).float().mean().item(), 5))
-
-class Several:
-    "The benches of several studies, each set up when it is first needed"
-    def __init__(self, bundle, data, c, device): self.args,self.c,self.benches,self.layout = (bundle,data,device),c,{},'channels_last'
-    def run(self, j, deadline):
-        from birds import begin_bench
-        bundle,data,device = self.args
-        name = j['study']
-        if name not in self.benches: self.benches[name] = begin_bench(bundle, data, self.c['studies'][name], device)
-        self.benches[name].layout = self.layout
-        return self.benches[name].run(j, deadline)

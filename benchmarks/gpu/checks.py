@@ -411,40 +411,37 @@ def mixing(run):
 
 # --- the study on all 200 species
 
-def birds_room():
-    "The study's own script"
-    sys.path.insert(0, str(here.parent/'cekd'))
-    import birds
-    return birds
+sys.path.append(str(here.parent/'cekd'))
 
-def tiny_birds(birds, folder, n_species=4):
+def tiny_birds(folder, n_species=4):
     "In the place of the 200 species a few drawn ones, and a tiny network with random weights; the study's settings for them"
     import numpy as np,timm,torch
-    import names
-    c = birds.read_config('birds200') | dict(classes=n_species, stored=48, size=32, bs=8, arch='test_efficientnet', weights='tiny.pth', workers=1)
+    import birds_bundle,birds_plan,names
+    c = birds_plan.read_config('birds200') | dict(classes=n_species, stored=48, size=32, bs=8, arch='test_efficientnet', weights='tiny.pth', workers=1)
     c |= dict(epochs={'from':2,'to':2,'waves':1}, layouts=['channels_first'])
     where = names.make_birds(folder/'drawn', n_species=n_species, n_images=6, n_train=4, size=48, n_workers=0, progress=False)
     files = sorted((where/'images').rglob('*.jpg'))
     kinds = sorted({o.parent.name for o in files})
-    jpegs = [birds.square(o, 48, 75, 'WEBP') for o in files]
+    jpegs = [birds_bundle.square(o, 48, 75, 'WEBP') for o in files]
     np.savez(folder/'birds.npz', jpegs=np.frombuffer(b''.join(jpegs), np.uint8), ends=np.cumsum([len(o) for o in jpegs]),
         label=np.array([kinds.index(o.parent.name) for o in files], np.int16), test=np.arange(len(files))%6>3)
     torch.save(timm.create_model(c['arch']).state_dict(), folder/c['weights'])
-    birds.note_commit(folder)
+    birds_bundle.note_commit(folder)
     return c
 
 @stage
 def study(run):
     "One seed of the whole-network study on all 200 species: each of its runs is a row of `birds200.jsonl`, and is not run again"
-    birds,bundle = birds_room(),here.parents[2]/'data'/'birds'
+    import birds_plan,birds_queue
+    bundle = here.parents[2]/'data'/'birds'
     if not run.dry and not bundle.is_dir(): return run.note('(all)', ok=None, note='the kit was prepared without the archive of CUB-200-2011')
     with tempfile.TemporaryDirectory() as tmp:
-        c = tiny_birds(birds, (bundle := Path(tmp))) if run.dry else birds.read_config('birds200')
+        c = tiny_birds((bundle := Path(tmp))) if run.dry else birds_plan.read_config('birds200')
         file = run.out/f"{c['name']}.jsonl"
-        wanted = {o['row'] for o in birds.jobs(c, c['epochs']['from'], {})}
-        had = {r['row'] for r in birds.read_rows(file) if 'accuracy' in r}
-        if not wanted<=had: birds.run(c, bundle, run.out, run.end-time.time(), device(run), c['workers'], time.time())
-    for r in birds.read_rows(file):
+        wanted = {o['row'] for o in birds_plan.jobs(c, c['epochs']['from'], {})}
+        had = {r['row'] for r in birds_queue.read_rows(file) if 'accuracy' in r}
+        if not wanted<=had: birds_queue.run(c, bundle, run.out, run.end-time.time(), device(run), c['workers'], time.time())
+    for r in birds_queue.read_rows(file):
         if 'error' in r and r['row'] not in had: run.note(r['row'], ok=False, error=r['error'])
         if 'accuracy' in r and r['row'] not in had: run.note(r['row'], ok=True, accuracy=r['accuracy'], seconds=r['seconds'])
         had |= {r['row']} if 'accuracy' in r else set()

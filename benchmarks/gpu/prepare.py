@@ -11,7 +11,7 @@ from cells import all_cuda_cells,missing_names,files_of_tests
 repo = Path(__file__).resolve().parents[2]
 MOST = 60 # MB of wheels and kit
 STUDY = repo/'benchmarks'/'cekd' # the study on birds
-STUDIED = ('birds.py','birds_train.py','variants.py','folded.py','goes_on.py','graphed.py','birds.json','birds200.json') # what it needs
+STUDIED = ('birds.py','birds_plan.py','birds_bundle.py','birds_pool.py','birds_queue.py','birds_tables.py','birds_train.py','variants.py','folded.py','goes_on.py','graphed.py','birds.json','birds200.json') # what it needs
 CARRIED = ['fastai','fastcore','fasttransform','fastdownload','fastprogress','python-fasthtml','plum-dispatch','beartype','starlette','itsdangerous','python-multipart',
     'httpx2','httpcore2','truststore']
 # What the machine has; the check below lets nothing else be imported.
@@ -77,9 +77,9 @@ def photographs(archive, dest, n_classes=20, n_train=20, n_test=5):
 def species(folder, dest):
     "All 200 species and the weights for the study, if `folder` has their archives; packed once"
     sys.path.insert(0, str(STUDY))
-    import birds
-    if (dest/'birds.npz').exists(): return birds.note_commit(dest)
-    if all((folder/f'{o}.tgz').is_file() for o in ('CUB_200_2011','weights-efficientnet-lite')): birds.pack(birds.read_config('birds200'), folder, dest)
+    import birds_bundle,birds_plan
+    if (dest/'birds.npz').exists(): return birds_bundle.note_commit(dest)
+    if all((folder/f'{o}.tgz').is_file() for o in ('CUB_200_2011','weights-efficientnet-lite')): birds_bundle.pack(birds_plan.read_config('birds200'), folder, dest)
 
 def copy(src, dest): shutil.copytree(src, dest, ignore=shutil.ignore_patterns('__pycache__','*.pyc'))
 
