@@ -22,7 +22,8 @@ class NoDecay(Callback):
     "No weight decay for the parameters of a backbone that timm excepts, such as positions and class tokens"
     run_valid = False
     def before_fit(self):
-        "Tell the optimiser, which keeps it through freezing and saving"
+        "Tell the optimiser, which keeps it through freezing and saving; a learner that was never trained, or was exported, has none"
+        if self.opt is None: return
         if isinstance(self.opt, OptimWrapper):
             raise ValueError("`NoDecay` needs an optimiser of fastai, such as `Adam`: one of torch decays all parameters of a group.")
         for p in undecayed_params(unwrap_model(self.learn.model)): self.opt.state[p]['do_wd'] = False

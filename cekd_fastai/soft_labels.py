@@ -50,6 +50,7 @@ class SoftLabels(Callback):
     rows = None       # Their rows in the training data
     kept = None       # What the network remembers
     rows_of = None    # From a step to the rows of its batch
+    begun = False     # Has this fit begun to train?
     by_row = False    # Does the method remember something for each image?
     _stateattrs = ('soft','labels','rows','rows_of')
 
@@ -119,7 +120,11 @@ def clean_preds(self:SoftLabels)->tuple:
 
 # %% ../nbs/45_soft_labels.ipynb #base-step
 @patch
-def before_train(self:SoftLabels): self.rows_of.start()
+def before_train(self:SoftLabels):
+    "Begin an epoch, the first with what the network remembers"
+    if not self.begun: self.remember()
+    self.begun = True
+    self.rows_of.start()
 
 @patch
 def before_batch(self:SoftLabels):
@@ -194,9 +199,8 @@ def after_create(self:SoftLabels):
 def before_fit(self:SoftLabels):
     "Start clean, whatever an interrupted run has left"
     self.check()
-    self.remember()
     self.after_batch()
-    self.rows_of = BatchRows()
+    self.begun,self.rows_of = False,BatchRows()
 
 # %% ../nbs/45_soft_labels.ipynb #ols
 class OnlineLabelSmoothing(SoftLabels):
