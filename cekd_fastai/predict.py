@@ -8,7 +8,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/predict.html.md"""
 __all__ = ['open_net', 'predict_folder']
 
 # %% ../nbs/82_predict.ipynb #imports
-import csv as csv_format,hashlib,warnings
+import csv as csv_format,hashlib,io,warnings
 from fastai.vision.all import *
 from .core import check_count,few,one_sentence,write_whole
 from .data.folders import FolderTree
@@ -55,37 +55,47 @@ def _model_name(d, tta):
     return f'{d.file.name} {digits}{views}'
 
 # %% ../nbs/82_predict.ipynb #pf-csv
-def _whole_lines(path):
-    "Cut off a last line without an end"
-    data = path.read_bytes()
-    whole = data.rfind(b'\n')+1
-    if whole<len(data): write_whole(path, lambda tmp: tmp.write_bytes(data[:whole]))
+def _head_of(data):
+    "Names of the columns in the first line of a file, whatever it holds"
+    line = data.split(b'\n')[0].rstrip(b'\r').replace(b'\0', b'?')
+    return next(csv_format.reader([line.decode('utf-8-sig', 'replace')]), [])
 
-def _read_rows(path, columns, model):
-    "Rows that a table holds already, by file"
-    if not path.exists() or not path.stat().st_size: return {}
-    _whole_lines(path)
-    with open(path, newline='', encoding='utf-8') as f: lines = list(csv_format.reader(f))
-    head,*rows = lines or [columns]
+def _check_rows(path, rows, columns, model):
+    "Refuse rows that are not of this table; a half last line is left out"
     remedy = 'pass another name, or delete it'
-    if head!=columns: raise ValueError(f"`{path}` has the columns {', '.join(head)}, but these would be {', '.join(columns)}: {remedy}.")
+    short = first(o for o in rows if len(o)!=len(columns))
+    if short: raise ValueError(f"`{path}` has a row of {len(short)} columns, but its head has {len(columns)} ({few(short)}): {remedy}.")
     other = first(o for o in rows if o[1]!=model)
     if other: raise ValueError(f"`{path}` has answers of `{other[1]}`, but these would be of `{model}`: {remedy}.")
+
+def _read_rows(path, columns, model):
+    "Rows that a table holds already, by file; a last line without an end is cut off, once the file is known to be such a table"
+    data = path.read_bytes() if path.exists() else b''
+    whole = data[:data.rfind(b'\n')+1]
+    half_head = not whole and ','.join(columns).encode().startswith(data)
+    if half_head: return {}
+    head = _head_of(data)
+    if not whole or head!=columns:
+        raise ValueError(f"`{path}` has the columns {', '.join(head)}, but these would be {', '.join(columns)}: pass another name, or delete it.")
+    text = io.StringIO(whole.decode('utf-8-sig', 'surrogateescape'), newline='')
+    rows = [o for o in csv_format.reader(text) if o][1:]
+    _check_rows(path, rows, columns, model)
+    if len(whole)<len(data): write_whole(path, lambda tmp: tmp.write_bytes(whole))
     return {o[0]:o for o in rows}
 
 # %% ../nbs/82_predict.ipynb #pf-csv-write
 def _write_rows(path, rows, columns=None):
-    "Append rows to a table, or write it anew if there are `columns`"
+    "Append rows to a table, or write it anew if there are `columns`; the name of a file may be of another encoding"
     if columns: mode,rows = 'w',[columns,*rows]
     else: mode = 'a'
-    with open(path, mode, newline='', encoding='utf-8') as f: csv_format.writer(f).writerows(rows)
+    with open(path, mode, newline='', encoding='utf-8', errors='surrogateescape') as f: csv_format.writer(f).writerows(rows)
 
 def _in_order(path, files, columns, model):
     "Put a table into the order of the files; rows of others stay at its end"
     rows = _read_rows(path, columns, model)
     names = [str(o) for o in files]
     known = [o for o in names if o in rows]
-    others = rows.keys()-set(names)
+    others = [o for o in rows if o not in set(names)]
     order = [*known,*others]
     if order!=list(rows): write_whole(path, partial(_write_rows, rows=[rows[o] for o in order], columns=columns))
 
@@ -95,7 +105,7 @@ def _files(source):
     is_path = isinstance(source, (str,Path))
     if is_path and Path(source).is_dir(): files = FolderTree(source).images()
     else: files = [Path(o) for o in ([source] if is_path else source)]
-    if not files: raise ValueError(f"There are no pictures in `{source}`.")
+    if not files: raise ValueError("There are no pictures in " + (f"`{source}`." if is_path else "what was given."))
     return list(dict.fromkeys(files))
 
 def _table(columns, rows):

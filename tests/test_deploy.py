@@ -1,5 +1,5 @@
 "The deployed file answers as the learner does or `deploy` refuses; ONNX and the table of a folder answer as the file does."
-import io,random,sys,tempfile
+import io,os,random,sys,tempfile
 from pathlib import Path
 import numpy as np,pandas as pd,forks,pytest,torch
 from PIL import Image
@@ -373,6 +373,38 @@ def test_no_picture_is_read_twice(deployed, mixed, tmp_path, monkeypatch):
     first_run = d.predict_folder(files, csv=tmp_path/'a.csv')
     monkeypatch.setattr(type(d.input), 'item', lambda *args: 1/0)
     assert d.predict_folder(files, csv=tmp_path/'a.csv').equals(first_run)
+
+@pytest.mark.parametrize('data', [b'my only line, without an end', b'picture,label\na.jpg,cat\nb.jpg,dog', b'\0\xff\n\x01', b'file\tmodel\n', b'\n\nx'])
+def test_a_file_that_is_no_table_stays(deployed, mixed, tmp_path, data):
+    "Whatever lies under the name that was given: not a byte of it is lost."
+    file = tmp_path/'notes.csv'
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match='notes.csv` has the columns'): Deployed(deployed).predict_folder(sorted(mixed.glob('1?.jpg')), csv=file)
+    assert file.read_bytes()==data
+
+@pytest.mark.parametrize('change', [lambda b: b+b'\r\n', lambda b: b'\xef\xbb\xbf'+b, lambda b: b[:11], lambda b: b[:-20], lambda b: b''])
+def test_a_table_goes_on_after_other_programs(deployed, mixed, tmp_path, change):
+    "A blank line at the end, the mark of a spreadsheet program at the start, half a head, half a row, nothing."
+    d,files,file = Deployed(deployed),sorted(mixed.glob('1[0-4].jpg')),tmp_path/'a.csv'
+    want = d.predict_folder(files, csv=file)
+    file.write_bytes(change(file.read_bytes()))
+    assert d.predict_folder(files, csv=file).file.tolist()==want.file.tolist()
+    again = d.predict_folder(files, csv=file)
+    assert again.class_1.equals(want.class_1) and np.allclose(again.prob_1, want.prob_1, atol=1e-5)
+
+def test_rows_of_others_keep_their_order(deployed, mixed, tmp_path):
+    d,files,file = Deployed(deployed),sorted(mixed.glob('1?.jpg')),tmp_path/'a.csv'
+    d.predict_folder(files, csv=file)
+    d.predict_folder(files[-1:], csv=file)
+    assert [o.split(',')[0] for o in file.read_text().splitlines()[1:]]==[str(o) for o in files[-1:]+files[:-1]]
+
+@pytest.mark.skipif(sys.platform!='linux', reason='names are text elsewhere')
+def test_names_of_another_encoding(deployed, mixed, tmp_path):
+    file = Path(os.fsdecode(os.fsencode(tmp_path)+b'/caf\xe9.jpg'))
+    file.write_bytes((mixed/'10.jpg').read_bytes())
+    df = Deployed(deployed).predict_folder([file], csv=tmp_path/'a.csv')
+    assert df.file.tolist()==Deployed(deployed).predict_folder([file], csv=tmp_path/'a.csv').file.tolist()==[str(file)]
+    assert b'caf\xe9.jpg' in (tmp_path/'a.csv').read_bytes()
 
 def test_several_labels_in_a_table(photos, tmp_path):
     d = Deployed(deploy(learner(several(photos), loss_func=BCEWithLogitsLossFlat(thresh=.6)), tmp_path/'x.pt'))
