@@ -1251,6 +1251,35 @@ def test_every_orientation(tmp_path, turn, ext):
     for box in (None, (10,20,40,30)):
         want,got = im if box is None else im.crop((10,20,50,50)),open_image(tmp_path/f'y.{ext}', box=box)
         assert got.size == want.size and np.abs(np.array(got).astype(int)-np.array(want)).mean() < 6
+    assert upright_size(tmp_path/f'y.{ext}') == im.size
+
+def late_exif(file, exif):
+    "Move the note of a PNG behind its pixels"
+    data = file.read_bytes()
+    at = data.index(b'eXIf')-4
+    end = at+12+int.from_bytes(data[at:at+4], 'big')
+    tail = data.index(b'IEND')-4
+    file.write_bytes(data[:at]+data[end:tail]+data[at:end]+data[tail:])
+
+@pytest.mark.parametrize('kind', ['exif','late','xmp','broken'])
+def test_an_orientation_wherever_it_stands(tmp_path, kind):
+    "A file, the same opened by Pillow, its bytes: one picture, turned once, also if it is opened again"
+    f,exif = tmp_path/('a.jpg' if kind in ('xmp','broken') else 'a.png'),Image.Exif()
+    exif[0x0112] = 6
+    im = Image.effect_noise((12,8), 90).convert('RGB')
+    if kind in ('exif','late'): im.save(f, exif=exif)
+    elif kind=='xmp': im.save(f, xmp=b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
+    else: im.save(f, exif=b'Exif\0\0junk that is no header')
+    if kind=='late': late_exif(f, exif)
+    size = (12,8) if kind=='broken' else (8,12)
+    ways = [open_image(f), open_image(Image.open(f)), open_image(f.read_bytes()), open_image(open_image(f))]
+    assert all(o.size==size and (np.array(o)==np.array(ways[0])).all() for o in ways)
+
+def test_real_numbers_keep_their_shades(tmp_path):
+    a = np.linspace(0, 1, 256, dtype=np.float32).reshape(16,16)
+    for i,b in enumerate((a, 255*a, 65535*a)):
+        Image.fromarray(b).save(tmp_path/f'{i}.tif')
+        assert np.abs(np.array(open_image(tmp_path/f'{i}.tif'))[:,:,0]-255*a).max()<=1.1
 
 def test_sixteen_bits_and_cmyk_keep_their_colours(tmp_path):
     a = np.array([[[200,30,90]]], np.uint8).repeat(16, 0).repeat(16, 1)

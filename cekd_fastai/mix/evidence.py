@@ -12,6 +12,7 @@ from fastai.vision.all import *
 from PIL import Image
 from dataclasses import dataclass
 from ..core import lookup
+from ..data.image import open_image,upright_size
 from ..drawing.species import PARTS
 from ..synthetic import bird_parts,diagnostic_parts
 from .core import MixRecord
@@ -184,7 +185,7 @@ _KINDS = dict(parts=(_part_rects,_see_parts,.5), box=(_box_rects,_see_boxes,0.))
 
 def _image_size(dls, file):
     "Width and height of images in the batch, from loaders that treat `file` like any picture"
-    by_pixels,by_file = _through(dls, PILImage.create(file), file)
+    by_pixels,by_file = _through(dls, open_image(file), file)
     if abs(by_pixels-by_file).mean()>.03:
         raise ValueError("The loaders treat a picture by its file (cropped to its box, perhaps): "
             "make `dls` without that, so that evidence can be followed.")
@@ -201,7 +202,7 @@ def find_evidence(
     root = Path(dls.table.root if hasattr(dls, 'table') else dls.path)
     names = [o.relative_to(root/'images').as_posix() for o in files]
     rects,weights = read(root, names, dls.vocab)
-    sizes = [Image.open(o).size for o in files]
+    sizes = [upright_size(o) for o in files]
     frame_of = {s:batch_frame(dls, s) for s in set(sizes)}
     frames = np.stack([frame_of[s] for s in sizes])
     size = _image_size(dls, files[0])
