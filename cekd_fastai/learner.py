@@ -150,9 +150,12 @@ def _normalised(dls, net, pretrained):
         if o.get('new'): print(f"New in `{o['name']}`, beside the weights of the file: {', '.join(o['new'])}")
     wanted = first(o['stats'] for o in facts if o['stats'])
     have = data_stats(dls)
-    if not (pretrained and wanted and have) or _same_stats(have, wanted): return dls
-    if getattr(dls, 'open_stats', False): return with_stats(dls, wanted)
-    if not hasattr(dls, 'open_stats'):
+    differ = pretrained and wanted and have and not _same_stats(have, wanted)
+    if getattr(dls, 'open_stats', False):
+        res = with_stats(dls, wanted) if differ else copy(dls)
+        dls.loaders = list(res.loaders) # so that `dls.test_dl` has them too; an earlier learner keeps its own
+        return res
+    if differ and not hasattr(dls, 'open_stats'):
         name,(mean,std) = facts[0]['name'],wanted
         what = f"`{name}` was pretrained on images of mean {mean} and deviation {std}, and these have been normalised otherwise"
         warn(f"{what}: pass `Normalize.from_stats(*norm_stats('{name}'))`, or build them by `fine_grained_dls`.")

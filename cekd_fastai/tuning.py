@@ -34,9 +34,9 @@ def backbone_stats(
     name:str,        # Its name in timm or torchvision
 ):                   # Mean and standard deviation, None if nothing is known of it
     "What the pretrained weights of a backbone were normalised with"
-    name = name.removeprefix('torchvision/')
     if getattr(model, 'pretrained_cfg', None): return norm_stats(model)
-    if name in torchvision.models.list_models(module=torchvision.models): return norm_stats(name)
+    name = name.removeprefix('torchvision/')
+    if name in torchvision.models.list_models(module=torchvision.models): return norm_stats(f'torchvision/{name}')
 
 # %% ../nbs/38_tuning.ipynb #note-code
 def note_backbone(

@@ -10,14 +10,15 @@ from cekd_fastai.arch import make_arch
 from cekd_fastai.branches import branch_net,branch_splitter,save_net
 from cekd_fastai.cli import _defaults
 from cekd_fastai.core import data_stats
-from cekd_fastai.data.loaders import fine_grained_dls
+from cekd_fastai.data.image import norm_stats
+from cekd_fastai.data.loaders import fine_grained_dls,official_test_dl
 from cekd_fastai.deploy import Deployed,deploy
 from cekd_fastai.drawing.dataset import make_birds
 from cekd_fastai.ema import ModelEMA
 from cekd_fastai.learner import branch_learner,css_learner,online_learner
 from cekd_fastai.recommended import recommended
 from cekd_fastai.train import advised,build
-from cekd_fastai.tuning import layer_groups,undecayed_params
+from cekd_fastai.tuning import backbone_stats,layer_groups,undecayed_params
 from cekd_fastai.weights import Saved
 
 HALF = [[.5]*3]*2
@@ -110,12 +111,14 @@ def test_foreign_files(tmp_path):
 # statistics
 
 def test_statistics(folder):
-    "The backbone's own, for the learner alone; yours stay; none from random weights; a file of `deploy` has them"
+    "The backbone's own, for the learner and in the loaders that you made it with; none from random weights"
     dls = fine_grained_dls(folder, size=32, bs=2, num_workers=0)
     vit = timm.create_model('test_vit', img_size=32)
     learn = branch_learner(dls, vit, 1)
-    assert data_stats(learn.dls)==HALF and np.allclose(data_stats(dls), imagenet_stats)
-    x = [dl.valid.one_batch()[0] for dl in (dls,learn.dls)]
+    assert data_stats(learn.dls)==data_stats(dls)==HALF and dls.valid is learn.dls.valid
+    plain = fine_grained_dls(folder, size=32, bs=2, num_workers=0)
+    assert np.allclose(data_stats(plain), imagenet_stats)
+    x = [dl.valid.one_batch()[0] for dl in (plain,learn.dls)]
     mean,std = [torch.tensor(o)[:,None,None] for o in imagenet_stats]
     torch.testing.assert_close(x[1].as_subclass(torch.Tensor), (x[0].as_subclass(torch.Tensor)*std+mean-.5)/.5, atol=1e-4, rtol=1e-3)
     assert data_stats(branch_learner(dls, 'test_vit', 1, pretrained=False).dls)==data_stats(dls)
@@ -125,6 +128,33 @@ def test_statistics(folder):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert torch.allclose(torch.tensor(data_stats(branch_learner(own, vit, 1).dls)[0]), torch.tensor(.1))
+
+def test_each_learner_keeps_its_statistics(folder):
+    "Of several that were made with the same loaders; these have those of the last"
+    dls = fine_grained_dls(folder, size=32, bs=2, num_workers=0)
+    vit,net = (timm.create_model(o, **kw) for o,kw in (('test_vit',dict(img_size=32)), ('test_resnet',{})))
+    net.pretrained_cfg = dict(mean=(.1,)*3, std=(.2,)*3)
+    a,b,c = branch_learner(dls, 'test_resnet', 1, pretrained=False),branch_learner(dls, vit, 1),branch_learner(dls, net, 1)
+    assert [round(data_stats(o)[0][0], 3) for o in (a.dls,b.dls,c.dls,dls)]==[.485,.5,.1,.1]
+    test = official_test_dl(dls)
+    assert torch.equal(test.one_batch()[0], c.dls.valid.one_batch()[0])
+
+@pytest.mark.parametrize('name', ['efficientnet_b1','inception_v3'])
+def test_a_name_that_two_libraries_have(name):
+    "timm normalised it otherwise than torchvision"
+    of_timm = norm_stats(name)[0]
+    assert of_timm==[.5]*3
+    for o in (f'torchvision/{name}',getattr(torchvision.models, name)): assert np.allclose(norm_stats(o), imagenet_stats)
+    class Net(nn.Module): pass
+    assert np.allclose(backbone_stats(Net(), f'torchvision/{name}'), imagenet_stats)
+
+@pytest.mark.parametrize('arch', ['local-dir:nowhere',['test_resnet','test_vit']])
+def test_a_backbone_that_is_known_with_its_learner(folder, arch):
+    "The loaders wait for it, as without `arch`"
+    dls = fine_grained_dls(folder, size=32, bs=2, num_workers=0, arch=arch)
+    assert dls.open_stats
+    branch_learner(dls, timm.create_model('test_vit', img_size=32), 1)
+    assert data_stats(dls)==HALF
 
 def test_statistics_in_a_file(folder, tmp_path):
     "The loaders in memory get them too, and a file of `deploy` keeps them"

@@ -251,6 +251,8 @@ def norm_stats(
 )->tuple: # Mean and standard deviation, a list of three each
     "What the pretrained weights of `arch` were normalised with"
     name = arch if isinstance(arch, str) else getattr(arch, '__name__', type(arch).__name__)
+    of_torchvision = name.startswith('torchvision/') or (callable(arch) and getattr(arch, '__module__', '').startswith('torchvision.'))
+    if of_torchvision: return _tv_stats(name.removeprefix('torchvision/')) # some names are timm's too, with other numbers
     cfg = getattr(arch, 'pretrained_cfg', None)
     if not cfg and timm.is_model(name): cfg = timm.get_pretrained_cfg(name)
     if cfg is None: return _tv_stats(name)

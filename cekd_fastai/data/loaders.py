@@ -295,7 +295,7 @@ def fine_grained_dls(
     recipe = recipe or t.recipe
     if in_memory: _fill(dls, size or RECIPES[recipe], recipe, block.boxes)
     if balanced: _balance(dls.train, t, seed)
-    dls.open_stats = isinstance(stats, str) and stats=='auto' and arch is None
+    dls.open_stats = isinstance(stats, str) and stats=='auto' and _stats_of(stats, arch) is None
     return dls
 
 # %% ../../nbs/19_data.loaders.ipynb #official

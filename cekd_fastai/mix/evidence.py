@@ -9,7 +9,6 @@ __all__ = ['Evidence', 'oracle_weights', 'part_weights', 'batch_frame', 'find_ev
 
 # %% ../../nbs/31_mix.evidence.ipynb #imports
 from fastai.vision.all import *
-from PIL import Image
 from dataclasses import dataclass
 from ..core import lookup
 from ..data.image import open_image,upright_size
