@@ -1,5 +1,5 @@
 "Benchmarks and folders as `DataLoaders`: every layout, every mistake in the data, the real download, real photographs."
-import dataclasses,gc,hashlib,http.server,inspect,io,multiprocessing,pickle,random,re,shutil,sys,tarfile,threading,warnings,zipfile
+import dataclasses,gc,hashlib,http.server,inspect,io,json,multiprocessing,pickle,random,re,shutil,sys,tarfile,threading,warnings,zipfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -309,7 +309,9 @@ def test_files_that_are_wrong(tmp_path):
     (tmp_path/'a').mkdir()
     (tmp_path/'b').mkdir()
     for i in range(4): (tmp_path/'ab'[i%2]/f'{i}.jpg').symlink_to(files[i] if i else tmp_path/'none.jpg')
-    with raises(FileNotFoundError, '1 of 4 files', 'a/0.jpg'): read_table(tmp_path)
+    with raises(FileNotFoundError, '1 of 4 files', 'a/0.jpg', 'links'): read_table(tmp_path)
+    (tmp_path/'a'/'5.jpg').symlink_to(files[1])
+    with pytest.warns(UserWarning, match='left out 1 of 5 images.*missing'): assert len(read_table(tmp_path, verify=True))==4
 
 @pytest.mark.parametrize('names', [['001','002'], ['NA','None'], ['nan','true'], ['a,b','c;"d"'], ['Möwe','Krähe'], ['1e3','1.0']])
 @pytest.mark.parametrize('test', [False,True])
@@ -320,6 +322,59 @@ def test_round_trip(tmp_path, names, test):
     for u in (ImageTable.from_df(tmp_path/'t.csv'), read_table(tmp_path/'t.csv'), ImageTable.from_df(t.to_df(), folder=tmp_path)):
         both = [(o.files, o.labels, o.classes, o.is_valid.tolist(), o.is_test.tolist()) for o in (u,t)]
         assert both[0]==both[1]
+
+def sheet(tmp_path, head, rows, name='t.csv'):
+    "A CSV file, and the pictures that it names"
+    for o in rows: picture(tmp_path/o.replace(';', ',').split(',')[0], 1)
+    (tmp_path/name).write_text('\n'.join([head,*rows])+'\n')
+    return tmp_path/name
+
+def test_blanks_around_labels_and_heads(tmp_path):
+    t = read_table(sheet(tmp_path, 'file, label', ['0.jpg, cat','1.jpg,cat ','2.jpg, dog','3.jpg,dog']))
+    assert t.classes==['cat','dog'] and len(t)==4
+    with raises(ValueError, 'no label for', '(row 1)'): read_table(sheet(tmp_path, 'file,label', ['0.jpg,cat','1.jpg,  ','2.jpg,dog','3.jpg,dog']))
+
+@pytest.mark.parametrize('head', ['file,label','\n\nfile;label'])
+def test_sheets_with_trailing_separators_and_blank_lines(tmp_path, head):
+    end = ',' if ';' not in head else ';'
+    t = read_table(sheet(tmp_path, head, [f'{i}.jpg{end}{"ab"[i%2]}{end}' for i in range(4)]))
+    assert t.labels==[*'abab']
+
+def test_a_sheet_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('USERPROFILE', str(tmp_path))
+    sheet(tmp_path, 'file,label', [f'{i}.jpg,{"ab"[i%2]}' for i in range(4)])
+    assert len(read_table('~/t.csv'))==len(read_table(pd.read_csv(tmp_path/'t.csv'), folder='~'))==4
+
+def test_parts_of_a_sheet_stay_official(tmp_path):
+    "With `valid_pct` what the column says is the test part, whichever form the table has"
+    rows = [f'{i}.jpg,{"ab"[i%2]},{i>=16}' for i in range(20)]
+    file = sheet(tmp_path, 'file,label,is_valid', rows)
+    tables = [read_table(o, valid_pct=.5) for o in (file, ImageTable.from_df(file))]
+    assert [(o.n_train,o.n_valid,o.n_test) for o in tables]==[(8,8,4)]*2
+
+def test_every_class_has_its_share_of_groups(tmp_path):
+    "Three groups of each of three classes; a class in one group is named; an image without a group stands alone"
+    n = 27
+    for i in range(n): picture(tmp_path/f'{i}.jpg', 1)
+    df = pd.DataFrame(dict(file=[f'{i}.jpg' for i in range(n)], label=['abc'[i//9] for i in range(n)], walk=[i//3 for i in range(n)]))
+    for seed in range(5):
+        t = ImageTable.from_df(df, group_col='walk', folder=tmp_path, valid_pct=.25, seed=seed)
+        assert t.counts().valid.tolist()==[3,3,3]
+    with pytest.warns(UserWarning, match='no validation image of a:'): t = ImageTable.from_df(df.assign(walk=df.walk.clip(lower=2)), group_col='walk', folder=tmp_path)
+    assert t.counts().valid.tolist()==[0,3,3]
+    for none in (np.nan,'',None):
+        free = df.astype(dict(walk=object)).assign(walk=[none if i%9 else i for i in range(n)])
+        t = ImageTable.from_df(free, group_col='walk', folder=tmp_path, valid_pct=1/3)
+        assert t.counts().valid.tolist()==[3,3,3]
+
+def test_a_validation_part_that_was_drawn_is_no_test_part(tmp_path):
+    root = in_folders(tmp_path/'set', *'ab', n=6)
+    with raises(ValueError, 'has no test part', 'pass valid_pct'): official_test_dl(mini_dls(root, bs=2))
+    with raises(ValueError, 'has no test part'): official_test_dl(mini_dls(read_table(root).subset(2).folds(3)[0], bs=2))
+    parts = in_folders(tmp_path/'parts', *[f'{p}/{c}' for p in ('train','test') for c in 'ab'], n=6)
+    dls = mini_dls(parts, bs=2)
+    assert official_test_dl(dls) is dls.valid and official_test_dl(mini_dls(parts, bs=2, valid_pct=.5)).n==12
 
 @pytest.mark.parametrize('k', [2,3,5])
 @pytest.mark.parametrize('grouped', [False,True])
@@ -1166,6 +1221,34 @@ def test_presize_quality(tmp_path):
     root = folders(tmp_path/'set', a=3, b=3)
     n = [sum(o.stat().st_size for o in presize(root, 25, dest=tmp_path/f'q{q}', quality=q).rglob('*.jpg')) for q in (20, 95)]
     assert n[0] < n[1]
+
+def test_presize_refuses(tmp_path):
+    "A table, whose labels would not come along; a place within the data set, which would be a class of it; the copy of another one"
+    a,b = (in_folders(tmp_path/o, *'xy', n=2) for o in 'ab')
+    read_table(a).to_df().to_csv(a/'t.csv', index=False)
+    with raises(TypeError, 't.csv', 'is a table', 'pass the folder'): presize(a/'t.csv', 10)
+    with raises(ValueError, 'lies in', 'choose a dest beside it'): presize(a, 10, dest=a/'small')
+    copy = presize(a, 10, dest=tmp_path/'copy')
+    assert presize(a, 10, dest=copy)==copy
+    with raises(FileExistsError, 'is not this copy'): presize(b, 10, dest=copy)
+    note = json.loads((copy/'presized.json').read_text())
+    (copy/'presized.json').write_text(json.dumps({k:v for k,v in note.items() if k!='root'})) # as it was before
+    assert presize(a, 10, dest=copy)==copy
+
+def test_presize_of_several_pictures_in_one_file(tmp_path):
+    "As phones write them"
+    root = in_folders(tmp_path/'set', *'xy', n=2)
+    f = root/'x'/'p.jpg'
+    one,two = (Image.effect_noise((60,40), o).convert('RGB') for o in (20,90))
+    one.save(f, format='MPO', save_all=True, append_images=[two])
+    with Image.open(f) as im: assert im.format=='MPO'
+    assert Image.open(presize(root, 20)/'x'/'p.jpg').size==(30,20)
+
+def test_presize_here(tmp_path, monkeypatch):
+    "Of the folder that one is in, and of one whose reader names the folder above it"
+    root = in_folders(tmp_path/'set', *'xy', n=2)
+    monkeypatch.chdir(root)
+    assert presize('.', 10)==tmp_path/'set-10' and len(read_table(tmp_path/'set-10'))==4
 
 def test_presize_interrupted(tmp_path, monkeypatch):
     root,before = cub_mini(tmp_path/'cub'),check._shrink

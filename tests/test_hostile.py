@@ -101,8 +101,7 @@ def test_csv_that_reaches_outside(tmp_path, name):
     root = tmp_path/'set'
     rows = [picture(root/f'{k}.jpg', k).name for k in range(8)] + [name.format(tmp=tmp_path)]
     put(root/'t.csv', 'file,label\n' + ''.join(f'{o},{"ab"[k%2]}\n' for k,o in enumerate(rows)))
-    for f in (read_table, lambda o: presize(o, 16)):
-        with fails(ValueError, 't.csv names 1 of 9 files outside of', 'mine.jpg'): f(root/'t.csv')
+    with fails(ValueError, 't.csv names 1 of 9 files outside of', 'mine.jpg'): read_table(root/'t.csv')
 
 def test_csv_of_ones_own(tmp_path):
     "Whoever passes the folder that holds them all, or a `DataFrame`, knows the names."

@@ -204,6 +204,7 @@ def show_suspects(
 ):
     "Show the first `n` suspects with their label, and what the network believes"
     df = df.head(n)
+    if df.empty: return print('Nothing to show: there are no suspects.')
     for ax,o in zip(get_grid(len(df), **kwargs), df.itertuples()):
         title = f'{o.label} ({o.p_label:.0%})\n{o.belief} ({o.p_belief:.0%})?'
         show_image(open_image(o.file), ctx=ax, title=title)

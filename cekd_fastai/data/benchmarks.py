@@ -260,16 +260,18 @@ def _source_folder(source):
         raise FileNotFoundError(f'{source!r} is neither a benchmark nor a folder: {near_hint(source, names)}')
     return _folder(path)
 
-def _source_table(source, root, valid_pct, seed, **columns):
+def _source_table(source, root, valid_pct, seed, verify, **columns):
     "The table that `source` stands for, and whether its validation part was drawn with `valid_pct` already"
     if isinstance(source, str) and source in BENCHMARKS: return BENCHMARKS[source].table(root),False
     if root is not None:
         hint = near_hint(source, BENCHMARKS)
         raise ValueError(f'root={str(root)!r} is for a named benchmark, and {source!r} is none: {hint}')
     if isinstance(source, ImageTable): return source,False
-    if _is_sheet(source): return ImageTable.from_df(source, seed=seed, valid_pct=ifnone(valid_pct, .2), **columns),True
+    if _is_sheet(source):
+        t = ImageTable.from_df(source, seed=seed, valid_pct=ifnone(valid_pct, .2), must_exist=not verify, **columns)
+        return t,t.drawn
     if columns: raise ValueError(f'{few(columns)} is for a DataFrame or a CSV file, and {source!r} is none')
-    return _read_path(_source_folder(source), valid_pct, seed),True
+    return _read_path(_source_folder(source), valid_pct, seed, not verify),True
 
 # %% ../../nbs/18_data.benchmarks.ipynb #read
 def read_table(
@@ -283,7 +285,7 @@ def read_table(
     **kwargs        # For a `DataFrame` or CSV file: `fn_col`, `label_col`, `valid_col`, `group_col`, `folder`, `suff`
 ):                  # `ImageTable`
     "The table of a benchmark, a folder or a spreadsheet, cut down to `classes`"
-    t,split = _source_table(source, root, valid_pct, seed, **kwargs)
+    t,split = _source_table(source, root, valid_pct, seed, verify, **kwargs)
     if classes is not None: t = t.subset(classes)
     if verify: t = t.drop_unreadable()
     if valid_pct is not None and not split: t = t.holdout(valid_pct, seed)

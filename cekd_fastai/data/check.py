@@ -17,7 +17,7 @@ from .table import ImageTable
 from .image import ResizeShort,_in_threads,open_image,unreadable
 from .folders import images_of
 from .readers import _CARS_CORNERS,_cars_corners,_folder,_id_lines
-from .benchmarks import BENCHMARKS,read_table
+from .benchmarks import BENCHMARKS,_is_sheet,read_table
 
 # %% ../../nbs/21_data.check.ipynb #verify
 def _dls_files(dls):
@@ -112,6 +112,7 @@ def _shrink(src, dst, size, quality):
     dst.parent.mkdir(parents=True, exist_ok=True)
     im = open_image(src, 2*size)
     with Image.open(src) as o: short,fmt = min(o.size),o.format
+    if fmt=='MPO': fmt = 'JPEG' # several pictures in one file, as phones write them; the first counts
     if short<=size or fmt not in _WRITES:
         shutil.copyfile(src, dst)
         return 1.
@@ -136,7 +137,9 @@ def _copy_sources(files, ratio):
 def _is_copy(dest, what):
     "Whether `dest` is the copy that `what` describes"
     note = dest/'presized.json'
-    return note.exists() and json.loads(note.read_text())==what
+    if not note.exists(): return False
+    was = json.loads(note.read_text())
+    return dict(root=what['root'])|was==what # notes of earlier versions do not say where the pictures came from
 
 # %% ../../nbs/21_data.check.ipynb #presize
 def presize(
@@ -152,10 +155,13 @@ def presize(
     if isinstance(source, ImageTable):
         remedy = 'pass a name or a path, and take a part of the copy'
         raise TypeError(f'presize copies a whole data set with its label files: {remedy}')
+    if _is_sheet(source): raise TypeError(f'presize copies folders, and {source!r} is a table: pass the folder of its pictures')
     t = read_table(source, root=root)
-    beside = t.root.with_name(f'{t.root.name}-{size}')
+    home = t.root.absolute()
+    beside = home.with_name(f'{home.name}-{size}')
     dest = Path(ifnone(dest, beside)).expanduser()
-    what = dict(size=size, quality=quality, files=len(t))
+    if dest.absolute().is_relative_to(home): raise ValueError(f'{dest} lies in {home}, where it would be read as a class: choose a dest beside it')
+    what = dict(root=str(home), size=size, quality=quality, files=len(t))
     if dest.exists():
         if _is_copy(dest, what): return dest
         raise FileExistsError(f'{dest} exists and is not this copy: delete it, or choose another dest')

@@ -11,7 +11,7 @@ __all__ = ['FolderTree', 'images_of', 'read_folders']
 import warnings
 from fastai.vision.all import *
 from ..core import few
-from .words import part_of_name
+from .words import _all_there,part_of_name
 from .safe import _is_below
 from .image import HEIF_SUFFIXES,IMAGE_SUFFIXES
 from .table import ImageTable,_split
@@ -236,7 +236,7 @@ def _parts_table(tree, parts):
         is_test = part=='test' and not is_valid
         for name,files in _class_folders(tree, folder).items(): rows += [(f, name, is_valid, is_test) for f in files]
     files,labels,is_valid,is_test = zip(*rows)
-    return ImageTable(files, labels, is_valid, root=tree.root, is_test=is_test)
+    return ImageTable(files, labels, is_valid, root=tree.root, is_test=is_test, must_exist=False)
 
 def _split_table(tree, path, valid_pct, seed):
     "The table of class folders, split class by class"
@@ -252,13 +252,14 @@ def _split_table(tree, path, valid_pct, seed):
     for name,files in classes.items():
         is_valid = _split(name, len(files), valid_pct, seed)
         rows += [(f, name, v) for f,v in zip(files, is_valid)]
-    return ImageTable(*zip(*rows), root=tree.root)
+    return ImageTable(*zip(*rows), root=tree.root, drawn=True, must_exist=False)
 
 # %% ../../nbs/16_data.folders.ipynb #read
 def read_folders(
     path,           # Folder of class folders, or of train/ and valid/, val/ or test/ with class folders in them
     valid_pct=None, # Share of each class for validation: of train/ where there is one, else of all images (0.2 if None)
-    seed=42         # Of that split
+    seed=42,        # Of that split
+    must_exist=True # Refuse links to files that are not there
 ):                  # `ImageTable`
     "Read class folders at any depth, split by folder or else class by class; an error names what is not clear"
     tree = FolderTree(path)
@@ -268,7 +269,7 @@ def read_folders(
     if not parts:
         _check_half(tree, top)
         _check_alike(tree, top)
-        return _split_table(tree, top, ifnone(valid_pct, .2), seed)
-    parts = _check_flat(tree, top, parts)
-    t = _parts_table(tree, parts)
+        t,valid_pct = _split_table(tree, top, ifnone(valid_pct, .2), seed),None
+    else: t = _parts_table(tree, _check_flat(tree, top, parts))
+    if must_exist: _all_there(t.files, t.root, 'mend or remove these links, or leave them out with verify=True')
     return t if valid_pct is None else t.holdout(valid_pct, seed)

@@ -302,8 +302,11 @@ def fine_grained_dls(
 def official_test_dl(
     dls # From `fine_grained_dls`
 ):      # `DataLoader` with labels
-    "The test part, or the validation part where there is no other, which is a benchmark's official test set"
+    "The test part, or the validation part where that is a benchmark's official test set; `ValueError` where nothing was set aside"
     t = dls.table
+    if not t.n_test and t.drawn:
+        remedy = 'lay pictures aside in a folder test/, or mark them in a column, and pass valid_pct'
+        raise ValueError(f'{t.root} has no test part, and its validation part, drawn at random, is what you have chosen by: {remedy}')
     if not t.n_test: return dls.valid
     files = [t.files[i] for i in np.flatnonzero(t.is_test)]
     return dls.test_dl(files, with_labels=True)

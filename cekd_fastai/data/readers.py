@@ -120,7 +120,7 @@ def read_cub(
 def _above(path, name):
     "The folder in which folder `name` lies: `path` itself, the one above it or one below it; None if there is none"
     path = Path(path)
-    if path.name==name and path.is_dir(): return path.parent
+    if path.is_dir() and path.absolute().name==name: return path.parent if path.name else path.absolute().parent
     return _folder_with(path, name)
 
 def _root_above(path, base):
@@ -322,9 +322,9 @@ def _layout_reader(path):
         if above and any(first((above/name).glob(o)) for o in official): return read
     return read_dogs if _folder_with(path, 'train_list.mat') else None
 
-def _read_path(path, valid_pct, seed):
+def _read_path(path, valid_pct, seed, must_exist=True):
     "The table of a folder in any layout"
     read = _layout_reader(path)
-    if read is None: return read_folders(path, valid_pct, seed)
+    if read is None: return read_folders(path, valid_pct, seed, must_exist)
     t = read(path)
     return t if valid_pct is None else t.holdout(valid_pct, seed)

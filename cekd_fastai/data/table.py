@@ -8,7 +8,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/data.table.html.md"""
 __all__ = ['RECIPES', 'ImageTable']
 
 # %% ../../nbs/13_data.table.ipynb #imports
-import random
+import random,warnings
 from fastai.vision.all import *
 from ..core import check_count,few,near_hint
 from .words import PART_WORDS,_all_there,_is_blank,_paths,read_sheet
@@ -55,10 +55,12 @@ class ImageTable:
         recipe='crop', # One of `RECIPES`
         stats=None,    # Mean and standard deviation to normalise with; ImageNet's if None
         sources=(),    # Files with labels, parts and boxes, which a copy of the data set needs
-        must_exist=True # Refuse files that are not there
+        must_exist=True, # Refuse files that are not there
+        drawn=False    # Was the validation part drawn from all images, so that it is no official one?
     ):
         self.root = Path(root)
         self.recipe = recipe
+        self.drawn = drawn
         self.files = _paths(files)
         self.labels = list(labels)
         self.is_valid = _flags(is_valid, 'is_valid')
@@ -204,19 +206,24 @@ def _rows_by(values):
     "{value: its rows} of a list of values"
     return groupby(range(len(values)), values.__getitem__)
 
+def _whole_groups(groups):
+    "The groups, where an image without one is a group of its own"
+    return [('alone',i) if _is_blank(o) else ('group',o) for i,o in enumerate(groups)]
+
 def _split_groups(labels, groups, valid_pct, seed):
-    "Which images are for validation if whole groups are: about `valid_pct` of all; every class keeps a training image"
+    "Which images are for validation if whole groups are: about `valid_pct` of each class, and one group at least where it has several"
     _check_pct(valid_pct)
-    most = max(valid_pct*len(labels), 1)
-    rows = _rows_by(groups)
-    left = Counter(labels)
-    res = np.zeros(len(labels), dtype=bool)
-    for g in random.Random(seed).sample(sorted(rows, key=str), len(rows)):
+    rows,total = _rows_by(_whole_groups(groups)),Counter(labels)
+    held,res = Counter(),np.zeros(len(labels), dtype=bool)
+    def take(g, most):
         n = Counter(labels[i] for i in rows[g])
-        class_stays = all(left[o]>k for o,k in n.items())
-        if class_stays and res.sum()+len(rows[g])<=most:
-            res[rows[g]] = True
-            left -= n
+        if any(held[o]+k>min(most*total[o], total[o]-1) for o,k in n.items()): return
+        res[rows[g]] = True
+        held.update(n)
+    drawn = random.Random(seed).sample(sorted(rows, key=str), len(rows))
+    for g in drawn: take(g, valid_pct)
+    for g in sorted(drawn, key=lambda g: len(rows[g])): # of a class whose groups are all larger than its share, the smallest
+        if not any(held[labels[i]] for i in rows[g]): take(g, 1)
     return res
 
 # %% ../../nbs/13_data.table.ipynb #df-code
@@ -239,8 +246,12 @@ def _parts(df, valid_col):
     return names=='valid',is_test
 
 def _draw(labels, groups, valid_pct, seed):
-    "A split of rows: of groups where there are some, else class by class"
-    if groups is not None: return _split_groups(labels, groups, valid_pct, seed)
+    "A split of rows: of groups where there are some, else class by class; a warning names classes that are in one group"
+    if groups is not None:
+        res = _split_groups(labels, groups, valid_pct, seed)
+        none = sorted(set(labels)-{o for o,v in zip(labels, res) if v}, key=str)
+        if none: warnings.warn(f'no validation image of {few(none)}: all its images are of one group, or of groups with other classes')
+        return res
     res = np.zeros(len(labels), dtype=bool)
     for name,rows in _rows_by(labels).items():
         if not _is_blank(name): res[rows] = _split(name, len(rows), valid_pct, seed)
@@ -267,19 +278,20 @@ def from_df(cls:ImageTable,
     **kwargs        # Further arguments of `ImageTable`
 )->ImageTable:
     "Read a table of files and labels; `ValueError` and `FileNotFoundError` name the column, row or file at fault"
-    sheet = None if isinstance(df, pd.DataFrame) else Path(df)
+    sheet = None if isinstance(df, pd.DataFrame) else Path(df).expanduser()
     if sheet:
         folder = ifnone(folder, sheet.parent)
         df = read_sheet(sheet)
-    root = Path(ifnone(folder, '.'))
+    root = Path(ifnone(folder, '.')).expanduser()
     names = _column(df, fn_col, 'file', 0)
     labels = _column(df, label_col, 'label', 1)
     files = _listed_files(names, root, suff)
     if sheet: check_inside(files, root, sheet)
-    labels = [o if _is_blank(o) else str(o) for o in labels]
+    labels = [o if _is_blank(o) else str(o).strip() for o in labels]
     is_valid,is_test = _parts(df, valid_col)
-    if is_valid is None: is_valid = _draw(labels, _column(df, group_col, None), valid_pct, seed)
-    return cls(files, labels, is_valid, root=root, is_test=is_test, **kwargs)
+    drawn = is_valid is None
+    if drawn: is_valid = _draw(labels, _column(df, group_col, None), valid_pct, seed)
+    return cls(files, labels, is_valid, root=root, is_test=is_test, drawn=drawn, **kwargs)
 
 # %% ../../nbs/13_data.table.ipynb #subset
 @patch
@@ -315,7 +327,7 @@ def _pick(column, rows):
 def _rows(self:ImageTable, keep=None, **changes):
     "A table of the rows in `keep` (all if None), with some of its columns changed"
     rows = range(len(self)) if keep is None else np.flatnonzero(keep)
-    same = {k: getattr(self, k) for k in ('classes','root','recipe','stats','sources')}
+    same = {k: getattr(self, k) for k in ('classes','root','recipe','stats','sources','drawn')}
     cols = {k: _pick(getattr(self, k), rows) for k in ('files','labels','is_valid','is_test','boxes')}
     return ImageTable(**same | cols | changes, must_exist=False) # They were there, and a million look-ups take seconds
 
@@ -340,7 +352,7 @@ def holdout(self:ImageTable,
     valid = np.zeros(len(self), dtype=bool)
     train = self._train_rows(2, 'valid_pct needs one to train and one to validate')
     for o,rows in train.items(): valid[rows] = _split(o, len(rows), valid_pct, seed)
-    return self._rows(is_valid=valid, is_test=self.is_valid)
+    return self._rows(is_valid=valid, is_test=self.is_valid, drawn=False) # there is a test part now
 
 # %% ../../nbs/13_data.table.ipynb #few-shot
 @patch
@@ -380,8 +392,8 @@ def folds(self:ImageTable,
     if k<2: raise ValueError(f'k={k}: pass 2 or more')
     at = np.flatnonzero(~self.is_test)
     fold = np.full(len(self), -1)
-    if groups is not None: fold[at] = _deal([groups[i] for i in at], k, seed)
+    if groups is not None: fold[at] = _deal(_whole_groups([groups[i] for i in at]), k, seed)
     else:
         mixed = random.Random(seed).sample(at.tolist(), len(at))
         fold[sorted(mixed, key=lambda i: str(self.labels[i]))] = np.arange(len(at))%k
-    return [self._rows(is_valid=fold==i) for i in range(k)]
+    return [self._rows(is_valid=fold==i, drawn=True) for i in range(k)]

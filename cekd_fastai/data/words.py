@@ -65,18 +65,20 @@ def read_sheet(
 )->pd.DataFrame: # All of words; an empty cell is an empty word
     "Read a CSV file of any encoding and separator; `ValueError` names the file that is no table"
     if not Path(file).exists(): raise FileNotFoundError(not_there(file))
-    text = read_text(file)
-    how = dict(sep=_separator(text), dtype=str, keep_default_na=False)
-    try: return pd.read_csv(io.StringIO(text), **how)
+    text = read_text(file).lstrip('\r\n')
+    how = dict(sep=_separator(text), dtype=str, keep_default_na=False, index_col=False) # rows may end with a separator
+    try: df = pd.read_csv(io.StringIO(text), **how)
     except (pd.errors.EmptyDataError,pd.errors.ParserError) as e:
         needs = 'it needs one line of names of columns, and one for each picture'
         raise ValueError(f'{file} cannot be read as a table ({str(e).strip()}): {needs}') from e
+    return df.rename(columns=str.strip)
 
 # %% ../../nbs/11_data.words.ipynb #cells
 def _is_blank(o):
     "Whether a cell of a table holds nothing"
-    is_nan = isinstance(o, float) and np.isnan(o)
-    return o is None or is_nan or o is pd.NA or o==''
+    if isinstance(o, str): return not o.strip()
+    is_nan = isinstance(o, (float,np.floating)) and np.isnan(o)
+    return o is None or is_nan or o is pd.NA
 
 def _paths(files):
     "A column of file names as paths; `ValueError` names the row of what is none"
