@@ -107,6 +107,7 @@ def _write_net(write, source, file, which, pictures):
         tmp = Path(tmp)
         d = Deployed(deploy(learn, tmp/'net.pt', which) if learn else source)
         if not pictures: pictures = _probes(learn.dls, tmp) if learn else _drawn(tmp)
+        elif isinstance(pictures, (str,Path)): pictures = [pictures]
         write_whole(file, partial(write, d=d, pictures=pictures))
     return file
 

@@ -11,7 +11,7 @@ __all__ = ['ProgramNet', 'export_program']
 import json,warnings
 from fastai.vision.all import *
 from .core import eval_mode
-from .deploy import Deployed
+from .deploy import Deployed,check_device
 from .onnx_file import _gap,_sentence,_write_net
 
 # %% ../nbs/81_program.ipynb #pr-read
@@ -22,6 +22,7 @@ class ProgramNet(Deployed):
         device='cpu' # Where to run it
     ):
         if not Path(file).is_file(): raise FileNotFoundError(f"There is no file `{file}`.")
+        check_device(device)
         said = {'cekd_fastai':''}
         try: program = torch.export.load(str(file), extra_files=said)
         except Exception as e: raise ValueError(f"`{file}` is not a file of `torch.export`, or is damaged: write it with `export_program`.") from e

@@ -11,6 +11,7 @@ __all__ = ['quantize_onnx']
 import time,warnings
 from fastai.vision.all import *
 from .core import check_count,write_whole
+from .data.folders import images_of
 from .deploy import _pictures,_source_at,_spread
 from .onnx_file import OnnxNet,_need
 
@@ -87,7 +88,7 @@ def _items(dl, n):
 
 def quantize_onnx(
     file,          # Written by `export_onnx`
-    pictures,      # `DataLoaders`: calibrates on training pictures, measures on validation pictures; or a list of pictures for both
+    pictures,      # `DataLoaders`: calibrates on training pictures, measures on validation pictures; or a folder or list of pictures for both
     dest=None,     # Where to write, by default 'birds-int8.onnx' beside 'birds.onnx'; whole or not at all
     n:int=128,     # Pictures to calibrate with
     n_valid:int=1000, # Pictures to measure on
@@ -102,7 +103,7 @@ def quantize_onnx(
         if old.several: raise ValueError(f"`{file}` gives several classes a picture: pass a list of pictures instead of loaders.")
         (fit,_),(shown,y) = _items(pictures.train, n),_items(pictures.valid, n_valid)
     else:
-        pictures = list(pictures)
+        pictures = images_of(pictures) if isinstance(pictures, (str,Path)) else list(pictures)
         fit,shown,y = pictures[:n],pictures[:n_valid],None
     if not fit: raise ValueError('`quantize_onnx` needs a few pictures to calibrate with.')
     write_whole(dest, partial(_write_int8, d=old, pictures=fit, per_channel=per_channel))

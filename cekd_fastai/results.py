@@ -12,6 +12,7 @@ import json,platform,shutil,tempfile,warnings
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from fastai.vision.all import *
 from importlib.metadata import version
+from . import __version__
 from .core import one_sentence,unwrap_model
 from .branches import branch_accuracy,branch_preds
 from .online.diversity import Diversity
@@ -52,7 +53,7 @@ def about(
     args:dict, # Arguments of `cekd_train`
 )->dict:
     "Arguments, versions and machine of a run"
-    versions = {n:version(n) for n in ('cekd_fastai','fastai','torch','torchvision','timm')}
+    versions = dict(cekd_fastai=__version__) | {n:version(n) for n in ('fastai','torch','torchvision','timm')} # a clone need not be installed
     versions['python'] = platform.python_version()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     machine = dict(platform=platform.platform(), cores=os.cpu_count(), gpu=gpu)

@@ -8,7 +8,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/safely.html.md"""
 __all__ = ['lock_folder', 'named_faults', 'named_writing', 'safety_cbs', 'check_unfinished', 'write_diverged', 'kept_run']
 
 # %% ../nbs/88_safely.ipynb #imports
-import json,shutil
+import errno,json,shutil
 from fastai.vision.all import *
 from .core import one_sentence
 from .runstate import checkpoint_files
@@ -24,6 +24,8 @@ def _lock(f):
     except ImportError: return # Windows has no such locks
     fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
 
+_TAKEN = (errno.EACCES,errno.EAGAIN,errno.EDEADLK) # A file system without locks says something else
+
 @contextmanager
 def lock_folder(
     path, # A folder
@@ -33,7 +35,8 @@ def lock_folder(
     with open(file, 'w') as f:
         try: _lock(f)
         except OSError as e:
-            raise FileExistsError(f"`{path}` belongs to a run that is still going: wait for it, or choose another --out.") from e
+            if e.errno not in _TAKEN: warn(f"`{path}` cannot be held for this run alone ({e.strerror}): let no other run write there.")
+            else: raise FileExistsError(f"`{path}` belongs to a run that is still going: wait for it, or choose another --out.") from e
         try: yield
         finally: file.unlink(missing_ok=True)
 

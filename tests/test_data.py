@@ -11,7 +11,7 @@ from scipy.io import savemat
 from torch import nn
 from torchvision import datasets as tvd
 from fastai.vision.all import (ConvLayer, CrossEntropyLossFlat, FlipItem, Interpretation, Learner, Normalize, Pipeline, PILImage, RandomCrop, RandomErasing,
-    Resize, get_image_files, Transform, URLs, accuracy, load_learner, set_seed)
+    Resize, TensorImage, get_image_files, Transform, URLs, accuracy, load_learner, set_seed)
 from cekd_fastai.core import *
 from cekd_fastai.data import check,image,readers
 from cekd_fastai.data.audit import *
@@ -1222,6 +1222,10 @@ def test_presize_quality(tmp_path):
     n = [sum(o.stat().st_size for o in presize(root, 25, dest=tmp_path/f'q{q}', quality=q).rglob('*.jpg')) for q in (20, 95)]
     assert n[0] < n[1]
 
+def test_no_suspects_to_show(capsys):
+    show_suspects(pd.DataFrame(dict(file=[], label=[], belief=[], p_label=[], p_belief=[])))
+    assert 'no suspects' in capsys.readouterr().out
+
 def test_presize_refuses(tmp_path):
     "A table, whose labels would not come along; a place within the data set, which would be a class of it; the copy of another one"
     a,b = (in_folders(tmp_path/o, *'xy', n=2) for o in 'ab')
@@ -1357,6 +1361,14 @@ def test_an_orientation_wherever_it_stands(tmp_path, kind):
     size = (12,8) if kind=='broken' else (8,12)
     ways = [open_image(f), open_image(Image.open(f)), open_image(f.read_bytes()), open_image(open_image(f))]
     assert all(o.size==size and (np.array(o)==np.array(ways[0])).all() for o in ways)
+
+def test_arrays_and_tensors(tmp_path):
+    "Channels first or last, one or three, of bytes; another shape is named"
+    a = np.random.default_rng(0).integers(0, 255, (9,7,3), dtype=np.uint8)
+    for o in (a, np.moveaxis(a, -1, 0), torch.tensor(a), torch.tensor(a).permute(2,0,1), TensorImage(torch.tensor(a).permute(2,0,1).float())):
+        assert np.array_equal(np.array(open_image(o)), a)
+    for o in (a[...,0], a[...,:1], np.moveaxis(a[...,:1], -1, 0)): assert np.array_equal(np.array(open_image(o))[...,2], a[...,0])
+    with raises(ValueError, 'an array of float64 of shape (9, 7, 3) is no picture', '(3, H, W)'): open_image(a/255)
 
 def test_real_numbers_keep_their_shades(tmp_path):
     a = np.linspace(0, 1, 256, dtype=np.float32).reshape(16,16)

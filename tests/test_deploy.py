@@ -318,6 +318,21 @@ def test_foreign_onnx(photos, tmp_path):
     (tmp_path/'z.onnx').write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match='damaged'): OnnxNet(tmp_path/'z.onnx')
 
+def test_an_array_is_a_picture(deployed, mixed):
+    d = Deployed(deployed)
+    im = Image.open(mixed/'10.jpg')
+    a,t = np.array(im),torch.from_numpy(np.array(im)).permute(2,0,1)
+    want = d(im)
+    assert len(want)==1 and torch.allclose(d(a), want) and torch.allclose(d([a,a]), want.expand(2, -1)) and torch.allclose(d(np.stack([a,a])), want.expand(2, -1))
+    assert torch.allclose(d(t), want)
+    with pytest.raises(ValueError, match='no pictures to predict'): d([])
+
+@pytest.mark.parametrize('device', ['gpu','cuda'])
+def test_a_device_that_is_not_there(deployed, device):
+    "The device is named, and not the file."
+    if device=='cuda' and torch.cuda.is_available(): pytest.skip('there is one')
+    with pytest.raises(ValueError, match=f"Nothing can run on the device '{device}' here .*pass 'cpu'"): open_net(deployed, device)
+
 # The table of a folder
 
 @pytest.fixture(scope='module')

@@ -13,15 +13,17 @@ def dls(tmp_path_factory):
 def branches(dls, *cbs): return branch_learner(dls, 'test_resnet', 2, pretrained=False, cbs=cbs, metrics=accuracy)
 def teacher(dls): return branch_learner(dls, 'test_resnet', 1, pretrained=False).model
 
-KINDS = dict(recommended=lambda d: recommended('test_resnet', pretrained=False).learner(d, metrics=accuracy),
+ONLINE = {o:lambda d,o=o: online_learner(d, 'test_resnet', o, 2+(o=='okddip'), pretrained=False, metrics=accuracy)
+    for o in ('dml','kdcl','one','okddip','ffl','diversity')}
+KINDS = ONLINE | dict(recommended=lambda d: recommended('test_resnet', pretrained=False).learner(d, metrics=accuracy),
     recommended_cekd=lambda d: recommended('test_resnet', pretrained=False).learner(d, cbs=[SnapMix(),CEKD()], metrics=accuracy),
     average=lambda d: branches(d, CutMix(), CEKD(teacher='ema', validate_ema=True)), joint=lambda d: branches(d, MixUp(), CEKD(joint=True)),
     one_of=lambda d: branches(d, MixOneOf([MixUp(),CutMix()])), online_labels=lambda d: branches(d, OnlineLabelSmoothing()),
-    pskd=lambda d: branches(d, PSKD()), stored=lambda d: branches(d, MixUp(prob=.6), StoredTargets()), diagnose=lambda d: branches(d, CutMix(), CEKD(), Diagnose()),
+    pskd=lambda d: branches(d, PSKD()),
+    stored=lambda d: branches(d, MixUp(prob=.6), StoredTargets()), diagnose=lambda d: branches(d, CutMix(), CEKD(), Diagnose()),
     guard=lambda d: branches(d, Guard()), grad_checkpoint=lambda d: branches(d, GradCheckpoint()),
     meal=lambda d: meal_learner(d, 'test_resnet', [teacher(d),teacher(d)], pretrained=False, metrics=accuracy),
-    css=lambda d: css_learner(d, ['test_resnet','test_resnet'], pretrained=False, metrics=accuracy)) | {
-    o:lambda d,o=o: online_learner(d, 'test_resnet', o, 2+(o=='okddip'), pretrained=False, metrics=accuracy) for o in ('dml','kdcl','one','okddip','ffl','diversity')}
+    css=lambda d: css_learner(d, ['test_resnet','test_resnet'], pretrained=False, metrics=accuracy))
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_predicts_at_any_time(dls, kind, tmp_path):

@@ -207,4 +207,5 @@ def show_suspects(
     if df.empty: return print('Nothing to show: there are no suspects.')
     for ax,o in zip(get_grid(len(df), **kwargs), df.itertuples()):
         title = f'{o.label} ({o.p_label:.0%})\n{o.belief} ({o.p_belief:.0%})?'
-        show_image(open_image(o.file), ctx=ax, title=title)
+        show_image(open_image(o.file), ctx=ax)
+        ax.set_title(title, parse_math=False) # a class may have a `$` in its name

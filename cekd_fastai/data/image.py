@@ -126,6 +126,17 @@ def _not_read(fn, e):
     remedy = 'replace or delete it, or leave such files out with verify=True'
     return f'{name} cannot be read as an image ({why}): {remedy}'
 
+def _of_array(a):
+    "A picture from an array or tensor, whose channels may come first"
+    if isinstance(a, TensorImage): a = a.type(torch.uint8)
+    a = np.asarray(a)
+    if a.ndim==3 and a.shape[0] in (1,3) and a.shape[2] not in (1,3,4): a = np.moveaxis(a, 0, -1)
+    if a.ndim==3 and a.shape[2]==1: a = a[...,0]
+    try: return Image.fromarray(np.ascontiguousarray(a))
+    except TypeError as e:
+        remedy = 'pass whole numbers of 8 bits of shape (H, W), (H, W, 3) or (3, H, W)'
+        raise ValueError(f'an array of {a.dtype} of shape {a.shape} is no picture: {remedy}') from e
+
 def open_image(
     fn,         # Path, bytes, open file, array, tensor or picture
     draft=None, # Shortest side that is enough: a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size
@@ -138,7 +149,7 @@ def open_image(
         return PILImage(_rgb(_turned(im, _turn(fn))))
     is_file = isinstance(fn, (Path,str,bytes)) or hasattr(fn, 'read')
     if not is_file:
-        im = PILImage(_rgb(PILImage.create(fn)))
+        im = PILImage(_rgb(_of_array(fn)))
         check_long(im.size)
         return im
     gone = f'{fn} does not exist: check the path, or build the table again'
