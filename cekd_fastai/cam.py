@@ -28,12 +28,12 @@ def cam_logits(
 def cam(
     head:nn.Module, # From a feature map (N, C, h', w') to logits (N, K)
     feat:Tensor,    # Feature map, shape (B, C, h, w)
-    y:Tensor,       # Classes (B,), or weights of the classes (B, K)
+    y:Tensor,       # Classes (B,), where -100 is none, or weights of the classes (B, K)
 )->Tensor:          # Shape (B, h, w)
     "The logit of class `y` at each place; inside `class_attention`, if the head reads a class token, weighed by its attention where it is known"
     z = cam_logits(head, feat)
     if y.ndim==2: return by_attention(head, feat, torch.einsum('bhwk,bk->bhw', z, y.to(z.dtype)))
-    cls = y[:,None,None,None].expand(*z.shape[:3], 1)
+    cls = y.clamp(min=0)[:,None,None,None].expand(*z.shape[:3], 1)
     return by_attention(head, feat, z.gather(3, cls)[...,0])
 
 # %% ../nbs/28_cam.ipynb #snap-weights-x

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from .core import amp_context,check_above,check_not_negative,check_share,eval_mode,one_of,unwrap_model
 from .steps import step_pct
 from .mix.core import MixRecord,box_mask
-from .losses import cross_target,kd_loss,mixed_loss,ramp_up,soft_probs
+from .losses import cross_target,kd_loss,loss_reduction,mixed_loss,ramp_up,soft_probs
 from .cam import cam_logits
 from .ema import ModelEMA
 from .distill import CleanPass,Distill
@@ -44,7 +44,7 @@ def label_shares(
 def _prob_of(q, y):
     "Probability that `q` (B, K) gives to labels: classes (B,), or vectors (B, K)"
     if y.is_floating_point(): return (q*y).sum(-1)
-    return q.gather(-1, y[:,None])[:,0]
+    return q.gather(-1, y.clamp(min=0)[:,None])[:,0]*(y>=0) # -100: no class
 
 def label_prob(
     q:Tensor,      # Probabilities, shape (B, K)
@@ -88,7 +88,7 @@ def cekd_losses(
     if logits is None: logits = teacher_logits(clean if region is None else region, teacher)
     if detach: logits = logits.detach()
     qs = _soft_targets(logits, rec, T, n, region is None, standardise)
-    reduce = torch.sum if getattr(loss_func, 'reduction', 'mean')=='sum' else torch.mean
+    reduce = torch.sum if loss_reduction(loss_func)=='sum' else torch.mean
     cross = []
     for i in soft:
         if fused: each = F.cross_entropy(mixed[i].float(), qs[i], reduction='none')

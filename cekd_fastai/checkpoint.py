@@ -206,7 +206,10 @@ def find(self:Checkpoint)->dict|None:
     state = self.newest()
     if state is None or state['fit']<self.fit_no: return None
     diff = run_difference(state['about'], self.about) if state['fit']==self.fit_no else []
-    if not diff: return state
+    if not diff:
+        if state['fit']==self.fit_no and state['epoch']>=self.learn.n_epoch: warn(f"The run in `{self.folder}` has reached its end, "
+            "so nothing is left to train: for another one choose another folder.")
+        return state
     raise ValueError(f"`{self.folder}` holds checkpoints of another run, since {few(diff)}: start the same run, or choose another folder.")
 
 # %% ../nbs/69_checkpoint.ipynb #cb-find2

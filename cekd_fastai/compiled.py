@@ -8,6 +8,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/compiled.html.md"""
 __all__ = ['heavy_parts', 'Compile']
 
 # %% ../nbs/67_compiled.ipynb #imports
+import inspect
 from fastai.vision.all import *
 from .core import unwrap_model
 from .branches import BranchNet
@@ -21,6 +22,12 @@ def heavy_parts(
     if not nets: return [model]
     res = [p for m in nets for p in (*(m.trunk if _several(m.trunk) else [m.trunk]), *m.branches)]
     return list({id(o):o for o in res}.values()) # each once, where networks share parts
+
+def _apart():
+    "Arguments of `torch.compile` by which no part uses up the compiled forms of another; where torch has one limit for all, it is raised"
+    if 'isolate_recompiles' in inspect.signature(torch.compile).parameters: return dict(isolate_recompiles=True)
+    torch._dynamo.config.cache_size_limit = max(128, torch._dynamo.config.cache_size_limit)
+    return {}
 
 def _several(trunk): return type(trunk) is nn.ModuleList # the trunks of peers
 
@@ -36,7 +43,7 @@ class Compile(Callback):
     def before_fit(self):
         self.after_fit()
         self.parts = heavy_parts(unwrap_model(self.learn.model))
-        for m in self.parts: m.compile(**self.kwargs)
+        for m in self.parts: m.compile(**self.kwargs | _apart())
 
     def after_fit(self):
         for m in self.parts: m._compiled_call_impl = None # torch's own place for it

@@ -10,7 +10,7 @@ __all__ = ['target_angle', 'Diagnose']
 # %% ../nbs/44_diagnose.ipynb #imports
 from fastai.vision.all import *
 from dataclasses import replace
-from .core import eval_mode,lookup,unwrap_model
+from .core import eval_mode,is_fit,lookup,unwrap_model
 from .mix.core import MixRecord
 from .losses import cross_target,soft_probs,z_scores
 from .mix.evidence import evidence_batches,oracle_weights
@@ -144,7 +144,7 @@ def check(self:Diagnose):
 @patch
 def before_fit(self:Diagnose):
     "Add the columns, and keep the trunk's output"
-    self.check()
+    if is_fit(self.learn): self.check()
     self.unhook()
     self.active = not hasattr(self.learn, 'lr_finder')
     self.sums,self.trained,self.started = {},False,False

@@ -10,8 +10,8 @@ __all__ = ['CleanPass', 'Distill', 'SoftenedLoss', 'log_parts', 'Components', 'B
 # %% ../nbs/42_distill.ipynb #imports
 from typing import NamedTuple
 from fastai.vision.all import *
-from .core import amp_context,loss_owner,unwrap_model
-from .losses import mixed_loss
+from .core import amp_context,is_fit,loss_owner,unwrap_model
+from .losses import loss_reduction,mixed_loss
 from .mix.callback import Mix
 from .branches import BranchNet
 
@@ -99,7 +99,7 @@ def reset_step(self:Distill):
 @patch
 def before_fit(self:Distill):
     "Start clean, whatever an interrupted run left"
-    self.check()
+    if is_fit(self.learn): self.check()
     self.reset_step()
     self.sums,self.count = None,0
     if self.owns and self.needs_clean and self.mixer is not None: self.mixer.features = self.clean_feats
@@ -202,7 +202,7 @@ class SoftenedLoss:
     ): self.func,self.cb = func,cb
 
     @property
-    def reduction(self): return getattr(self.func, 'reduction', 'mean')
+    def reduction(self): return loss_reduction(self.func)
     def __call__(self, z, *y): return self.cb.soften(self.func(z, *y), z, None)
     def mixed(self, z, y, rec):
         "The loss of a mixed batch"
@@ -254,4 +254,4 @@ class BranchLoss(Distill):
         lf,y = self.task_loss,tuple(self.learn.yb)
         return lf(z, *y) if self.record is None else mixed_loss(lf, z, y, self.record)
     def losses(self): return {'ce': sum(self._loss(z) for z in self.logits.float())}
-    def loss_divisor(self): return self.net.n_branches
+    def loss_divisor(self): return len(self.logits)

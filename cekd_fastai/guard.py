@@ -10,6 +10,7 @@ __all__ = ['all_finite', 'on_all', 'zero_unless', 'put_back_unless', 'batch_file
 # %% ../nbs/70_guard.ipynb #imports
 import json
 from fastai.vision.all import *
+from fastai.callback.fp16 import MixedPrecision
 from safetensors.torch import save_file
 from .core import check_count,few,unwrap_model
 from .steps import forget_window
@@ -191,7 +192,7 @@ def before_batch(self:Guard):
     if not self.fitting: return
     self.settle()
     self.batch = (*self.learn.xb,*self.learn.yb)
-    self.pixels = all_finite(self.learn.xb)
+    self.pixels = all_finite(self.learn.xb).to(self.batch[0].device, non_blocking=True) # pixels of whole numbers are not looked at
     if not self.is_lazy and not on_all(self.pixels):
         self.bad = True
         self.count('The pixels are', self.batch, (self.learn.epoch,self.learn.iter))
@@ -219,6 +220,8 @@ def before_step(self:Guard):
     if on_all(ok): return
     now = _statistics(unwrap_model(self.learn.model))
     if now: torch._foreach_copy_(now, self.kept)
+    half = first(cb for cb in self.learn.cbs if isinstance(cb, MixedPrecision))
+    if half is not None and self.learn.scaler.is_enabled(): self.learn.scaler.unscale_(half) # so that it knows of this step
     self.learn.opt.zero_grad()
     forget_window(self.learn) # earlier batches of the step went with it
     self.bad = True

@@ -10,7 +10,7 @@ __all__ = ['BranchLearner', 'branch_learner', 'meal_learner', 'online_learner', 
 # %% ../nbs/64_learner.ipynb #imports
 import inspect,timm
 from fastai.vision.all import *
-from .core import data_stats,data_vocab,eval_mode,few,lookup,unwrap_model
+from .core import data_stats,data_vocab,eval_mode,few,is_fit,lookup,unwrap_model
 from .data.loaders import with_stats
 from .branches import BranchNet,branch_net,branch_splitter,peer_net
 from .midlevel import mid_net
@@ -49,6 +49,9 @@ class BranchLearner(Learner):
     @delegates(Learner.fit_one_cycle)
     def fit_one_cycle(self, n_epoch, *args, **kwargs):
         with _as_many_rates(self): return super().fit_one_cycle(n_epoch, *args, **kwargs)
+    def freeze(self):
+        "All but the heads, with the gate where it is a group of its own"
+        self.freeze_to(-2 if self.splitter is gate_apart else -1)
     @delegates(Learner.export)
     def export(self, fname='export.pkl', **kwargs):
         "As fastai's, and gives the file that it wrote"
@@ -331,6 +334,7 @@ class GradCheckpoint(Callback):
 
     def before_fit(self):
         "Switch it on; refuse a model without a trunk"
+        if not is_fit(self.learn): return
         if not self.nets:
             kind = type(unwrap_model(self.learn.model)).__name__
             raise ValueError(f"`GradCheckpoint` needs a network with a trunk, but the model is a `{kind}`: "

@@ -26,7 +26,8 @@ class _ByRow(SoftLabels):
 
     def stored(self):
         "The predictions for the images of this step (B, K), and which have one (B,)"
-        return self.memory['probs'][self.rows],self.memory['classes'][self.rows]==self.labels
+        known = (self.memory['classes'][self.rows]==self.labels) & (self.labels>=0) # -100: no class
+        return self.memory['probs'][self.rows],known
 
     def store(self,
         p:Tensor,  # Predictions, shape (B, K)
@@ -55,9 +56,7 @@ def share_rows(
     m['classes'] = torch.where(seen>0, classes, m['classes'])
 
 @patch
-def before_train(self:_ByRow):
-    SoftLabels.before_train(self)
-    self.memory['seen'].zero_()
+def start_epoch(self:_ByRow): self.memory['seen'].zero_()
 
 @patch
 def after_train(self:_ByRow):
@@ -79,7 +78,7 @@ class PSKD(_ByRow):
 
     def targets(self, y):
         p,known = self.stored()
-        hard = F.one_hot(y, p.shape[1]).to(p.dtype)
+        hard = F.one_hot(y.clamp(min=0), p.shape[1]).to(p.dtype)*(y>=0)[:,None]
         return torch.where(known[:,None], p, hard)
 
     def learn_from(self, z, ok): self.store(soft_probs(z), ok)

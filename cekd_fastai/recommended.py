@@ -11,7 +11,7 @@ __all__ = ['NoDecay', 'Recommended', 'recommended']
 import functools
 from fastai.vision.all import *
 from dataclasses import dataclass
-from .core import unwrap_model
+from .core import is_fit,unwrap_model
 from .arch import make_arch,trial_images
 from .branches import branch_splitter
 from .tuning import layer_rates,undecayed_params
@@ -23,7 +23,7 @@ class NoDecay(Callback):
     run_valid = False
     def before_fit(self):
         "Tell the optimiser, which keeps it through freezing and saving; a learner that was never trained, or was exported, has none"
-        if self.opt is None: return
+        if self.opt is None or not is_fit(self.learn): return
         if isinstance(self.opt, OptimWrapper):
             raise ValueError("`NoDecay` needs an optimiser of fastai, such as `Adam`: one of torch decays all parameters of a group.")
         for p in undecayed_params(unwrap_model(self.learn.model)): self.opt.state[p]['do_wd'] = False

@@ -10,9 +10,9 @@ __all__ = ['Remembered', 'remembered_in', 'SoftLabels', 'unmixed', 'OnlineLabelS
 # %% ../nbs/45_soft_labels.ipynb #imports
 from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
-from .core import check_not_negative,check_share,loss_owner,unwrap_model
+from .core import check_not_negative,check_share,is_fit,loss_owner,unwrap_model
 from .data.rows import BatchRows
-from .losses import _inner,_setting,soft_log_probs,soft_probs
+from .losses import _inner,loss_reduction,soft_log_probs,soft_probs
 from .mix.callback import Mix
 
 # %% ../nbs/45_soft_labels.ipynb #keep
@@ -50,7 +50,7 @@ class SoftLabels(Callback):
     rows = None       # Their rows in the training data
     kept = None       # What the network remembers
     rows_of = None    # From a step to the rows of its batch
-    begun = False     # Has this fit begun to train?
+    at_epoch = None   # Epoch that what is gathered belongs to
     by_row = False    # Does the method remember something for each image?
     _stateattrs = ('soft','labels','rows','rows_of')
 
@@ -85,7 +85,7 @@ def reduce(self:SoftLabels,
     losses:Tensor, # Shape (B,)
 )->Tensor:
     "Mean or sum over the batch, as the learner's own loss does"
-    sums = _setting(self.learn.loss_func, 'reduction', 'mean')=='sum'
+    sums = loss_reduction(self.learn.loss_func)=='sum'
     return losses.sum() if sums else losses.mean()
 
 @patch
@@ -121,10 +121,16 @@ def clean_preds(self:SoftLabels)->tuple:
 # %% ../nbs/45_soft_labels.ipynb #base-step
 @patch
 def before_train(self:SoftLabels):
-    "Begin an epoch, the first with what the network remembers"
-    if not self.begun: self.remember()
-    self.begun = True
+    "Begin an epoch, the first with what the network remembers, or go on in its midst"
+    if self.rows_of is None:
+        self.remember()
+        self.rows_of = BatchRows()
     self.rows_of.start()
+    if self.at_epoch!=self.learn.epoch: self.start_epoch()
+    self.at_epoch = self.learn.epoch
+
+@patch
+def start_epoch(self:SoftLabels): "Forget what an epoch before has gathered"
 
 @patch
 def before_batch(self:SoftLabels):
@@ -198,9 +204,9 @@ def after_create(self:SoftLabels):
 @patch
 def before_fit(self:SoftLabels):
     "Start clean, whatever an interrupted run has left"
-    self.check()
+    if is_fit(self.learn): self.check()
     self.after_batch()
-    self.begun,self.rows_of = False,BatchRows()
+    self.kept,self.rows_of,self.at_epoch = remembered_in(unwrap_model(self.learn.model)),None,None
 
 # %% ../nbs/45_soft_labels.ipynb #ols
 class OnlineLabelSmoothing(SoftLabels):
@@ -218,20 +224,19 @@ class OnlineLabelSmoothing(SoftLabels):
         "Uniform labels of `k` classes, and the sums of predictions and their number for each class"
         return dict(soft=torch.full((k,k), 1/k), sums=torch.zeros(k, k+1))
 
-    def targets(self, y): return self.memory['soft'][y]
+    def targets(self, y): return torch.where(y[:,None]<0, 0., self.memory['soft'][y.clamp(min=0)]) # -100: no class
     def learn_from(self, z, ok):
         "Add correct predictions to the sums of their classes"
         right = ok & (z.argmax(1)==self.labels)
         rows = torch.cat([soft_probs(z),torch.ones_like(z[:,:1], dtype=torch.float)], 1)
         rows = torch.where(right[:,None], rows, 0.)
-        self.memory['sums'].index_add_(0, self.labels, rows)
+        self.memory['sums'].index_add_(0, self.labels.clamp(min=0), rows)
 
 # %% ../nbs/45_soft_labels.ipynb #ols-end
 def _is_distributed(): return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 @patch
-def before_train(self:OnlineLabelSmoothing):
-    SoftLabels.before_train(self)
+def start_epoch(self:OnlineLabelSmoothing):
     if not self.searching: self.memory['sums'].zero_()
 
 @patch

@@ -11,6 +11,7 @@ __all__ = ['TRANSFORMS', 'CSSBranchNet', 'css_branch_net']
 from fastai.vision.all import *
 from ..core import eval_mode
 from ..cam import cam
+from ..tuning import trial_batch
 from ..branches import BranchNet,branch_net,register_builder
 from .labels import class_slices,joint_label,remove_corner
 
@@ -70,10 +71,10 @@ def _check_transform(transform):
 @torch.no_grad()
 def _orders(trunk, n, seed):
     "An order of the shared map's channels for each of `n` branches, shape (n, C)"
-    device = first(p.device for p in trunk.parameters())
-    with eval_mode(trunk): c = trunk(torch.zeros(1,3,96,96, device=device)).shape[1]
+    x = trial_batch(trunk, 1)
+    with eval_mode(trunk): c = trunk(x).shape[1]
     g = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(c, generator=g) for _ in range(n)]).to(device)
+    return torch.stack([torch.randperm(c, generator=g) for _ in range(n)]).to(x.device)
 
 # %% ../../nbs/61_css.branches.ipynb #cs-build
 @delegates(branch_net, keep=True)

@@ -13,7 +13,7 @@ from fastai.callback.mixup import MixHandler
 from ..core import check_above,check_share
 from ..steps import step_pct
 from ..mix.core import MixRecord
-from ..losses import mixed_loss,ramp_up,soft_kl,soft_log_probs
+from ..losses import _setting,in_all,mixed_loss,ramp_up,soft_kl,soft_log_probs
 from ..distill import Distill
 from .labels import joint_label
 from .net import CSSNet
@@ -51,7 +51,8 @@ def css_losses(
     # the branches join the batch, so that the KL divergence is a mean over both
     log1,log2 = [soft_log_probs(z, T).flatten(0, 1) for z in (z1,z2)]
     target1,target2 = (log1.detach(),log2.detach()) if detach_targets else (log1,log2)
-    return dict(ce_1=ce_of(z1), ce_2=ce_of(z2), kd_1=soft_kl(log1, target2, T), kd_2=soft_kl(log2, target1, T))
+    kds = [in_all(soft_kl(a, b, T), loss_func, z1.shape[1]) for a,b in ((log1,target2),(log2,target1))]
+    return dict(ce_1=ce_of(z1), ce_2=ce_of(z2), kd_1=kds[0], kd_2=kds[1])
 
 # %% ../../nbs/63_css.callback.ipynb #cs-ratio
 def css_ratios(
@@ -118,7 +119,7 @@ def _check_loss(loss_func, n):
     "Refuse a loss that has no meaning for joint labels of `n` branches"
     inner = getattr(loss_func, 'func', loss_func)
     if isinstance(inner, nn.BCEWithLogitsLoss): raise ValueError(_one_class('the loss is for several labels'))
-    ignored = getattr(inner, 'ignore_index', -100)
+    ignored = _setting(loss_func, 'ignore_index', -100)
     if ignored<0: return
     raise ValueError(f"`CSS` has {n} labels for each class, but the loss ignores class {ignored}: "
         "leave its images out of the data, or give them the label -100.")

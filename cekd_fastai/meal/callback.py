@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from ..core import amp_context,check_count,check_not_negative,data_stats,data_vocab,eval_mode,one_of
 from ..steps import step_share
 from ..data.rows import batch_places
-from ..losses import mixed_loss
+from ..losses import in_all,mixed_loss
 from ..branches import PeerNet
 from ..distill import Distill
 from .align import BlockLoss,Taps,_check_len,map_sizes,pick_taps
@@ -352,7 +352,7 @@ def losses(self:MEAL)->dict:
     if self.w_feat:
         self.net.projection.follow(self.learn.opt.hypers[-1]['lr'])
         parts['feat'] = self.net.projection.update(self.student_feat.read(), [o for a in self.targets for o in a.feats], step_share(self.learn))
-    return parts
+    return parts | {k:in_all(v, self.learn.loss_func, z.shape[1]) for k,v in parts.items() if k in ('sim','adv','feat')}
 
 # %% ../../nbs/54_meal.callback.ipynb #v2-code
 @patch(cls_method=True)

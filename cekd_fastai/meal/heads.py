@@ -132,6 +132,8 @@ def fit_head(
 )->FittedHead:
     "Fit a classifier on frozen features by logistic regression, with a strength that is chosen on held-out images"
     if held is None: held = held_out(y)
+    if not held.any(): # one image of each class, so that nothing can be chosen or measured
+        return FittedHead(_logistic(f, y, n_out, 1.), math.nan, 0, len(y), held, f.new_zeros(0, n_out))
     best = (math.inf,)
     for C in strengths:
         z = _logistic(f[~held], y[~held], n_out, C)(f[held])

@@ -11,7 +11,7 @@ __all__ = ['Mix', 'mix_only', 'MixUp', 'CutMix']
 from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
 from ..figures import shown_once
-from ..core import check_above,check_share,decode_images,loss_owner,one_of,show_panel
+from ..core import check_above,check_share,decode_images,is_fit,loss_owner,one_of,show_panel
 from ..steps import step_pct
 from .core import MixRecord,box_share,draw_lam,mix_pixels,rand_box
 from ..losses import mixed_loss
@@ -48,7 +48,7 @@ class Mix(Callback):
     def after_create(self): self.check()
     def before_fit(self):
         "Start clean, whatever an interrupted run has left, gradients included"
-        self.check()
+        if is_fit(self.learn): self.check()
         self.record,self.host,self.features = None,None,None
         self.learn.model.zero_grad()
 
