@@ -13,6 +13,13 @@ from fastai.vision.all import *
 from .core import unwrap_model
 from .branches import BranchNet
 
+# %% ../nbs/67_compiled.ipynb #apart
+def _apart():
+    "Arguments of `torch.compile` by which no part uses up the compiled forms of another; where torch has one limit for all, it is raised"
+    if 'isolate_recompiles' in inspect.signature(torch.compile).parameters: return dict(isolate_recompiles=True)
+    torch._dynamo.config.cache_size_limit = max(128, torch._dynamo.config.cache_size_limit)
+    return {}
+
 # %% ../nbs/67_compiled.ipynb #cb
 def heavy_parts(
     model:nn.Module, # Any network
@@ -22,12 +29,6 @@ def heavy_parts(
     if not nets: return [model]
     res = [p for m in nets for p in (*(m.trunk if _several(m.trunk) else [m.trunk]), *m.branches)]
     return list({id(o):o for o in res}.values()) # each once, where networks share parts
-
-def _apart():
-    "Arguments of `torch.compile` by which no part uses up the compiled forms of another; where torch has one limit for all, it is raised"
-    if 'isolate_recompiles' in inspect.signature(torch.compile).parameters: return dict(isolate_recompiles=True)
-    torch._dynamo.config.cache_size_limit = max(128, torch._dynamo.config.cache_size_limit)
-    return {}
 
 def _several(trunk): return type(trunk) is nn.ModuleList # the trunks of peers
 

@@ -351,15 +351,18 @@ class Deployed:
         x = self.input.batch_of(ims)
         return self.probs(x, tta)
 
-    def classes(self, probs):
-        "The classes that probabilities (K,) stand for: the largest, or all above the threshold where there may be several"
-        if not self.several: return [self.vocab[int(probs.argmax())]]
-        above = (probs>self.thresh).nonzero()[:,0]
-        return [self.vocab[i] for i in above.tolist()]
+# %% ../nbs/77_deploy.ipynb #dp-use2
+@patch
+def classes(self:Deployed, probs):
+    "The classes that probabilities (K,) stand for: the largest, or all above the threshold where there may be several"
+    if not self.several: return [self.vocab[int(probs.argmax())]]
+    above = (probs>self.thresh).nonzero()[:,0]
+    return [self.vocab[i] for i in above.tolist()]
 
-    def predict(self, im, k=3):
-        "The `k` most probable classes of one picture and their probabilities, as a dict, best first"
-        probs = self([im])[0]
-        p,i = probs.topk(min(k, len(probs)))
-        names = [self.vocab[o] for o in i.tolist()]
-        return dict(zip(names, p.tolist()))
+@patch
+def predict(self:Deployed, im, k=3):
+    "The `k` most probable classes of one picture and their probabilities, as a dict, best first"
+    probs = self([im])[0]
+    p,i = probs.topk(min(k, len(probs)))
+    names = [self.vocab[o] for o in i.tolist()]
+    return dict(zip(names, p.tolist()))

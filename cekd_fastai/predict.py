@@ -72,8 +72,7 @@ def _read_rows(path, columns, model):
     "Rows that a table holds already, by file; a last line without an end is cut off, once the file is known to be such a table"
     data = path.read_bytes() if path.exists() else b''
     whole = data[:data.rfind(b'\n')+1]
-    half_head = not whole and ','.join(columns).encode().startswith(data)
-    if half_head: return {}
+    if not whole and ','.join(columns).encode().startswith(data): return {} # nothing, or half a head
     head = _head_of(data)
     if not whole or head!=columns:
         raise ValueError(f"`{path}` has the columns {', '.join(head)}, but these would be {', '.join(columns)}: pass another name, or delete it.")
@@ -94,9 +93,7 @@ def _in_order(path, files, columns, model):
     "Put a table into the order of the files; rows of others stay at its end"
     rows = _read_rows(path, columns, model)
     names = [str(o) for o in files]
-    known = [o for o in names if o in rows]
-    others = [o for o in rows if o not in set(names)]
-    order = [*known,*others]
+    order = [o for o in names if o in rows]+[o for o in rows if o not in set(names)]
     if order!=list(rows): write_whole(path, partial(_write_rows, rows=[rows[o] for o in order], columns=columns))
 
 # %% ../nbs/82_predict.ipynb #pf-folder

@@ -132,6 +132,7 @@ def before_train(self:SoftLabels):
 @patch
 def start_epoch(self:SoftLabels): "Forget what an epoch before has gathered"
 
+# %% ../nbs/45_soft_labels.ipynb #base-batch
 @patch
 def before_batch(self:SoftLabels):
     "Look up the soft targets of the batch"

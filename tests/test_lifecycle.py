@@ -1,5 +1,6 @@
 "A learner of each kind before its first fit, after it, exported, and loaded again: what fastai's own learner does at each of these times."
 import warnings
+from functools import partial
 import pytest,torch
 from fastai.vision.all import accuracy,load_learner
 from cekd_fastai.all import *
@@ -13,17 +14,17 @@ def dls(tmp_path_factory):
 def branches(dls, *cbs): return branch_learner(dls, 'test_resnet', 2, pretrained=False, cbs=cbs, metrics=accuracy)
 def teacher(dls): return branch_learner(dls, 'test_resnet', 1, pretrained=False).model
 
-ONLINE = {o:lambda d,o=o: online_learner(d, 'test_resnet', o, 2+(o=='okddip'), pretrained=False, metrics=accuracy)
-    for o in ('dml','kdcl','one','okddip','ffl','diversity')}
-KINDS = ONLINE | dict(recommended=lambda d: recommended('test_resnet', pretrained=False).learner(d, metrics=accuracy),
-    recommended_cekd=lambda d: recommended('test_resnet', pretrained=False).learner(d, cbs=[SnapMix(),CEKD()], metrics=accuracy),
-    average=lambda d: branches(d, CutMix(), CEKD(teacher='ema', validate_ema=True)), joint=lambda d: branches(d, MixUp(), CEKD(joint=True)),
-    one_of=lambda d: branches(d, MixOneOf([MixUp(),CutMix()])), online_labels=lambda d: branches(d, OnlineLabelSmoothing()),
-    pskd=lambda d: branches(d, PSKD()),
-    stored=lambda d: branches(d, MixUp(prob=.6), StoredTargets()), diagnose=lambda d: branches(d, CutMix(), CEKD(), Diagnose()),
-    guard=lambda d: branches(d, Guard()), grad_checkpoint=lambda d: branches(d, GradCheckpoint()),
-    meal=lambda d: meal_learner(d, 'test_resnet', [teacher(d),teacher(d)], pretrained=False, metrics=accuracy),
-    css=lambda d: css_learner(d, ['test_resnet','test_resnet'], pretrained=False, metrics=accuracy))
+def plain(arch='test_resnet', **kw): return lambda d: recommended(arch, pretrained=False).learner(d, metrics=accuracy, **kw)
+def two(*cbs): return lambda d: branches(d, *[o() for o in cbs])
+def online(method, n=2): return lambda d: online_learner(d, 'test_resnet', method, n, pretrained=False, metrics=accuracy)
+def taught(d): return meal_learner(d, 'test_resnet', [teacher(d),teacher(d)], pretrained=False, metrics=accuracy)
+def channels(d): return css_learner(d, ['test_resnet','test_resnet'], pretrained=False, metrics=accuracy)
+
+KINDS = {o:online(o) for o in ('dml','kdcl','one','ffl','diversity')} | dict(okddip=online('okddip', 3), meal=taught, css=channels)
+KINDS |= dict(recommended=plain(), recommended_cekd=plain(cbs=[SnapMix(),CEKD()]), diagnose=two(CutMix, CEKD, Diagnose), guard=two(Guard))
+KINDS |= dict(average=two(CutMix, partial(CEKD, teacher='ema', validate_ema=True)), joint=two(MixUp, partial(CEKD, joint=True)))
+KINDS |= dict(one_of=two(partial(MixOneOf, [MixUp(),CutMix()])), grad_checkpoint=two(GradCheckpoint))
+KINDS |= dict(online_labels=two(OnlineLabelSmoothing), pskd=two(PSKD), stored=two(partial(MixUp, prob=.6), StoredTargets))
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_predicts_at_any_time(dls, kind, tmp_path):
