@@ -30,6 +30,12 @@ def grouped(rows):
     order,mean = ['equal compute','equal epochs','double compute'],lambda v: np.mean([r['accuracy'] for r in v.values()])
     return dict(sorted(res.items(), key=lambda o: (order.index(o[0][0]), -mean(o[1]))))
 
+def asked(r, gmacs):
+    "Multiply-adds of the answers of MEAL's teachers for an image: of one of them, drawn at random, or of all"
+    if 'meal' not in r['methods']: return 0.
+    one = r['args'].get('choose', 'random')=='random'
+    return (np.mean if one else np.sum)(gmacs['teachers'])
+
 HEAD = ['method','budget','epochs','passes an image','GMAC an image','accuracy %','mean branch %','calibration error %','train %']
 HEAD += ['seconds','seeds']
 
@@ -70,7 +76,7 @@ def final_table(rows, gmacs, c=config):
         passes = r['epochs']*r['passes']
         level = [pct([o['accuracy'] for o in rs]),pct([np.mean(o['each']) for o in rs]),f"{100*mean('ece'):.1f}",f"{100*mean('train_accuracy'):.1f}"]
         diffs = [paired(acc[k], acc[o]) if o in acc and o!=k else '' for o in (plain,bar)]
-        gmac = 3*passes*gmacs[r['branches']]*(1+('css' in r['methods'])) # backward costs twice as much as forward; CSS has two networks
+        gmac = 3*passes*gmacs[r['branches']]*(1+('css' in r['methods'])) + passes*asked(r, gmacs) # backward costs twice as much as forward; CSS has two networks
         cells.append([k[1],k[0],r['epochs'],passes,f'{gmac:.1f}',*level,f'{seconds_of(rs):.0f}',len(rs),*diffs])
     return md(cells)
 
@@ -112,16 +118,16 @@ def figure(rows, file):
     plt.close(fig)
 
 def forward_gmacs(c, rows=()):
-    "Multiply-adds of a forward pass of one image, by number of branches, in milliards"
+    "Multiply-adds of a forward pass of one image, by number of branches, in milliards; of each teacher as `teachers`"
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from cekd_fastai.all import branch_net
-    res = {}
-    for n in sorted({1,2}|{r['branches'] for r in rows if 'branches' in r}):
-        net = branch_net(c['arch'], c['classes'], n, pretrained=False).eval()
+    def of(arch, n, **kw):
+        net = branch_net(arch, c['classes'], n, pretrained=False, **kw).eval()
         with torch.no_grad(), FlopCounterMode(display=False) as count: net(torch.zeros(1,3,c['size'],c['size']))
-        res[n] = count.get_total_flops()/2e9
-    return res
+        return count.get_total_flops()/2e9
+    taught = [of(o['arch'], 1, **o.get('args', {})) for o in c.get('teachers', {}).values()]
+    return {n:of(c['arch'], n) for n in sorted({1,2}|{r['branches'] for r in rows if 'branches' in r})} | dict(teachers=taught)
 
 def table(c, out, whole=None):
     "Write tables and figure where the documentation finds them; `whole` is the queue that the study was run in"
