@@ -3,13 +3,14 @@ import sys
 from copy import deepcopy
 from pathlib import Path
 import pytest,timm,torch
-from fastai.vision.all import Callback,nn,tensor
-from cekd_fastai.all import CEKD,Mix,MixRecord,SnapMix
+from fastai.vision.all import Callback,DataLoaders,nn,tensor
+from cekd_fastai.all import CEKD,Mix,MixRecord,MixUp,SnapMix,branch_learner
+from cekd_fastai.core import unwrap_model
 sys.path[:0] = [str(Path(__file__).parent),str(Path(__file__).parent.parent/'benchmarks'/'cekd')]
 import birds_plan,birds_tables,variants
 from birds_train import by_pairs
 from folded import Folded,fold_norms,pairs
-from test_birds_study import Y,Z,fit,halves,learner
+from test_birds_study import Silent,Y,Z,fit,halves,learner,loader
 
 def parts_of(cekd, epochs=1):
     "Parts and weights of the loss of two images that are mixed 3 to 1, step by step; the network answers `Z`"
@@ -39,6 +40,20 @@ def test_the_last_third():
 def test_clean_labels_fade():
     w = [o['w_ce_clean'] for o in parts_of(variants.Annealed(ramp=0.), 4)]
     assert w==pytest.approx([2,1.5,1,.5])
+
+def test_whole_pictures_teach():
+    "What the average is shown is the middle of the pictures of the batch, upright and unmirrored"
+    dl,ims = loader(3)
+    dls = DataLoaders(dl, dl)
+    dls.c = 8
+    cb,seen = variants.WholePictures(ramp=0.),[]
+    learn = branch_learner(dls, 'test_resnet', 2, pretrained=False, loss_func=nn.CrossEntropyLoss(), cbs=[MixUp(),cb,Silent()])
+    net = unwrap_model(learn.model)
+    shown = lambda m,x: seen.append(x[0].detach().clone())
+    net.trunk.register_forward_pre_hook(shown)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
+    whole = [ims[dl.rows].float()/127.5-1] # the rows of the last batch
+    assert any(o.shape==whole[0].shape and torch.allclose(o, whole[0], atol=1e-3) for o in seen)
 
 def test_neighbours_have_one_class():
     "Pairs of a class side by side, none lost; the odd one of a class stands at the end"

@@ -16,7 +16,7 @@ from cekd_fastai.own_targets import PSKD,StoredTargets
 from folded import fold_norms
 from goes_on import GoesOn,folder_of
 from graphed import fit_graphed
-from variants import Annealed,ClassMeans,LastThird,Neighbours,StoredForAll,TwoMixes
+from variants import Annealed,ClassMeans,LastThird,Neighbours,StoredForAll,TwoMixes,WholePictures
 
 # Names and forms of the library that other versions of it may change
 MIXES = dict(MixUp=MixUp, CutMix=CutMix, SnapMix=SnapMix, Neighbours=Neighbours)
@@ -110,7 +110,7 @@ class MixSKDLogits(Distill):
 
 METHODS = dict(online=OnlineLabelSmoothing, progressive=PSKD, stored=StoredTargets, mixskd=MixSKDLogits)
 METHODS |= dict(stored_for_all=StoredForAll, two_mixes=TwoMixes)
-FORMS = dict(cekd=CEKD, class_means=ClassMeans, last_third=LastThird, annealed=Annealed) # of CEKD
+FORMS = dict(cekd=CEKD, class_means=ClassMeans, last_third=LastThird, annealed=Annealed, whole_pictures=WholePictures) # of CEKD
 
 # One run
 

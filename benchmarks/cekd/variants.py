@@ -39,6 +39,13 @@ class Annealed(CEKD):
     "The weight of the labels of clean images falls from twice its own to nothing"
     def weights(self): return super().weights() | dict(ce_clean=2*self.w_clean*(1-step_pct(self.learn)))
 
+class WholePictures(CEKD):
+    "The average of the weights teaches from the middle of whole pictures, whatever crop of them the network sees"
+    def __init__(self, **kwargs): super().__init__(teacher='ema', **kwargs)
+    def ema_logits(self, x):
+        dl = self.learn.dls.train
+        return super().ema_logits(dl.crops(dl.rows, dl.still()[1].to(x.device)[dl.rows]))
+
 class Neighbours(SnapMix):
     "Mixes neighbours, which `BirdLoader` lays side by side by classes if the mix has `pairs`"
     def donors(self, n): return torch.arange(n)^1
