@@ -207,8 +207,8 @@ def find(self:Checkpoint)->dict|None:
     if state is None or state['fit']<self.fit_no: return None
     diff = run_difference(state['about'], self.about) if state['fit']==self.fit_no else []
     if not diff:
-        if state['fit']==self.fit_no and state['epoch']>=self.learn.n_epoch: warn(f"The run in `{self.folder}` has reached its end, "
-            "so nothing is left to train: for another one choose another folder.")
+        if state['fit']==self.fit_no and state['epoch']>=self.learn.n_epoch: warn(f"This fit has reached its end by the checkpoints in `{self.folder}`, "
+            "so none of it is left to train: to train once more choose another folder.")
         return state
     raise ValueError(f"`{self.folder}` holds checkpoints of another run, since {few(diff)}: start the same run, or choose another folder.")
 

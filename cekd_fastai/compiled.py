@@ -44,7 +44,7 @@ class Compile(Callback):
     def before_fit(self):
         self.after_fit()
         self.parts = heavy_parts(unwrap_model(self.learn.model))
-        for m in self.parts: m.compile(**self.kwargs | _apart())
+        for m in self.parts: m.compile(**_apart() | self.kwargs)
 
     def after_fit(self):
         for m in self.parts: m._compiled_call_impl = None # torch's own place for it

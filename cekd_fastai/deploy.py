@@ -345,7 +345,7 @@ class Deployed:
         tta:bool=False, # Average over a picture and its mirror image
     )->Tensor:          # Shape (N, K), on the CPU
         "Probabilities of several pictures"
-        one = isinstance(ims, (str,Path,bytes,Image.Image)) or hasattr(ims, 'read') or getattr(ims, 'ndim', 4)<4 # an array is a picture
+        one = isinstance(ims, (str,Path,bytes,Image.Image)) or hasattr(ims, 'read') or 1<getattr(ims, 'ndim', 4)<4 # an array is a picture, a column of names is none
         ims = [ims] if one else list(ims)
         if not ims: raise ValueError('There are no pictures to predict: the list is empty.')
         x = self.input.batch_of(ims)

@@ -40,7 +40,7 @@ def target_angle(
 )->Tensor:         # Degrees, shape (B,)
     "Angle between the gradients of the mixed label and of the soft target at the logits"
     if not y.is_floating_point(): # `F.one_hot` would wait for the device to see whether all classes are in range
-        y = torch.zeros_like(z, dtype=torch.float).scatter_(1, y[:,None], 1)
+        y = torch.zeros_like(z, dtype=torch.float).scatter_(1, y.clamp(min=0)[:,None], (y>=0).float()[:,None]) # -100: no class
     by_label = soft_probs(z)-cross_target(y, rec)
     by_target = soft_probs(z, T or 1., standardise=standardise)-q
     if standardise: by_target = _through_z_scores(z, by_target)

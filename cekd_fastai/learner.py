@@ -146,18 +146,28 @@ def _check_taken(net, shape):
 # %% ../nbs/64_learner.ipynb #le-input3
 def _same_stats(a, b): return all(np.allclose(u, v, atol=1e-3) for u,v in zip(a, b))
 
+def _opened(dls, wanted):
+    "Loaders of a learner's own, with its statistics, which `dls` gets as well; those of the learners before stay as they are"
+    new,of_learner = copy(dls),getattr(dls, 'of_learner', False)
+    new.first_loaders = getattr(dls, 'first_loaders', list(dls.loaders))
+    new.loaders,new.of_learner = list(new.first_loaders),True
+    have,was = data_stats(new),data_stats(dls)
+    if wanted and have and not _same_stats(have, wanted): new = with_stats(new, wanted)
+    if of_learner: return new
+    if hasattr(dls, 'first_loaders') and not _same_stats(was, data_stats(new)):
+        warn("`dls` has now the statistics of the learner made last: for pictures of an earlier one take its own `learn.dls`.")
+    dls.first_loaders,dls.loaders = new.first_loaders,list(new.loaders)
+    return new
+
 def _normalised(dls, net, pretrained):
     "Loaders whose pictures are normalised as the backbone knows them, and a line on what its weights left new"
     facts = _facts(net)
     for o in facts:
         if o.get('new'): print(f"New in `{o['name']}`, beside the weights of the file: {', '.join(o['new'])}")
     wanted = first(o['stats'] for o in facts if o['stats'])
+    if getattr(dls, 'open_stats', False): return _opened(dls, wanted if pretrained else None)
     have = data_stats(dls)
     differ = pretrained and wanted and have and not _same_stats(have, wanted)
-    if getattr(dls, 'open_stats', False):
-        res = with_stats(dls, wanted) if differ else copy(dls)
-        dls.loaders = list(res.loaders) # so that `dls.test_dl` has them too; an earlier learner keeps its own
-        return res
     if differ and not hasattr(dls, 'open_stats'):
         name,(mean,std) = facts[0]['name'],wanted
         what = f"`{name}` was pretrained on images of mean {mean} and deviation {std}, and these have been normalised otherwise"

@@ -57,8 +57,9 @@ def _model_name(d, tta):
 # %% ../nbs/82_predict.ipynb #pf-csv
 def _head_of(data):
     "Names of the columns in the first line of a file, whatever it holds"
-    line = data.split(b'\n')[0].rstrip(b'\r').replace(b'\0', b'?')
-    return next(csv_format.reader([line.decode('utf-8-sig', 'replace')]), [])
+    line = data.split(b'\n')[0].rstrip(b'\r').replace(b'\0', b'?').decode('utf-8-sig', 'replace')
+    try: return next(csv_format.reader([line]), [])
+    except csv_format.Error: return [line[:40]] # a picture, say
 
 def _check_rows(path, rows, columns, model):
     "Refuse rows that are not of this table; a half last line is left out"
@@ -93,7 +94,8 @@ def _in_order(path, files, columns, model):
     "Put a table into the order of the files; rows of others stay at its end"
     rows = _read_rows(path, columns, model)
     names = [str(o) for o in files]
-    order = [o for o in names if o in rows]+[o for o in rows if o not in set(names)]
+    given = set(names)
+    order = [o for o in names if o in rows]+[o for o in rows if o not in given]
     if order!=list(rows): write_whole(path, partial(_write_rows, rows=[rows[o] for o in order], columns=columns))
 
 # %% ../nbs/82_predict.ipynb #pf-folder

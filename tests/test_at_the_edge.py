@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from fastai.vision.all import Adam,Callback,CrossEntropyLossFlat,DataLoaders,Learner,SGD,first,set_seed,tensor
 from cekd_fastai.all import *
 from cekd_fastai.core import HalfPrecision
+from cekd_fastai.diagnose import Diagnose
 from cekd_fastai.css.branches import css_branch_net
 from cekd_fastai.meal.heads import fit_head
 from cekd_fastai.midlevel import mid_net
@@ -70,7 +71,7 @@ class Watch(Callback):
 def test_a_run_that_has_ended_says_so(tmp_path):
     learn = learner(tiny(2))
     quiet(learn, 1, cbs=Checkpoint(tmp_path, signals=False))
-    with pytest.warns(UserWarning, match='has reached its end'): quiet(learn, 1, cbs=Checkpoint(tmp_path, signals=False))
+    with pytest.warns(UserWarning, match='This fit has reached its end'): quiet(learn, 1, cbs=Checkpoint(tmp_path, signals=False))
 
 # half precision
 
@@ -101,7 +102,7 @@ def void_dls():
     return res
 
 @pytest.mark.parametrize('cbs', [(SnapMix(),), (SnapMix(),CEKD()), (CutMix(),CEKD(confident=True)), (OnlineLabelSmoothing(),), (PSKD(),),
-    (CutMix(prob=.6),StoredTargets()), (SnapMix(),CEKD(),OnlineLabelSmoothing())], ids=str)
+    (CutMix(prob=.6),StoredTargets()), (SnapMix(),CEKD(),OnlineLabelSmoothing()), (SnapMix(),CEKD(),Diagnose())], ids=str)
 def test_images_without_a_class(cbs):
     "-100, which cross-entropies leave out: nothing is learned of their class"
     learn = learner(tiny(2), *cbs, dls=void_dls())

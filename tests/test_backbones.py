@@ -134,10 +134,15 @@ def test_each_learner_keeps_its_statistics(folder):
     dls = fine_grained_dls(folder, size=32, bs=2, num_workers=0)
     vit,net = (timm.create_model(o, **kw) for o,kw in (('test_vit',dict(img_size=32)), ('test_resnet',{})))
     net.pretrained_cfg = dict(mean=(.1,)*3, std=(.2,)*3)
-    a,b,c = branch_learner(dls, 'test_resnet', 1, pretrained=False),branch_learner(dls, vit, 1),branch_learner(dls, net, 1)
-    assert [round(data_stats(o)[0][0], 3) for o in (a.dls,b.dls,c.dls,dls)]==[.485,.5,.1,.1]
+    mean = lambda *ls: [round(data_stats(getattr(o, 'dls', o))[0][0], 3) for o in ls]
+    a = branch_learner(dls, 'test_resnet', 1, pretrained=False)
+    with pytest.warns(UserWarning, match='take its own `learn.dls`'): b,c = branch_learner(dls, vit, 1),branch_learner(dls, net, 1)
+    assert mean(a, b, c, dls)==[.485,.5,.1,.1]
     test = official_test_dl(dls)
     assert torch.equal(test.one_batch()[0], c.dls.valid.one_batch()[0])
+    with pytest.warns(UserWarning, match='take its own `learn.dls`'): d = branch_learner(dls, 'test_resnet', 1, pretrained=False)
+    e = branch_learner(b.dls, net, 1) # with the loaders of another learner, which keeps them
+    assert mean(a, b, c, d, e, dls)==[.485,.5,.1,.485,.1,.485]
 
 @pytest.mark.parametrize('name', ['efficientnet_b1','inception_v3'])
 def test_a_name_that_two_libraries_have(name):

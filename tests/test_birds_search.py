@@ -121,8 +121,8 @@ def test_the_best_forms_go_on():
     assert len(go(len(rows)-1))==len(rows)-1 and [j['row'] for j in birds_plan.jobs(c, 20, done)]==rows[-1:]
     go(1)
     assert [j['row'] for j in birds_plan.jobs(c, 20, done)]==[*rows[:3],*rows[:-9:-1]] and {j['seed'] for j in go(11)}=={1}
-    assert [j['row'] for j in birds_plan.jobs(c, 20, done)]==[*rows[:2],*rows[:-5:-1]] and {j['seed'] for j in go(6)}=={2}
-    assert [(j['row'],j['seed']) for j in go(99)]==[(o,s) for s in (3,4) for o in (*rows[:2],rows[-1],rows[-2])]
+    assert [j['row'] for j in birds_plan.jobs(c, 20, done)]==[*rows[:3],*rows[:-5:-1]] and {j['seed'] for j in go(7)}=={2}
+    assert [(j['row'],j['seed']) for j in go(99)]==[(o,s) for s in (3,4) for o in (*rows[:3],rows[-1],rows[-2])]
     assert not birds_plan.jobs(c, 20, done)
 
 def test_the_table_holds_each_form_against_its_rivals():

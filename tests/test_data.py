@@ -23,6 +23,7 @@ from cekd_fastai.data.image import *
 from cekd_fastai.data.loaders import *
 from cekd_fastai.data.readers import *
 from cekd_fastai.data.table import *
+from cekd_fastai.data.table import _split_groups as table_split
 from cekd_fastai.data.words import *
 from cekd_fastai import synthetic
 from cekd_fastai.drawing.dataset import make_birds
@@ -345,6 +346,27 @@ def test_a_sheet_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv('USERPROFILE', str(tmp_path))
     sheet(tmp_path, 'file,label', [f'{i}.jpg,{"ab"[i%2]}' for i in range(4)])
     assert len(read_table('~/t.csv'))==len(read_table(pd.read_csv(tmp_path/'t.csv'), folder='~'))==4
+
+def test_groups_of_several_classes(tmp_path):
+    "Walks on which many species were seen: about the share that was asked for, and some of each class"
+    rng = np.random.default_rng(0)
+    for n_classes,per,n_walks in ((200,20,30), (100,30,15), (20,30,25), (50,9,50)):
+        labels = [f'c{i%n_classes}' for i in range(n_classes*per)]
+        groups = rng.integers(n_walks, size=len(labels)).tolist() if n_walks!=n_classes else labels
+        held = table_split(labels, groups, .2, 42)
+        none = set(labels)-{o for o,v in zip(labels, held) if v}
+        if n_walks==n_classes: assert none==set(labels) and not held.any() # a class in one group has nothing left to train on
+        else: assert .17<held.mean()<.31 and not none
+
+def test_rows_with_names_and_cells_too_many(tmp_path):
+    "A separator within a cell is no new column; names of rows, as R writes them, are no files; a name of a column stands once"
+    for i in range(4): picture(tmp_path/f'{i}.jpg', 1)
+    (tmp_path/'r.csv').write_text('"file","label"\n'+''.join(f'"{i+1}","{i}.jpg","{"ab"[i%2]}"\n' for i in range(4)))
+    assert read_table(tmp_path/'r.csv').labels==[*'abab']
+    (tmp_path/'cut.csv').write_text('file,label\n'+''.join(f'{i}.jpg,Gull, herring\n' for i in range(4)))
+    with raises(FileNotFoundError, 'missing'): read_table(tmp_path/'cut.csv')
+    (tmp_path/'twice.csv').write_text('file,label,label \n'+''.join(f'{i}.jpg,a,b\n' for i in range(4)))
+    with raises(ValueError, "several columns 'label'"): read_table(tmp_path/'twice.csv')
 
 def test_parts_of_a_sheet_stay_official(tmp_path):
     "With `valid_pct` what the column says is the test part, whichever form the table has"
@@ -1228,7 +1250,8 @@ def test_no_suspects_to_show(capsys):
 
 def test_presize_refuses(tmp_path):
     "A table, whose labels would not come along; a place within the data set, which would be a class of it; the copy of another one"
-    a,b = (in_folders(tmp_path/o, *'xy', n=2) for o in 'ab')
+    a,b = in_folders(tmp_path/'a', *'xy', n=2),in_folders(tmp_path/'b', *'zxy', n=2)
+    shutil.rmtree(b/'z') # so that its pictures are others
     read_table(a).to_df().to_csv(a/'t.csv', index=False)
     with raises(TypeError, 't.csv', 'is a table', 'pass the folder'): presize(a/'t.csv', 10)
     with raises(ValueError, 'lies in', 'choose a dest beside it'): presize(a, 10, dest=a/'small')
@@ -1236,8 +1259,12 @@ def test_presize_refuses(tmp_path):
     assert presize(a, 10, dest=copy)==copy
     with raises(FileExistsError, 'is not this copy'): presize(b, 10, dest=copy)
     note = json.loads((copy/'presized.json').read_text())
-    (copy/'presized.json').write_text(json.dumps({k:v for k,v in note.items() if k!='root'})) # as it was before
+    (copy/'presized.json').write_text(json.dumps({k:v for k,v in note.items() if k!='of'})) # as it was before
     assert presize(a, 10, dest=copy)==copy
+    (tmp_path/'away').mkdir()
+    there = [Path(shutil.move(o, tmp_path/'away'/o.name)) for o in (a,copy)]
+    assert presize(there[0], 10, dest=there[1])==there[1] # wherever both lie
+    assert presize(b, 10, dest=b/'..'/'beside').exists()
 
 def test_presize_of_several_pictures_in_one_file(tmp_path):
     "As phones write them"
@@ -1372,9 +1399,10 @@ def test_arrays_and_tensors(tmp_path):
 
 def test_real_numbers_keep_their_shades(tmp_path):
     a = np.linspace(0, 1, 256, dtype=np.float32).reshape(16,16)
-    for i,b in enumerate((a, 255*a, 65535*a)):
+    for i,b in enumerate((a, 255*a, 65535*a, np.where(a>.99, 1.001, a), np.where(a>.99, 255.5, 255*a), np.where(a>.997, np.inf, 200*a))):
         Image.fromarray(b).save(tmp_path/f'{i}.tif')
-        assert np.abs(np.array(open_image(tmp_path/f'{i}.tif'))[:,:,0]-255*a).max()<=1.1
+        got = np.array(open_image(tmp_path/f'{i}.tif'))[:,:,0].astype(float)
+        assert np.abs(got-(200*a if i==5 else 255*a))[a<.99].max()<=1.1
 
 def test_sixteen_bits_and_cmyk_keep_their_colours(tmp_path):
     a = np.array([[[200,30,90]]], np.uint8).repeat(16, 0).repeat(16, 1)

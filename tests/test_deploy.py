@@ -325,6 +325,7 @@ def test_an_array_is_a_picture(deployed, mixed):
     want = d(im)
     assert len(want)==1 and torch.allclose(d(a), want) and torch.allclose(d(t), want)
     for o in ([a,a],np.stack([a,a])): assert torch.allclose(d(o), want.expand(2, -1))
+    for o in (pd.Series([mixed/'10.jpg']),np.array([str(mixed/'10.jpg')])): assert torch.allclose(d(o), want)
     with pytest.raises(ValueError, match='no pictures to predict'): d([])
 
 @pytest.mark.parametrize('device', ['gpu','cuda'])
@@ -389,7 +390,7 @@ def test_no_picture_is_read_twice(deployed, mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(type(d.input), 'item', lambda *args: 1/0)
     assert d.predict_folder(files, csv=tmp_path/'a.csv').equals(first_run)
 
-@pytest.mark.parametrize('data', [b'my only line, without an end', b'picture,label\na.jpg,cat\nb.jpg,dog', b'\0\xff\n\x01', b'file\tmodel\n', b'\n\nx'])
+@pytest.mark.parametrize('data', [b'my only line, without an end', b'picture,label\na.jpg,cat\nb.jpg,dog', b'\0\xff\n\x01', b'file\tmodel\n', b'\n\nx', b'a\rb\rc', b'"'+b'x'*200_000])
 def test_a_file_that_is_no_table_stays(deployed, mixed, tmp_path, data):
     "Whatever lies under the name that was given: not a byte of it is lost."
     file = tmp_path/'notes.csv'

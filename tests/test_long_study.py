@@ -265,6 +265,13 @@ def test_runs_that_differ_in_labels_alone_do_the_same_work():
     b = birds_plan.read_config('birds_random')
     assert not any(graph_check.repeats(birds_plan.job(b, 'final', o, 0, 'equal compute', 2, .1, 'separate')) for o in ('SnapMix','CEKD + SnapMix','2 branches, PS-KD'))
 
+def test_the_kit_has_all_that_its_study_reads(tmp_path):
+    "In a folder that holds nothing else"
+    import prepare,shutil,subprocess,sys
+    for o in prepare.STUDIED: shutil.copy(repo/'benchmarks'/'cekd'/o, tmp_path/o)
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r},{str(repo)!r}]; import birds_bundle,birds_plan,birds_queue,birds_train; birds_plan.read_config('birds200'); print(birds_queue.__file__)"
+    assert str(tmp_path) in subprocess.run([sys.executable,'-W','ignore','-c',code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
 def test_files_for_another_machine_bring_what_they_import():
     import prepare
     here = {o.stem for o in (repo/'benchmarks'/'cekd').glob('*.py')}

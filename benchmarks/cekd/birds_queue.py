@@ -41,14 +41,14 @@ def measure(pool, c, warm, seconds, until):
 def serve(pool, c, epochs, rows, file, deadline, n, rate, about):
     "Give out jobs until nothing is left that can end in time"
     done = {key(r):r for r in rows if 'stage' in r and 'error' not in r}
-    busy,spent,failed = {},[],set()
+    busy,spent,failed = {},[],{}
     while True:
         now = time.time()
         speed = sum(o for o,_ in spent)/sum(o for _,o in spent) if len(spent)>=5 else .85*rate/max(1, len(pool.workers))
         for conn in [o for o in pool.workers if o not in busy]:
-            taken = {key(j) for j,_ in busy.values()}|failed
+            taken,tried = {key(j) for j,_ in busy.values()},done|failed
             fits = lambda j: c.get('keep') or now+cost(c, j, n)/speed*1.05+2<deadline
-            j = next((o for o in jobs(c, epochs, done) if key(o) not in taken and fits(o)), None)
+            j = next((o for o in jobs(c, epochs, tried) if key(o) not in taken and fits(o)), None)
             if j is None: break
             conn.send(('run',j,deadline))
             busy[conn] = j,now
@@ -62,7 +62,7 @@ def serve(pool, c, epochs, rows, file, deadline, n, rate, about):
                 pool.drop(conn)
                 if deadline-time.time()>60 or about.get('device')=='cpu': pool.add()
             if value is None: continue
-            if 'error' in value: failed.add(key(j))
+            if 'error' in value: failed[key(j)] = j|dict(accuracy=0.) # not chosen, and nothing waits for it
             else:
                 done[key(j)] = j|value
                 spent.append((cost(c, j, n),time.time()-start))

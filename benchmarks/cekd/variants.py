@@ -70,6 +70,10 @@ class TwoMixes(Distill):
         a,b = (o[:,None,None,None] for o in (rec.lam_a,rec.lam_b))
         with amp_context(self.learn): self.other = self.net.branch_forward(a*x+b*x[rec.perm])[0].float()
 
+    def reset_step(self):
+        super().reset_step()
+        self.other = None
+
     def losses(self):
         z,y,rec,lf = self.logits.float(),self.learn.yb[0],self.record,self.learn.loss_func
         if rec is None: return dict(ce=sum(lf(o, y) for o in z), cross=z.new_zeros(()))

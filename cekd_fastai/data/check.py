@@ -8,7 +8,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/data.check.html.md"""
 __all__ = ['verify', 'presize']
 
 # %% ../../nbs/21_data.check.ipynb #imports
-import math,shutil
+import math,shutil,zlib
 from fastai.vision.all import *
 from scipy.io import savemat
 from ..core import check_count,whole_folder
@@ -134,12 +134,18 @@ def _copy_sources(files, ratio):
         if src.name in _SCALE: _SCALE[src.name](src, dst, ratio)
         else: shutil.copyfile(src, dst)
 
+# %% ../../nbs/21_data.check.ipynb #copy
 def _is_copy(dest, what):
     "Whether `dest` is the copy that `what` describes"
     note = dest/'presized.json'
     if not note.exists(): return False
     was = json.loads(note.read_text())
-    return dict(root=what['root'])|was==what # notes of earlier versions do not say where the pictures came from
+    return dict(of=what['of'])|was==what # notes of earlier versions do not say what they are copies of
+
+def _names_and_sizes(t):
+    "A number that stands for the names and sizes of the files of a table, wherever they lie"
+    lines = [f'{o.relative_to(t.root)} {o.stat().st_size}' if o.is_relative_to(t.root) else o.name for o in t.files]
+    return zlib.crc32('\n'.join(sorted(lines)).encode(errors='surrogateescape'))
 
 # %% ../../nbs/21_data.check.ipynb #presize
 def presize(
@@ -160,8 +166,8 @@ def presize(
     home = t.root.absolute()
     beside = home.with_name(f'{home.name}-{size}')
     dest = Path(ifnone(dest, beside)).expanduser()
-    if dest.absolute().is_relative_to(home): raise ValueError(f'{dest} lies in {home}, where it would be read as a class: choose a dest beside it')
-    what = dict(root=str(home), size=size, quality=quality, files=len(t))
+    if dest.resolve().is_relative_to(home.resolve()): raise ValueError(f'{dest} lies in {home}, where it would be read as a class: choose a dest beside it')
+    what = dict(of=_names_and_sizes(t), size=size, quality=quality, files=len(t))
     if dest.exists():
         if _is_copy(dest, what): return dest
         raise FileExistsError(f'{dest} exists and is not this copy: delete it, or choose another dest')

@@ -29,10 +29,12 @@ except ImportError: pass
 # %% ../../nbs/14_data.image.ipynb #rgb
 def _eight_bits(im):
     "A picture of 16 or 32 bits, or of real numbers, as 8 bits; values that fit into 8 bits already stay"
-    a = np.nan_to_num(np.asarray(im))
-    most = a.max(initial=0)
-    if most>255: a = a/256
-    elif im.mode=='F' and most<=1: a = a*255
+    a = np.asarray(im)
+    real = im.mode=='F'
+    most = a[np.isfinite(a)].max(initial=0) if real else a.max(initial=0)
+    if most>(300 if real else 255): a = a/256
+    elif real and most<=1.1: a = a*255 # scaling shoots over a bound
+    if real: a = np.nan_to_num(a)
     return Image.fromarray(a.clip(0, 255).astype(np.uint8))
 
 def _rgb(im):
@@ -110,6 +112,7 @@ def _read(file, draft, box):
             side = _draft_side(draft, size, box)
             im.draft(None, (side, side))
         im.load()
+        if im.format=='TIFF': size = im.size # turned while it was read
         turn = _turn(im)
         res,upright = _turned(im, turn),size[::-1] if turn>4 else size
         if box is not None:

@@ -44,6 +44,7 @@ def _flags(values, column):
 # %% ../../nbs/13_data.table.ipynb #table
 class ImageTable:
     "Files, class names and parts of a data set; `ValueError` names what nobody could train on"
+    drawn = False # also of a table that an earlier version has pickled
     def __init__(self,
         files,         # Paths of the images
         labels,        # Name of each image's class
@@ -211,19 +212,22 @@ def _whole_groups(groups):
     return [('alone',i) if _is_blank(o) else ('group',o) for i,o in enumerate(groups)]
 
 def _split_groups(labels, groups, valid_pct, seed):
-    "Which images are for validation if whole groups are: about `valid_pct` of each class, and one group at least where it has several"
+    "Which images are for validation if whole groups are: as near to `valid_pct` of each class as they allow, and of each class some if it can be"
     _check_pct(valid_pct)
     rows,total = _rows_by(_whole_groups(groups)),Counter(labels)
     held,res = Counter(),np.zeros(len(labels), dtype=bool)
-    def take(g, most):
+    def off(o, n): return abs(n-valid_pct*total[o]) # how far from its share
+    def take(g, must=False):
         n = Counter(labels[i] for i in rows[g])
-        if any(held[o]+k>min(most*total[o], total[o]-1) for o,k in n.items()): return
+        if any(held[o]+k>=total[o] for o,k in n.items()): return # nothing would be left to train on
+        nearer = sum(off(o, held[o])-off(o, held[o]+k) for o,k in n.items())
+        if nearer<=0 and not must: return
         res[rows[g]] = True
         held.update(n)
     drawn = random.Random(seed).sample(sorted(rows, key=str), len(rows))
-    for g in drawn: take(g, valid_pct)
-    for g in sorted(drawn, key=lambda g: len(rows[g])): # of a class whose groups are all larger than its share, the smallest
-        if not any(held[labels[i]] for i in rows[g]): take(g, 1)
+    for g in drawn: take(g)
+    for g in sorted(drawn, key=lambda g: len(rows[g])): # for a class that has none yet, its smallest group
+        if not res[rows[g][0]] and any(not held[labels[i]] for i in rows[g]): take(g, must=True)
     return res
 
 # %% ../../nbs/13_data.table.ipynb #df-code

@@ -66,12 +66,18 @@ def read_sheet(
     "Read a CSV file of any encoding and separator; `ValueError` names the file that is no table"
     if not Path(file).exists(): raise FileNotFoundError(not_there(file))
     text = read_text(file).lstrip('\r\n')
-    how = dict(sep=_separator(text), dtype=str, keep_default_na=False, index_col=False) # rows may end with a separator
-    try: df = pd.read_csv(io.StringIO(text), **how)
+    how = dict(sep=_separator(text), dtype=str, keep_default_na=False)
+    try:
+        df = pd.read_csv(io.StringIO(text), **how)
+        ends_blank = not isinstance(df.index, pd.RangeIndex) and df.iloc[:,-1].str.strip().eq('').all()
+        if ends_blank: df = pd.read_csv(io.StringIO(text), index_col=False, **how) # each row ends with a separator
     except (pd.errors.EmptyDataError,pd.errors.ParserError) as e:
         needs = 'it needs one line of names of columns, and one for each picture'
         raise ValueError(f'{file} cannot be read as a table ({str(e).strip()}): {needs}') from e
-    return df.rename(columns=str.strip)
+    df = df.rename(columns=str.strip)
+    twice = df.columns[df.columns.duplicated()]
+    if len(twice): raise ValueError(f'{file} has several columns {twice[0]!r}: give each a name of its own')
+    return df.reset_index(drop=True)
 
 # %% ../../nbs/11_data.words.ipynb #cells
 def _is_blank(o):

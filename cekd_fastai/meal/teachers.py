@@ -295,7 +295,8 @@ def _announce(t):
     if rank_distrib(): return
     o = t.fitted
     what = f'a head for {o.head.out_features} classes was fitted on its frozen features from {o.n_fit:,} training images'
-    print(f"Teacher `{t.name}`: {what}; without the {o.n_held:,} that were held out it is right about {o.accuracy:.1%} of them.")
+    known = f'without the {o.n_held:,} that were held out it is right about {o.accuracy:.1%} of them' if o.n_held else 'one of each class, so that none could be held out'
+    print(f"Teacher `{t.name}`: {what}; {known}.")
 
 # %% ../../nbs/49_meal.teachers.ipynb #hd-all
 def _fits(t, vocab, n_out, z):
