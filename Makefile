@@ -51,4 +51,4 @@ constraints: ## refresh constraints.txt from settings.ini
 
 clean: ## remove build leftovers and caches (.venv stays)
 	@rm -rf build dist _proc _docs .pytest_cache *.egg-info
-	@find . -path ./.venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print | xargs rm -rf
+	@find . -path ./.venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -103,6 +103,7 @@ class Checkpoint(Callback):
     state = None    # The checkpoint from which this fit goes on, until it has
     start = None    # From `start_state`, of this epoch
     at = None       # From `now_state`, after the last batch of this epoch
+    skipped = 0     # Epochs of this fit that an earlier start has trained
     place = (0,0)   # Epoch and batch of `at`
     resumer = None  # `Resume`, until there is nothing to skip any more
     signal = None   # Number of a signal that has come
@@ -220,12 +221,13 @@ def begin(self:Checkpoint):
     self.about = run_about(self.learn, self.args)
     self.check_room()
     self.state = self.find()
-    self.fitting,self.signal,self.is_best = True,None,False
+    self.fitting,self.signal,self.is_best,self.skipped = True,None,False,0
     self.written,self.fresh = time.monotonic() if self.state else -math.inf,False # a new run writes after its first batch
     self.listen()
     if self.state is None: return self.go_on()
     later = self.state['fit']>self.fit_no
     self.target = (self.learn.n_epoch,0) if later else (self.state['epoch'],self.state['batch'])
+    self.skipped = self.target[0]
     load_net_state(self.learn, self.state['net'], later)
     if later: self.state = None
     else:

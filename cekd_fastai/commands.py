@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 from fastcore.script import call_parse
 from .options import as_options
-from .cli import check_numbers
+from .cli import at_home,check_numbers
 
 # %% ../nbs/92_commands.ipynb #check
 _LEAST = dict(top=(1,None), batch=(1,None), workers=(0,None), port=(0,65535), max_pixels=(1,None), max_files=(1,None))
@@ -45,6 +45,9 @@ def _sentences(name, args, after='', **renamed):
     except (ValueError,OSError,ImportError) as e:
         from cekd_fastai.core import one_sentence
         sys.exit(f'{name}: {as_options(one_sentence(e), args, **renamed)}')
+    except RuntimeError as e:
+        if 'DataLoader worker' not in str(e): raise
+        sys.exit(f'{name}: a process that reads pictures was ended, perhaps for want of memory{after}: pass fewer --workers.')
     except KeyboardInterrupt:
         print(f'\n{name}: interrupted{after}.', file=sys.stderr)
         sys.exit(130)
@@ -69,6 +72,7 @@ def cekd_predict(
     device:str='cpu', # cpu or cuda, for a file of `deploy` or `export_program`
 ):
     "Predict every picture of a folder, as a table"
+    model,csv,source = at_home(model),at_home(csv),[at_home(o) for o in source]
     args = dict(locals())
     after = f'; {csv} goes on when you start again' if csv else ''
     with _sentences('cekd-predict', args, after, bs='batch', num_workers='workers'):
@@ -78,6 +82,7 @@ def cekd_predict(
             warnings.simplefilter('ignore')
             df = d.predict_folder(_one_folder(source), csv, top, tta, batch, workers)
     for o in df.attrs['broken'].values(): print(f'cekd-predict: skipped {o}', file=sys.stderr)
+    if not len(df): sys.exit('cekd-predict: none of the pictures can be read.')
     if csv: print(f'{len(df):,} pictures in {csv}')
     else: print(df.drop(columns='model').to_csv(index=False), end='')
 
@@ -94,10 +99,11 @@ def cekd_serve(
     max_files:int=16, # Most pictures at once
 ):
     "Show a page that says what is in the pictures dropped on it, and answer programs in JSON at /predict"
+    model = at_home(model)
     args = dict(locals())
     with _sentences('cekd-serve', args):
         from cekd_fastai.serve import listening
         server,sock = listening(**args)
-    print(f'http://{host}:{sock.getsockname()[1]} (Ctrl+C ends it)', flush=True)
+    print(f'http://{f"[{host}]" if ":" in host else host}:{sock.getsockname()[1]} (Ctrl+C ends it)', flush=True)
     try: server.run(sockets=[sock])
     except KeyboardInterrupt: pass

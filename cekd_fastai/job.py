@@ -28,6 +28,8 @@ from .safely import kept_run
 from .recipes import PAPER_RUNS
 
 # %% ../nbs/90_job.ipynb #recipe-code
+_HANGS_ON = dict(mix=('mix_args','mix_prob'), schedule=('milestones','warmup','stairs'), method=('method_args','learner_args','teachers','adversarial','trust'))
+
 def with_recipe(
     args:dict, # Arguments of `cekd_train`
     own:dict,  # Their default values
@@ -40,6 +42,8 @@ def with_recipe(
     given = set(said) | {k for k in own if args[k]!=own[k]}
     kept = {k:args[k] for k in run if k in given}
     changed = [k for k in kept if kept[k]!=run[k]]
+    idle = {o for k in changed for o in _HANGS_ON.get(k, ())}-given # means nothing for what was chosen instead
+    run = {k:v for k,v in run.items() if k not in idle}
     differs = [f"You have chosen {k}={kept[k]!r}; the recipe has {run[k]!r}." for k in changed]
     return advised(args | run | kept | dict(differs=differs+run['differs']))
 

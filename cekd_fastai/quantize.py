@@ -12,6 +12,7 @@ import time,warnings
 from fastai.vision.all import *
 from .core import check_count,write_whole
 from .data.folders import images_of
+from .data.loaders import OpenImage
 from .deploy import _pictures,_source_at,_spread
 from .onnx_file import OnnxNet,_need
 
@@ -80,11 +81,19 @@ def _compared(old, new, pictures, y):
 
 # %% ../nbs/80_quantize.ipynb #qz-fn
 def _items(dl, n):
-    "At most `n` pictures of a loader, evenly spaced, and their classes"
+    "At most `n` pictures of a loader, evenly spaced, cut to their boxes if it cuts, and their classes as the loader counts them"
     tl,ys = dl.dataset.tls[:2]
     idxs = _spread(len(tl), n)
-    y = tensor([int(ys[i]) for i in idxs])
-    return [_source_at(tl, i) for i in idxs],y
+    own = first(o for o in tl.tfms.fs if isinstance(o, OpenImage))
+    boxed = own and own.boxes or {}
+    def seen(o): return own(o) if boxed and Path(o) in boxed else o
+    return [seen(_source_at(tl, i)) for i in idxs],[int(ys[i]) for i in idxs]
+
+def _as_in_file(old, vocab, y):
+    "Classes of loaders as the file counts them"
+    lost = first(vocab[o] for o in y if str(vocab[o]) not in old.vocab)
+    if lost is not None: raise ValueError(f"`{old.file}` has no class {str(lost)!r}, which the loaders have: pass loaders of its classes, or a list of pictures.")
+    return tensor([old.vocab.index(str(vocab[o])) for o in y])
 
 def quantize_onnx(
     file,          # Written by `export_onnx`
@@ -102,6 +111,7 @@ def quantize_onnx(
         _pictures(pictures) # refuses loaders of another kind
         if old.several: raise ValueError(f"`{file}` gives several classes a picture: pass a list of pictures instead of loaders.")
         (fit,_),(shown,y) = _items(pictures.train, n),_items(pictures.valid, n_valid)
+        y = _as_in_file(old, pictures.vocab, y)
     else:
         pictures = images_of(pictures) if isinstance(pictures, (str,Path)) else list(pictures)
         fit,shown,y = pictures[:n],pictures[:n_valid],None

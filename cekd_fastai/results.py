@@ -14,6 +14,7 @@ from fastai.vision.all import *
 from importlib.metadata import version
 from . import __version__
 from .core import one_sentence,unwrap_model
+from .mix.callback import Mix
 from .branches import branch_accuracy,branch_preds
 from .online.diversity import Diversity
 from .css.net import CSSNet
@@ -43,7 +44,7 @@ def evaluate(
 # %% ../nbs/87_results.ipynb #about-code
 def peak_memory():
     "Peak memory of this process in GiB, of the GPU where one is used; None where the system does not say"
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/2**30
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated(): return torch.cuda.max_memory_allocated()/2**30
     try: import resource
     except ImportError: return None # not on Windows
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -55,7 +56,7 @@ def about(
     "Arguments, versions and machine of a run"
     versions = dict(cekd_fastai=__version__) | {n:version(n) for n in ('fastai','torch','torchvision','timm')} # a clone need not be installed
     versions['python'] = platform.python_version()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and args.get('device')!='cpu' else None
     machine = dict(platform=platform.platform(), cores=os.cpu_count(), gpu=gpu)
     return dict(args=args, versions=versions, machine=machine)
 
@@ -76,14 +77,15 @@ def all_or_none(
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/87_results.ipynb #save-code
-def _result(learn, args, seconds):
+def _result(learn, args, seconds, skipped):
     "What `result.json` holds; logits (N, K) of the ensemble; classes (N,)"
     args = advised(args)
     res,z,y = evaluate(learn)
     if args['method']=='meal': res['teachers'] = learn.meal.teacher_accuracy()
     dl = learn.dls.train # of all processes: after training the loader is whole again
-    n = len(dl)*dl.bs*args['epochs']
+    n = len(dl)*dl.bs*(args['epochs']-skipped)
     res |= dict(seconds=round(seconds, 2), images_per_s=round(n/seconds, 1))
+    if skipped: res['epochs_before'] = skipped # of an earlier start, which are not in the seconds
     res['peak_memory_gb'] = peak_memory()
     return res|about(args),z,y
 
@@ -99,12 +101,14 @@ def save_run(
     out:Path,       # Folder for the results
     args:dict,      # Arguments of `cekd_train`
     seconds:float,  # Time of the fit
+    skipped:int=0,  # Epochs that an earlier start has trained
 )->dict:            # What `result.json` holds
     "Evaluate, and write the result, the history, the report and the model"
-    res,z,y = _result(learn, args, seconds)
+    res,z,y = _result(learn, args, seconds, skipped)
     hist = history(learn)
     pairs = confused_pairs(z, y, learn.dls.vocab)
-    title = f"{args['method']} + {args['mix'] or 'default mix'}: {res['accuracy']:.1%}"
+    mix = next((type(cb).__name__ for cb in learn.cbs if isinstance(cb, Mix)), None)
+    title = f"{args['method']}{f' + {mix}' if mix else ''}: {res['accuracy']:.1%}"
     with all_or_none(out) as d:
         _draw_report(learn, hist, pairs, title, d/'report.png')
         learn.export((d/'model.pkl').absolute())

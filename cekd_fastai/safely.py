@@ -94,10 +94,9 @@ def check_unfinished(
     out:Path,     # The folder for results
     args:dict,    # Arguments of `cekd_train`
 ):
-    "Refuse a folder with a run that can go on, unless it is to go on; forget it if it is to be replaced"
+    "Refuse a folder with a run that can go on, unless it is to go on or to be replaced"
     folder = out/'checkpoints'
-    if args.get('resume'): return
-    if args['force']: return shutil.rmtree(folder, ignore_errors=True)
+    if args.get('resume') or args['force']: return
     if checkpoint_files(folder): raise FileExistsError(f"`{out}` holds an unfinished run: go on with --resume, or start anew with --force.")
 
 # %% ../nbs/88_safely.ipynb #run-write
@@ -114,13 +113,14 @@ def write_diverged(
 def _trained(args, out):
     "Train, and write the results"
     learn = build(args)
+    if args['force'] and not args.get('resume') and not rank_distrib(): shutil.rmtree(out/'checkpoints', ignore_errors=True) # not before it is known that this run can be built
     cbs = safety_cbs(args, out)
     try: seconds = train(learn, args, cbs)
     except Diverged as e:
         if not rank_distrib(): write_diverged(out, args, e)
         raise
     if rank_distrib(): return
-    with named_writing(out): res = save_run(learn, out, args, seconds)
+    with named_writing(out): res = save_run(learn, out, args, seconds, cbs[1].skipped)
     shutil.rmtree(out/'checkpoints', ignore_errors=True)
     return res
 

@@ -163,10 +163,11 @@ def serve_app(
     max_mb:float=20,      # Largest file of a picture
     max_pixels:int=50_000_000, # Largest picture, width times height
     max_files:int=16,     # Most pictures in a request
-    max_total_mb:float=60,# Largest request
+    max_total_mb:float=None,# Largest request, by default 60, or room for one picture of `max_mb`
 ): # A `Starlette` application
     "The web application that `cekd-serve` runs"
     check_count(top=top, max_pixels=max_pixels, max_files=max_files)
+    max_total_mb = ifnone(max_total_mb, max(60, max_mb+1))
     check_above('serve_app', max_mb=max_mb, max_total_mb=max_total_mb)
     _need('starlette', 'python_multipart', who='The page', install='starlette uvicorn python-multipart')
     from starlette.applications import Starlette
@@ -194,7 +195,7 @@ def _listen(host, port):
 def _only_here(app, host):
     "Turn away requests that call this computer by another name, if only it can be reached"
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    if host in ('127.0.0.1','localhost'): app.add_middleware(TrustedHostMiddleware, allowed_hosts=['127.0.0.1','localhost'])
+    if host in ('127.0.0.1','localhost','::1'): app.add_middleware(TrustedHostMiddleware, allowed_hosts=['127.0.0.1','localhost','::1','[::1]'])
     return app
 
 def listening(

@@ -76,6 +76,13 @@ _EACH = 'Found: the share of its pictures that got its name. Right: the share of
 
 _CHOSEN = 'If choices were made on the validation pictures, such as the number of epochs, the accuracy on new ones is a little lower.'
 
+def _part_of(learn, which):
+    "The learner with the part of its network that is written, whose answers the card is about"
+    if which is None: return learn
+    res = copy(learn)
+    res.model = unwrap_model(learn.model).subnet(which)
+    return res
+
 def _card(learn, title, repo, about, license, k):
     "The text of a card, with the head that the hub reads"
     hub, = _need('huggingface_hub', who='The hub')
@@ -158,7 +165,7 @@ def to_hub(
     title = title or name.split('/')[-1]
     with tempfile.TemporaryDirectory() as tmp:
         dest = Path(folder or tmp)
-        card = _card(learn, title, repo or dest.name, about, license, k)
+        card = _card(_part_of(learn, which), title, repo or dest.name, about, license, k)
         _write_folder(learn, dest, which, card)
         if repo is None: return dest
         with _hub(endpoint, 'write a folder with `to_hub(learn, folder=...)` and upload that later') as hub:
