@@ -250,10 +250,11 @@ def branch_preds(
     device = next(model.parameters()).device
     res = []
     with eval_mode(model):
-        for x,y in dl or learn.dls.valid:
+        for x,y in ifnone(dl, learn.dls.valid):
             preds = _ensemble_and_each(model, to_device(x, device).as_subclass(Tensor))
             whole,each = [z.float().cpu() for z in preds]
             res.append((whole, each, y.as_subclass(Tensor).cpu()))
+    if not res: raise ValueError('There is nothing to predict: the loader has no batch.')
     whole,each,y = zip(*res)
     return torch.cat(whole),torch.cat(each, 1),torch.cat(y)
 

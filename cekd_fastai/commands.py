@@ -13,8 +13,8 @@ from contextlib import contextmanager,redirect_stdout
 from pathlib import Path
 from typing import Annotated
 from fastcore.script import call_parse
-from .options import as_options
-from .cli import at_home,check_numbers
+from .options import as_options,at_home
+from .cli import check_numbers
 
 # %% ../nbs/92_commands.ipynb #check
 _LEAST = dict(top=(1,None), batch=(1,None), workers=(0,None), port=(0,65535), max_pixels=(1,None), max_files=(1,None))

@@ -64,10 +64,9 @@ def _head_of(data):
 def _check_rows(path, rows, columns, model):
     "Refuse rows that are not of this table; a half last line is left out"
     remedy = 'pass another name, or delete it'
-    short = first(o for o in rows if len(o)!=len(columns))
-    if short: raise ValueError(f"`{path}` has a row of {len(short)} columns, but its head has {len(columns)} ({few(short)}): {remedy}.")
-    other = first(o for o in rows if o[1]!=model)
-    if other: raise ValueError(f"`{path}` has answers of `{other[1]}`, but these would be of `{model}`: {remedy}.")
+    if short := first(o for o in rows if len(o)!=len(columns)):
+        raise ValueError(f"`{path}` has a row of {len(short)} columns, but its head has {len(columns)} ({few(short)}): {remedy}.")
+    if other := first(o for o in rows if o[1]!=model): raise ValueError(f"`{path}` has answers of `{other[1]}`, but these would be of `{model}`: {remedy}.")
 
 def _read_rows(path, columns, model):
     "Rows that a table holds already, by file; a last line without an end is cut off, once the file is known to be such a table"
@@ -77,8 +76,7 @@ def _read_rows(path, columns, model):
     head = _head_of(data)
     if not whole or head!=columns:
         raise ValueError(f"`{path}` has the columns {', '.join(head)}, but these would be {', '.join(columns)}: pass another name, or delete it.")
-    text = io.StringIO(whole.decode('utf-8-sig', 'surrogateescape'), newline='')
-    rows = [o for o in csv_format.reader(text) if o][1:]
+    rows = [o for o in csv_format.reader(io.StringIO(whole.decode('utf-8-sig', 'surrogateescape'), newline='')) if o][1:]
     _check_rows(path, rows, columns, model)
     if len(whole)<len(data): write_whole(path, lambda tmp: tmp.write_bytes(whole))
     return {o[0]:o for o in rows}

@@ -1,12 +1,13 @@
 "What a user types at the doors of the library: paths in the home folder, options beside a recipe, a card of a part of a network."
-import json,os,subprocess,sys
+import subprocess
 from pathlib import Path
-import pytest,torch
-from fastai.vision.all import Learner,accuracy,set_seed
-from cekd_fastai.all import branch_learner,deploy,fine_grained_dls,make_birds
+import pytest
+from fastai.vision.all import accuracy,set_seed
+from cekd_fastai.all import branch_learner,fine_grained_dls,make_birds
 from cekd_fastai.branches import branch_preds
-from cekd_fastai.cli import _defaults,at_home,cekd_train
+from cekd_fastai.cli import _defaults,cekd_train
 from cekd_fastai.job import with_recipe
+from cekd_fastai.options import at_home
 
 root = Path(__file__).resolve().parent.parent
 

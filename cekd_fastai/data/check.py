@@ -138,14 +138,13 @@ def _copy_sources(files, ratio):
 def _is_copy(dest, what):
     "Whether `dest` is the copy that `what` describes"
     note = dest/'presized.json'
-    if not note.exists(): return False
-    was = json.loads(note.read_text())
-    return dict(of=what['of'])|was==what # notes of earlier versions do not say what they are copies of
+    was = json.loads(note.read_text()) if note.exists() else None
+    return was is not None and dict(of=what['of'])|was==what # notes of earlier versions do not say what they are copies of
 
 def _names_and_sizes(t):
-    "A number that stands for the names and sizes of the files of a table, wherever they lie"
-    lines = [f'{o.relative_to(t.root)} {o.stat().st_size}' if o.is_relative_to(t.root) else o.name for o in t.files]
-    return zlib.crc32('\n'.join(sorted(lines)).encode(errors='surrogateescape'))
+    "A number that stands for the names and sizes of the pictures of a table, wherever they lie, and for its labels, parts and boxes"
+    names = sorted(f'{o.relative_to(t.root)} {o.stat().st_size}' if o.is_relative_to(t.root) else o.name for o in t.files)
+    return zlib.crc32(repr([names,t.labels,t.is_valid.tolist(),t.is_test.tolist(),t.boxes is not None and t.boxes.tolist()]).encode(errors='surrogateescape'))
 
 # %% ../../nbs/21_data.check.ipynb #presize
 def presize(

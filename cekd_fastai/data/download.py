@@ -151,7 +151,8 @@ def _extract_zip(arch, dest, bounds):
 
 def _extract(arch, dest, max_gb=500, max_ratio=100, max_files=5_000_000):
     "Extract tar or zip file `arch` into folder `dest`; `OSError` names an archive that cannot be"
-    f = _extract_zip if zipfile.is_zipfile(arch) else _extract_tar
+    with open(arch, 'rb') as o: begins = o.read(2)
+    f = _extract_zip if begins==b'PK' else _extract_tar # a tar may end in a zip
     try: f(arch, dest, _Bounds(arch, max_gb, max_ratio, max_files))
     except Exception as e:
         remedy = 'replace it, or delete it to download it again'

@@ -60,8 +60,7 @@ class ImageTable:
         drawn=False    # Was the validation part drawn from all images, so that it is no official one?
     ):
         self.root = Path(root)
-        self.recipe = recipe
-        self.drawn = drawn
+        self.recipe,self.drawn = recipe,drawn
         self.files = _paths(files)
         self.labels = list(labels)
         self.is_valid = _flags(is_valid, 'is_valid')
@@ -219,9 +218,8 @@ def _split_groups(labels, groups, valid_pct, seed):
     def off(o, n): return abs(n-valid_pct*total[o]) # how far from its share
     def take(g, must=False):
         n = Counter(labels[i] for i in rows[g])
-        if any(held[o]+k>=total[o] for o,k in n.items()): return # nothing would be left to train on
         nearer = sum(off(o, held[o])-off(o, held[o]+k) for o,k in n.items())
-        if nearer<=0 and not must: return
+        if any(held[o]+k>=total[o] for o,k in n.items()) or nearer<=0 and not must: return # something has to be left to train on
         res[rows[g]] = True
         held.update(n)
     drawn = random.Random(seed).sample(sorted(rows, key=str), len(rows))
@@ -253,8 +251,7 @@ def _draw(labels, groups, valid_pct, seed):
     "A split of rows: of groups where there are some, else class by class; a warning names classes that are in one group"
     if groups is not None:
         res = _split_groups(labels, groups, valid_pct, seed)
-        none = sorted(set(labels)-{o for o,v in zip(labels, res) if v}, key=str)
-        if none: warnings.warn(f'no validation image of {few(none)}: all its images are of one group, or of groups with other classes')
+        if none := sorted(set(labels)-{o for o,v in zip(labels, res) if v}, key=str): warnings.warn(f'no validation image of {few(none)}: all its images are of one group, or of groups with other classes')
         return res
     res = np.zeros(len(labels), dtype=bool)
     for name,rows in _rows_by(labels).items():

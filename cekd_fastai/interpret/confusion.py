@@ -22,7 +22,7 @@ _PAIR = ['a','b','errors','images','item_a','item_b']
 
 def _confusions(y, pred, n):
     "How often two of `n` classes were taken for each other in either direction, (n, n), above the diagonal"
-    cell = y*n+pred # of the matrix (n, n), row by row
+    cell = y.long()*n+pred # of the matrix (n, n), row by row
     cm = torch.bincount(cell, minlength=n*n).reshape(n, n)
     return torch.triu(cm+cm.T, 1)
 

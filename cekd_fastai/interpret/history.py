@@ -24,7 +24,7 @@ def _weights_of(owner):
 # %% ../../nbs/71_interpret.history.ipynb #hist-table
 def _epoch_rows(rec, names):
     "The recorder's values of each epoch of training, as dicts"
-    return [dict(zip(names, v)) for v in rec.values if len(v)==len(names)] # a row of `validate` is shorter
+    return [dict(zip(names, v)) for v in vars(rec).get('values', ()) if len(v)==len(names)] # a row of `validate` is shorter
 
 def _loss_parts(learn, names):
     "Which of the columns `names` are parts of the loss, and their weights in the last step"

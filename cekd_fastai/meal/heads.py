@@ -156,6 +156,11 @@ def checksum(
         res = zlib.crc32(data.numpy().tobytes(), res)
     return res
 
+def _labels_of(dl):
+    "All labels of a loader as plain data, where its data set has them apart from the pictures; None elsewhere"
+    tls = getattr(dl.dataset, 'tls', None)
+    return None if tls is None or len(tls)<2 else [np.asarray(o).tolist() for o in tls[1]]
+
 @torch.no_grad()
 def head_key(
     f:nn.Module,     # From images to features
@@ -166,11 +171,14 @@ def head_key(
     "A short text that stands for the network, its weights, and the images and labels of a loader"
     with no_random(), _without_tfms(dl): x,*y = first(dl)
     feats = f(to_device(x, device).as_subclass(Tensor))
-    names = zlib.crc32(repr(list(getattr(dl, 'items', ()))).encode())
+    items = getattr(dl, 'items', ())
+    rows = items.values.tolist() if isinstance(items, pd.DataFrame) else list(items)
+    names = zlib.crc32(repr([rows,_labels_of(dl)]).encode())
     sums = [f'{o.double().sum().item():.4g}' for o in (x,feats,feats.abs(),*y)]
     parts = [checksum(f), len(dl.dataset), names, sums, tuple(x.shape[1:]), tuple(feats.shape[1:]), more]
     return f'{zlib.crc32(repr(parts).encode()):08x}'
 
+# %% ../../nbs/48_meal.heads.ipynb #kept
 def kept_fit(
     key:str,        # From `head_key`
     fit,            # Function that fits

@@ -98,7 +98,7 @@ def _weighed_cams(heads, feats, weights, y):
     if n_weights==1:
         maps = [cam(h, f, y) for h,f in zip(heads, feats)]
         return sum(w[...,None]*m for w,m in zip(weights, maps))
-    if not y.is_floating_point(): y = F.one_hot(y, n_weights).float()
+    if not y.is_floating_point(): y = F.one_hot(y.clamp(min=0), n_weights).float()*(y>=0)[:,None] # -100: no class
     maps = [cam(h, f, y*w) for h,f,w in zip(heads, feats, weights)]
     return sum(maps)
 
