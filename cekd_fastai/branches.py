@@ -250,7 +250,7 @@ def branch_preds(
     device = next(model.parameters()).device
     res = []
     with eval_mode(model):
-        for x,y in ifnone(dl, learn.dls.valid):
+        for x,y in learn.dls.valid if dl is None else dl:
             preds = _ensemble_and_each(model, to_device(x, device).as_subclass(Tensor))
             whole,each = [z.float().cpu() for z in preds]
             res.append((whole, each, y.as_subclass(Tensor).cpu()))

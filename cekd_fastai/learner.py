@@ -148,15 +148,17 @@ def _same_stats(a, b): return all(np.allclose(u, v, atol=1e-3) for u,v in zip(a,
 
 def _opened(dls, wanted):
     "Loaders of a learner's own, with its statistics, which `dls` gets as well; those of the learners before stay as they are"
-    new,of_learner = copy(dls),getattr(dls, 'of_learner', False)
-    new.first_loaders = getattr(dls, 'first_loaders', list(dls.loaders))
+    new,of_learner,given = copy(dls),getattr(dls, 'of_learner', False),getattr(dls, 'given_loaders', [])
+    ours = [id(o) for o in given]==[id(o) for o in dls.loaders] # and not changed since
+    new.first_loaders = dls.first_loaders if ours else list(dls.loaders)
     new.loaders,new.of_learner = list(new.first_loaders),True
     have,was = data_stats(new),data_stats(dls)
     if wanted and have and not _same_stats(have, wanted): new = with_stats(new, wanted)
+    new.given_loaders = list(new.loaders)
     if of_learner: return new
-    if hasattr(dls, 'first_loaders') and not _same_stats(was, data_stats(new)):
+    if ours and was and not _same_stats(was, data_stats(new)):
         warn("`dls` has now the statistics of the learner made last: for pictures of an earlier one take its own `learn.dls`.")
-    dls.first_loaders,dls.loaders = new.first_loaders,list(new.loaders)
+    dls.first_loaders,dls.loaders,dls.given_loaders = new.first_loaders,list(new.loaders),list(new.loaders)
     return new
 
 def _normalised(dls, net, pretrained):

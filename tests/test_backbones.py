@@ -143,6 +143,8 @@ def test_each_learner_keeps_its_statistics(folder):
     with pytest.warns(UserWarning, match='take its own `learn.dls`'): d = branch_learner(dls, 'test_resnet', 1, pretrained=False)
     e = branch_learner(b.dls, net, 1) # with the loaders of another learner, which keeps them
     assert mean(a, b, c, d, e, dls)==[.485,.5,.1,.485,.1,.485]
+    dls.loaders = [dls.train.new(bs=1),dls.valid] # loaders that were changed since are what counts
+    assert branch_learner(dls, 'test_resnet', 1, pretrained=False).dls.train.bs==1
 
 @pytest.mark.parametrize('name', ['efficientnet_b1','inception_v3'])
 def test_a_name_that_two_libraries_have(name):

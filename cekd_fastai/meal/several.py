@@ -146,7 +146,7 @@ def ensemble_accuracy(
     place_teachers(teachers, learn)
     device = next(learn.model.parameters()).device
     n_right,n = 0.,0
-    for x,y,*_ in ifnone(dl, learn.dls.valid):
+    for x,y,*_ in learn.dls.valid if dl is None else dl:
         x,y = (to_device(o, device).as_subclass(Tensor) for o in (x,y))
         with amp_context(learn): p = torch.stack([soft_probs(t(x), 1., multi) for t in teachers])
         p = torch.cat([p, p.mean(0, keepdim=True)])
