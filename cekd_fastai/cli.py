@@ -200,7 +200,8 @@ def _defaults():
 # %% ../nbs/91_cli.ipynb #start-code
 def _start(args, said):
     "Check what can be checked at once, then load the rooms that train, and do it"
-    args,said = ({k:[at_home(v) for v in o] if isinstance(o, (list,tuple)) else at_home(o) for k,o in a.items()} for a in (args,said)) # a shell expands `--out ~/x`, and not `--out=~/x`
+    def at(o): return type(o)(map(at_home, o)) if isinstance(o, (list,tuple)) else at_home(o)
+    args,said = ({k:at(o) for k,o in a.items()} for a in (args,said)) # a shell expands `--out ~/x`, and not `--out=~/x`
     try: check_names(args), check_numbers(args)
     except (ValueError,OSError) as e: sys.exit(f'cekd-train: {e}')
     from cekd_fastai.job import experiment
