@@ -48,7 +48,7 @@ def _nearest(what, name, names):
 # %% ../nbs/91_cli.ipynb #check-where
 def _near_folders(name):
     "Folders whose last part is like that of `name`, or like the first part of it that is not there"
-    path = Path(at_home(name))
+    path = Path(name)
     there = next(o for o in path.parents if o.is_dir())
     wanted = path.relative_to(there).parts[0]
     names = sorted(o.name for o in there.iterdir() if o.is_dir() and o.name[0]!='.')
@@ -57,7 +57,7 @@ def _near_folders(name):
 def _check_data(name, dry_run):
     "Refuse data that are neither a benchmark nor there"
     if dry_run or not isinstance(name, (str,Path)): return # from Python it may be a table
-    if name in _DATA or Path(at_home(name)).exists(): return
+    if name in _DATA or Path(name).exists(): return
     near,path = _near_folders(name),Path(name)
     if len(path.parts)==1: _nearest('benchmark or folder', str(name), [*near,*_DATA])
     hint = f"did you mean --data {' or '.join(near)}?" if near else 'check --data.'
@@ -65,7 +65,7 @@ def _check_data(name, dry_run):
 
 def _check_out(out, folder):
     "Refuse to write among the pictures"
-    folder,out = [Path(at_home(o)).resolve() for o in (folder,out)]
+    folder,out = [Path(o).resolve() for o in (folder,out)]
     if not folder.is_dir() or not out.is_relative_to(folder): return
     raise ValueError(f"--out {out} lies among the pictures of {folder}, where report.png would count as one of them: choose a folder elsewhere.")
 

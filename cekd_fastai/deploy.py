@@ -203,12 +203,16 @@ def _probes(dls, folder, n=8):
     return [_as_item(tl, o) for o in there or _drawn(folder)]
 
 # %% ../nbs/77_deploy.ipynb #dp-seen
+def _as_shown(tl, o):
+    "A source as its loader opens it: cut to its box, if the loader cuts"
+    own = first(f for f in tl.tfms.fs if isinstance(f, OpenImage))
+    boxed = own.boxes if own else {}
+    return own(o) if boxed and Path(o) in boxed else o
+
 def _as_seen(dls, items):
     "What the loaders make of each picture, and the same picture as a file gets it: cut to its box, if the loaders cut"
     tl = _pictures(dls)
-    own = first(o for o in tl.tfms.fs if isinstance(o, OpenImage))
-    boxed = own.boxes if own else {}
-    given = [own(o) if boxed and Path(o) in boxed else o for o in items]
+    given = [_as_shown(tl, o) for o in items]
     dl = dls.test_dl(items, bs=1, num_workers=0)
     seen = [b[0].as_subclass(Tensor) for b in dl]
     return given,seen
@@ -345,7 +349,7 @@ class Deployed:
         tta:bool=False, # Average over a picture and its mirror image
     )->Tensor:          # Shape (N, K), on the CPU
         "Probabilities of several pictures"
-        one = isinstance(ims, (str,Path,bytes,Image.Image)) or hasattr(ims, 'read') or 1<getattr(ims, 'ndim', 4)<4 # an array is a picture, a column of names is none
+        one = isinstance(ims, (str,Path,bytes,Image.Image)) or hasattr(ims, 'read') or 1<getattr(ims, 'ndim', 0)<4 # an array is a picture, a column of names is none
         ims = [ims] if one else list(ims)
         if not ims: raise ValueError('There are no pictures to predict: the list is empty.')
         x = self.input.batch_of(ims)

@@ -13,8 +13,7 @@ from fastai.vision.all import *
 from .core import check_count
 from .cam import model_cam,semantic_map
 from .branches import load_net,save_net
-from .data.loaders import OpenImage
-from .deploy import Deployed,_pictures,_source_at,_spread
+from .deploy import Deployed,_as_shown,_pictures,_source_at,_spread
 
 # %% ../nbs/78_explain.ipynb #xp-where
 def _network(d, what):
@@ -95,13 +94,8 @@ def _training(dls, n):
     "Pictures, cut to their boxes if the loaders cut, and labels of at most `n` training pictures of each class"
     _pictures(dls) # refuses loaders of another kind
     tl,ys = dls.train.dataset.tls[:2]
-    own = first(o for o in tl.tfms.fs if isinstance(o, OpenImage))
-    boxed = own and own.boxes or {}
     labels = [_label(dls.vocab, y) for y in ys]
-    for i in _some(labels, n):
-        o = _source_at(tl, i)
-        if boxed and Path(o) in boxed: o = own(o)
-        yield o,labels[i]
+    for i in _some(labels, n): yield _as_shown(tl, _source_at(tl, i)),labels[i]
 
 # %% ../nbs/78_explain.ipynb #xp-add
 def _jpeg(im, side=None, quality=85):

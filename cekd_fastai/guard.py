@@ -23,7 +23,7 @@ def all_finite(
 )->Tensor:   # A scalar, True or False, on that device
     "Whether no tensor holds an infinite number or a NaN, without waiting for the device"
     floats = [o.detach().as_subclass(Tensor) for o in tensors if o.is_floating_point() and o.numel()]
-    if not floats: return torch.tensor(True)
+    if not floats: return torch.ones((), dtype=torch.bool, device=next((o.device for o in tensors), None)) # nothing that could be infinite
     return torch.stack([o.float() for o in torch._foreach_norm(floats, math.inf)]).max()<math.inf
 
 def on_all(
@@ -192,7 +192,7 @@ def before_batch(self:Guard):
     if not self.fitting: return
     self.settle()
     self.batch = (*self.learn.xb,*self.learn.yb)
-    self.pixels = all_finite(self.learn.xb).to(self.batch[0].device, non_blocking=True) # pixels of whole numbers are not looked at
+    self.pixels = all_finite(self.learn.xb)
     if not self.is_lazy and not on_all(self.pixels):
         self.bad = True
         self.count('The pixels are', self.batch, (self.learn.epoch,self.learn.iter))

@@ -42,7 +42,7 @@ def sample_losses(
         name = getattr(loss_func, '__name__', type(loss_func).__name__)
         raise TypeError(f"The loss `{name}` cannot be computed per sample: give it a `reduction` argument ({e})") from e
     res = res.reshape(len(pred), -1)
-    sums = _setting(loss_func, 'reduction') in ('sum','batchmean')
+    sums = loss_reduction(loss_func) in ('sum','batchmean')
     return res.sum(1) if sums else res.mean(1)
 
 # %% ../nbs/26_losses.ipynb #all
@@ -90,7 +90,7 @@ def mixed_loss(
     loss_a = sample_losses(loss_func, pred, *ys)
     loss_b = sample_losses(loss_func, pred, *[o[rec.perm] for o in ys])
     losses = rec.lam_a*loss_a + rec.lam_b*loss_b
-    reduction = _setting(loss_func, 'reduction', 'mean')
+    reduction = loss_reduction(loss_func)
     if reduction=='none': return losses
     return losses.sum() if reduction=='sum' else losses.sum()/_n_eff(loss_func, ys[0])
 

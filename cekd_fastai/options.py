@@ -39,5 +39,5 @@ def as_options(
 
 # %% ../nbs/01_options.ipynb #home
 def at_home(o):
-    "Text that begins with `~` as a path in the home folder; all else as it is"
-    return os.path.expanduser(o) if isinstance(o, str) and o[:1]=='~' else o
+    "A path that begins with `~` as one in the home folder; all else as it is"
+    return os.path.expanduser(o) if isinstance(o, (str,os.PathLike)) and str(o)[:1]=='~' else o

@@ -71,11 +71,14 @@ def test_a_card_is_about_the_part_that_is_written(birds, tmp_path):
 def test_int8_of_some_classes_is_measured_by_name(birds, tmp_path, capsys):
     pytest.importorskip('onnxruntime.quantization')
     from cekd_fastai.onnx_file import export_onnx
-    from cekd_fastai.quantize import quantize_onnx
+    from cekd_fastai.onnx_file import OnnxNet
+    from cekd_fastai.quantize import _as_in_file,quantize_onnx
     learn = branch_learner(small(birds), 'test_resnet', 2, pretrained=False, metrics=accuracy)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 3e-3)
     file = export_onnx(learn, tmp_path/'b.onnx')
     some = small(birds, classes=list(learn.dls.vocab)[2:])
+    assert _as_in_file(OnnxNet(file), some.vocab, [0,1,0]).tolist()==[2,3,2]
+    with pytest.raises(ValueError, match="has no class 'roc'"): _as_in_file(OnnxNet(file), ['roc'], [0])
     quantize_onnx(file, some)
     said = float(capsys.readouterr().out.splitlines()[1].split()[2])
     whole,_,_ = branch_preds(learn, learn.dls.test_dl(some.valid.items, with_labels=True))

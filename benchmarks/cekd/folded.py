@@ -23,7 +23,7 @@ def is_wide_depthwise(m):
 class Narrow(torch.autograd.Function):
     """A depthwise convolution of 5 times 5 whose weights learn from two of 5 times 3: columns 0 to 2, then 2 to 4
 
-    Processors have no fast kernel for the gradient of wider ones, which takes five times as long."""
+    Processors have no fast kernel for the gradient of wider ones."""
     @staticmethod
     def forward(ctx, x, w, bias, stride, pad, *more):
         ctx.save_for_backward(x, w)

@@ -141,7 +141,7 @@ def _is_copy(dest, what):
     was = json.loads(note.read_text()) if note.exists() else None
     return was is not None and dict(of=what['of'])|was==what # notes of earlier versions do not say what they are copies of
 
-def _names_and_sizes(t):
+def _stands_for(t):
     "A number that stands for the names and sizes of the pictures of a table, wherever they lie, and for its labels, parts and boxes"
     names = sorted(f'{o.relative_to(t.root)} {o.stat().st_size}' if o.is_relative_to(t.root) else o.name for o in t.files)
     return zlib.crc32(repr([names,t.labels,t.is_valid.tolist(),t.is_test.tolist(),t.boxes is not None and t.boxes.tolist()]).encode(errors='surrogateescape'))
@@ -166,7 +166,7 @@ def presize(
     beside = home.with_name(f'{home.name}-{size}')
     dest = Path(ifnone(dest, beside)).expanduser()
     if dest.resolve().is_relative_to(home.resolve()): raise ValueError(f'{dest} lies in {home}, where it would be read as a class: choose a dest beside it')
-    what = dict(of=_names_and_sizes(t), size=size, quality=quality, files=len(t))
+    what = dict(of=_stands_for(t), size=size, quality=quality, files=len(t))
     if dest.exists():
         if _is_copy(dest, what): return dest
         raise FileExistsError(f'{dest} exists and is not this copy: delete it, or choose another dest')
