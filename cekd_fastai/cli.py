@@ -171,7 +171,7 @@ def _add(group, name, o):
 def cli_parser():
     "The parser of `cekd-train`, which keeps only what was given"
     p = _Parser('cekd-train', 'cekd-train [options]', cekd_train.__doc__, _EXAMPLES,
-        formatter_class=_Format, argument_default=argparse.SUPPRESS)
+        formatter_class=_Format, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     p.add_argument('--version', action='version', version=f'cekd_fastai {__version__}')
     p.add_argument('--list', action=_List, nargs='?', choices=list(LISTS), help='print what there is to choose from, and end')
     for name,o in docments(cekd_train, full=True, returns=False).items():
@@ -206,8 +206,10 @@ def _start(args, said):
     except (ValueError,OSError) as e: sys.exit(f'cekd-train: {e}')
     from cekd_fastai.job import experiment
     from cekd_fastai.core import one_sentence
+    from cekd_fastai.data.loaders import SPREADSHEET
+    columns = {o:f'table-args {o}=' for o in SPREADSHEET}
     try: experiment(args, _defaults(), said)
-    except (ValueError,OSError) as e: _leave(f'cekd-train: {as_options(one_sentence(e), _defaults())}')
+    except (ValueError,OSError) as e: _leave(f'cekd-train: {as_options(one_sentence(e), _defaults(), **columns)}')
 
 def _leave(sentence):
     "End with a sentence; of several processes the first says it, and another only if the first does not"
@@ -257,8 +259,9 @@ def _without(flag, words):
 
 # %% ../nbs/91_cli.ipynb #cmd-code
 def cekd_train(
-    data:str='synthetic',       # A benchmark (--list benchmarks) or a folder of images
+    data:str='synthetic',       # A benchmark (--list benchmarks), a folder of images, or a CSV file with their labels
     root:str=None,              # Folder with the files of a benchmark
+    table_args:Annotated[str,dict(nargs='+')]=(), # Of a CSV file: --table-args fn_col=id label_col=breed folder=train suff=.jpg
     classes:int=None,           # Only the first so many classes
     per_class:int=None,         # Only so many training images of each class
     valid_pct:float=None,       # Share of the training images to validate on, for choices that must not see the test images

@@ -8,7 +8,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/job.html.md"""
 __all__ = ['with_recipe', 'print_differences', 'run', 'rehearse', 'rehearsal', 'experiment']
 
 # %% ../nbs/90_job.ipynb #imports
-import tempfile,warnings
+import tempfile,timm,warnings
 # fastai 2.8 calls torch.jit.script while it is imported, and torch warns: remove this once fastai does without it
 with warnings.catch_warnings():
     warnings.filterwarnings('ignore', r'`torch\.jit\.script` is', FutureWarning, r'torch\.jit\._script')
@@ -20,10 +20,10 @@ from .drawing.dataset import make_birds
 from .data.table import RECIPES
 from .data.benchmarks import BENCHMARKS
 from .data.loaders import fine_grained_dls
-from .learner import branch_learner
+from .learner import _takes,branch_learner
 from .deploy import deploy
 from .results import RESULTS
-from .train import advised,check_used
+from .train import advised,check_used,named_values
 from .safely import kept_run
 from .recipes import PAPER_RUNS
 
@@ -84,10 +84,13 @@ def _stand_ins(args, birds, size, tmp):
     return [deploy(learn, tmp/f'teacher{i}.pt') for i in range(n)]
 
 def _small_size(args):
-    "32 px for an experiment at that size, otherwise 64"
+    "32 px for an experiment at that size, otherwise 64, or the next size that the backbones take"
     reader = getattr(BENCHMARKS.get(args['data']), 'reader', None)
     recipe = getattr(reader, 'keywords', {}).get('recipe', 'crop')
-    return 32 if (args['size'] or RECIPES[recipe])==32 else 64
+    if (args['size'] or RECIPES[recipe])==32: return 32
+    archs = [o for o in args['arch'].split(',') if timm.is_model(o.split('.')[0])]
+    made = named_values(args['arch_args'])
+    return next((o for o in (64,80,96,128) if all(_takes(a, o, made) for a in archs)), 64)
 
 def rehearse(
     args:dict, # Arguments of `cekd_train`
@@ -98,7 +101,7 @@ def rehearse(
     birds = make_birds(tmp/'birds', n_species=4, n_images=4, n_train=2, size=small+8, progress=False)
     res = args | dict.fromkeys(('weights','classes','valid_pct','per_class','root'))
     res |= dict(data=birds, size=small, bs=8//max(num_distrib(), 1), grad_accum=1, num_workers=0, crop_to_box=False, out=tmp/'run', resume=False)
-    res |= dict(epochs=1, milestones=[], warmup=0., stairs=False, no_pretrained=True, head_lr=10.)
+    res |= dict(table_args=[], epochs=1, milestones=[], warmup=0., stairs=False, no_pretrained=True, head_lr=10.)
     res['learner_args'] = [o for o in args['learner_args'] if not o.startswith('keep_head')]
     if args['method']=='meal': res['teachers'] = _stand_ins(args, birds, small, tmp)
     return res

@@ -18,15 +18,16 @@ def _option(name, value, names):
     "The option for `name=value`, None if there is none"
     if value=='False': return f"--no-{name.replace('_', '-')}" if f'no_{name}' in names else None
     if name not in names: return None
-    flag = '--'+names.get(name, name).replace('_', '-')
-    if value in ('True','',None): return flag
-    bare = value.strip('\'"')
-    return f"{flag} {value if ' ' in bare else bare}"
+    bare = (value or '').strip('\'"')
+    said = value if ' ' in bare else bare
+    if names[name][-1]=='=': return f'--{names[name]}{said}'
+    flag = '--'+names[name].replace('_', '-')
+    return flag if value in ('True','',None) else f'{flag} {said}'
 
 def as_options(
     text:str,   # A message
     args,       # Names of the command's arguments
-    **renamed   # Names in Python that the command has by another, e.g. `bs='batch'`
+    **renamed   # Names in Python that the command has by another, e.g. `bs='batch'`, or within another: `suff='table-args suff='`
 )->str:
     "`text` with the command's options in place of Python's arguments"
     names = {o:o for o in args}|renamed

@@ -145,6 +145,7 @@ class _App:
     async def predict(self, request):
         "The answer to a request and its status"
         from starlette.concurrency import run_in_threadpool
+        from starlette.requests import ClientDisconnect
         if request.headers.get('sec-fetch-site') in ('cross-site','same-site'):
             return dict(error='A page of another site may not send pictures here.'),403
         try:
@@ -153,6 +154,7 @@ class _App:
             res = await run_in_threadpool(self.answers, files, top, form.get('explain', '') not in ('','0','false'))
         except _TooLarge: return dict(error=f'The request has more than {self.limits.max_total_mb:g} MB: send fewer or smaller pictures.'),413
         except ValueError as e: return dict(error=str(e)),400
+        except ClientDisconnect: return dict(error='The request ended before its pictures had come.'),400 # nobody reads it, and nothing is logged
         return dict(model=self.d.file.name, pictures=res),200
 
 # %% ../nbs/84_serve.ipynb #sv-routes

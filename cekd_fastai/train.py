@@ -18,7 +18,7 @@ from fastai.callback.training import GradientAccumulation
 from .core import HalfPrecision,check_above,check_count,lookup,one_of,unwrap_model
 from .data.table import RECIPES
 from .data.benchmarks import BENCHMARKS
-from .data.loaders import fine_grained_dls
+from .data.loaders import SPREADSHEET,fine_grained_dls
 from .mix.callback import CutMix,MixUp
 from .mix.snapmix import SnapMix
 from .tuning import layer_rates
@@ -88,7 +88,9 @@ def make_data(
     "The data that the arguments describe"
     names = 'size bs valid_pct seed verify num_workers root in_memory per_class balanced crop_to_box'.split()
     kw = {o:args[o] for o in names}
-    return fine_grained_dls(args['data'], classes=args['classes'] or None, **kw)
+    columns = named_values(args.get('table_args', ()), 'of a table')
+    for o in columns: lookup('argument of a table', o, dict.fromkeys(SPREADSHEET))
+    return fine_grained_dls(args['data'], classes=args['classes'] or None, **kw, **columns)
 
 # %% ../nbs/86_train.ipynb #build-mix
 def _mix_of(a):

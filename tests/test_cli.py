@@ -246,6 +246,17 @@ def test_dry_run(recipe, tmp_path, here):
     lines = p.stdout.splitlines()
     assert lines[0]==f"{recipe}: what differs from the paper's run" and [o[2:] for o in lines if o.startswith('- ')]==PAPER_RUNS[recipe]['differs']
 
+def test_dry_run_of_large_eyes(here, tmp_path):
+    "A network that does not take the small pictures of a rehearsal gets somewhat larger ones"
+    p = here('--arch', 'inception_v3', '--method', 'plain', '--dry-run', '--out', tmp_path/'run')
+    assert p.returncode==0 and 'dry run done' in p.stdout, p.stderr
+
+def test_no_option_is_guessed(here, tmp_path):
+    "Half of a name is a slip, which `--launch` in particular must not hand on to its processes"
+    for o in ('--launc','--epoch'):
+        p = here(o, 2, '--dry-run', '--out', tmp_path/'run')
+        assert p.returncode==2 and f'there is no option {o} (did you mean {o}' in p.stderr
+
 def test_every_recipe_says_what_differs():
     "Each has sentences of its own kind, and what it trains is what the papers' code trained"
     for name,run in PAPER_RUNS.items(): assert run['differs'] and all(o.endswith('.') and '{' not in o for o in run['differs']), name

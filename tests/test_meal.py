@@ -5,7 +5,7 @@ from copy import deepcopy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelBatchException,CancelEpochException,CancelFitException,
-    CancelStepException,CancelTrainException,CategoryBlock,CrossEntropyLossFlat,DataBlock,DataLoader,DataLoaders,GradientAccumulation,
+    CancelStepException,CancelTrainException,CategoryBlock,CrossEntropyLossFlat,DataBlock,DataLoader,DataLoaders,Flip,GradientAccumulation,
     ImageBlock,L,Learner,Normalize,SaveModelCallback,accuracy,aug_transforms,get_image_files,
     imagenet_stats,load_learner,parent_label,resnet18,set_seed,vision_learner)
 from cekd_fastai.drawing.dataset import make_birds
@@ -568,6 +568,17 @@ def test_cached_views(dls, modules, tmp_path):
         assert calls, kw
     less = learner(dls, MEAL(modules[:2], cache_targets=True, views=2, cache_dir=tmp_path))
     assert less.meal.open_cache().folder!=learn.meal.target_cache.folder
+
+def test_cached_for_one_view_of_the_images(dls, modules, tmp_path):
+    "Transforms with other arguments are another file; the same ones find theirs, whatever they have drawn meanwhile"
+    def made(view): return learner(dls, MEAL(modules, cache_targets=True, cache_dir=tmp_path, view=view))
+    def where(view): return made(view).meal.open_cache().folder
+    used = aug_transforms(max_rotate=10)
+    a = where(used)
+    quiet(made(used))
+    assert a==where(used)==where(aug_transforms(max_rotate=10))
+    others = [where(o) for o in (aug_transforms(max_rotate=30), aug_transforms(max_rotate=10, max_warp=.3), Flip(p=.2), Flip(p=.8))]
+    assert len({a,*others})==5
 
 def test_cached_leaves_randomness_alone(dls, modules, tmp_path):
     learn = learner(dls, MEAL(modules, cache_targets=True, cache_dir=tmp_path))

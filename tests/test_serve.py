@@ -1,5 +1,5 @@
 "The page and its JSON: the numbers of the file, limits, and what strangers send. All of it over HTTP, in this process."
-import base64,io,re,socket,sys,tempfile,zlib
+import asyncio,base64,io,re,socket,sys,tempfile,zlib
 import pytest
 from PIL import Image
 from fastai.vision.all import set_seed
@@ -92,6 +92,16 @@ def test_refused_requests(client, learn):
     for top in ('0','4','-1','two'): assert send(client, ('a.png', good), top=top)==(400, dict(error=f'`top` is {top!r}: send a whole number from 1 to 3.'))
     assert send(client, top=2)[0]==400
     assert client.get('/predict').status_code==405 and client.get('/../birds.pt').status_code==404
+
+def test_a_visitor_who_leaves(client, caplog):
+    "A connection that ends within its pictures is no fault of the server, and leaves no traceback"
+    sent = []
+    async def receive(): return dict(type='http.disconnect')
+    async def send(o): sent.append(o)
+    scope = dict(type='http', method='POST', path='/predict', raw_path=b'/predict', query_string=b'', root_path='', scheme='http', http_version='1.1',
+        headers=[(b'content-type', b'multipart/form-data; boundary=x'),(b'host', b'127.0.0.1')], server=('127.0.0.1',80), client=('127.0.0.1',1))
+    asyncio.run(client.app(scope, receive, send))
+    assert sent[0]['status']==400 and not caplog.records
 
 def test_length_is_counted(file, monkeypatch):
     "A body that does not say its length is cut off as soon as it is too long."

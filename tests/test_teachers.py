@@ -19,7 +19,7 @@ from cekd_fastai.mix.core import MixRecord
 from cekd_fastai.online.callback import KDCL
 from cekd_fastai.meal import heads
 from cekd_fastai.meal.callback import MEAL
-from cekd_fastai.meal.heads import held_out,train_labels
+from cekd_fastai.meal.heads import held_out,outputs,plain_dl,train_labels
 from cekd_fastai.meal.project import FeatureTap,Projection
 from cekd_fastai.meal.rank import rank_teachers
 from cekd_fastai.meal.teachers import Teacher,as_teacher
@@ -202,6 +202,18 @@ def test_ranking(dls):
     refit = as_teacher(nets[0], dls=dls) # fitted on all: not what the table has
     assert refit.fitted.accuracy in table.accuracy.tolist()
     with pytest.raises(ValueError, match='There is no teacher to rank'): rank_teachers(dls, [])
+
+def test_ranking_on_other_data(dls, tmp_path):
+    "A head that was fitted on other images of the same classes is judged on these"
+    birds = make_birds(tmp_path/'birds', n_species=9, n_images=12, n_train=8, size=40, seed=9, progress=False)
+    other = fine_grained_dls(birds, size=32, bs=8, num_workers=0, classes=list(dls.vocab))
+    assert list(other.vocab)==list(dls.vocab)
+    t = as_teacher(colours(5), dls=other)
+    held = held_out(train_labels(dls)).nonzero()[:,0].tolist()
+    (z,),y = outputs([t], plain_dl(dls, held), 'cpu')
+    table = rank_teachers(dls, [t])
+    assert table.accuracy.iloc[0]==pytest.approx((z.argmax(1)==y).float().mean().item())
+    assert table.entropy.iloc[0]==pytest.approx(torch.distributions.Categorical(logits=z).entropy().mean().item(), abs=1e-5)
 
 # Logit standardisation
 

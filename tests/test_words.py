@@ -79,6 +79,8 @@ def test_options_of_the_command():
     (dict(n_branches=1), 'pass --n-branches 2'),
     (dict(root='images'), '--root .* is for a named benchmark'),
     (dict(mix='none'), 'leave out --mix none'),
+    (dict(table_args=['foldr=x']), "^cekd-train: There is no argument of a table 'foldr'; did you mean 'folder'"),
+    (dict(table_args=['suff=.jpg']), '^cekd-train: suff is for a DataFrame or a CSV file'),
     (dict(data='cut'), 'leave such files out with --verify')])
 def test_errors_of_the_command(birds, tmp_path, wrong, says):
     "No Python in what the command prints: what it names can be typed."
@@ -93,6 +95,19 @@ def test_errors_of_the_command(birds, tmp_path, wrong, says):
     with pytest.raises(SystemExit, match=says) as e: cekd_train(**kw)
     flags = {o for o in re.findall(r'(?<!\S)--[\w-]+', str(e.value))}
     assert flags<={'--'+o.replace('_', '-') for o in _defaults()} and not re.search('=(True|False)', str(e.value))
+
+def test_a_table_for_the_command(birds, tmp_path):
+    "A flat folder and a CSV file with bare names, as Kaggle has them"
+    (tmp_path/'train').mkdir()
+    files = sorted(get_image_files(birds/'images'))
+    for i,o in enumerate(files): (tmp_path/'train'/f'{i:04}{o.suffix}').write_bytes(o.read_bytes())
+    pd.DataFrame(dict(id=[f'{i:04}' for i in range(len(files))], day=1, breed=[o.parent.name for o in files])).to_csv(tmp_path/'labels.csv', index=False)
+    kw = options(tmp_path/'labels.csv', method='plain', mix='none')
+    said = ['fn_col=id','label_col=breed',f'folder={tmp_path}/train']
+    learn = build(kw|dict(table_args=[*said,f'suff={files[0].suffix}']))
+    assert len(learn.dls.table)==len(files) and list(learn.dls.vocab)==sorted({o.parent.name for o in files})
+    with pytest.raises(SystemExit, match='are missing: .*; check --table-args folder= and --table-args suff=, or leave'):
+        cekd_train(**kw|dict(table_args=said, out=tmp_path/'run'))
 
 def test_no_option_is_invented():
     "Messages of all rooms that name an argument of the command by `name=value` come out without it."

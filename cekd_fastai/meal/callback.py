@@ -20,7 +20,7 @@ from .teachers import HEADS,as_teacher,fit_teachers,peek,place_teachers
 from .several import TappedTeachers,ensemble_accuracy,find_teacher_taps,other_view
 from .adversary import Adversary,DISC_STYLES
 from .project import FEATS,FeatureTap,Projection
-from .targets import TargetCache,UnlabeledBatches,_mix_key,_teacher_key,unlabeled_dl
+from .targets import TargetCache,UnlabeledBatches,_plain,_teacher_key,unlabeled_dl
 
 # %% ../../nbs/54_meal.callback.ipynb #mc-init
 class MEAL(Distill):
@@ -248,10 +248,10 @@ def open_cache(self:MEAL)->TargetCache:
     teachers = [_teacher_key(t, p) for t,p in zip(self.teachers, self.teacher_paths)]
     key = dict(seed=self.seed, choose=self.choose, T=self.T, multi=self.multi, teachers=teachers)
     key |= dict(space=self.space, channels=self.channels, sizes=self.sizes)
-    if self.view is not None: key['view'] = [type(o).__name__ for o in L(self.view)]
+    if self.view is not None: key['view'] = _plain(L(self.view))
     if self.standardise: key['standardise'] = True
     if self.batch_stats: key['batch_stats'] = True # files of answers in evaluation mode have no such entry
-    key |= dict(vocab=data_vocab(self.learn.dls), rank=rank_distrib(), mix=_mix_key(self.mixer))
+    key |= dict(vocab=data_vocab(self.learn.dls), rank=rank_distrib(), mix=_plain(self.mixer))
     folder = self.cache_dir or Path(self.learn.path)/'meal_targets'
     n_answers = len(self.teachers) if self.choose=='each' else 1
     bs = dl.bs if extra is None else dl.bs+extra.dl.bs

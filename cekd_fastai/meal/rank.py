@@ -11,7 +11,7 @@ __all__ = ['logit_ratio', 'teacher_numbers', 'agreement', 'cost', 'rank_teachers
 from fastai.vision.all import *
 from torch.utils.flop_counter import FlopCounterMode
 from ..core import near_hint
-from .heads import held_out,outputs,plain_dl,train_labels
+from .heads import data_key,held_out,outputs,plain_dl,train_labels
 from .teachers import _unfit,as_teacher,fit_teachers,peek
 from ..interpret.calibration import ece
 
@@ -65,13 +65,14 @@ def cost(
 def _logits_of(teachers, dls, dl, device):
     "Logits of each teacher for the images to judge on, and their classes, in one pass"
     if dl is not None: return outputs(teachers, dl, device)
-    fitted = [t for t in teachers if t.fitted is not None]
-    held = fitted[0].fitted.held if fitted else held_out(train_labels(dls))
-    others = [t for t in teachers if t.fitted is None]
+    here = data_key(plain_dl(dls))
+    fitted = {i:t.fitted for i,t in enumerate(teachers) if t.fitted is not None and t.fitted_on==here} # not those of other data
+    held = first(o.held for o in fitted.values()) if fitted else held_out(train_labels(dls))
+    others = [t for i,t in enumerate(teachers) if i not in fitted]
     dl = plain_dl(dls, held.nonzero()[:,0].tolist())
     zs,y = outputs(others, dl, device)
     zs = iter(zs)
-    all_zs = [next(zs) if t.fitted is None else t.fitted.logits for t in teachers] # of the head that has not seen them
+    all_zs = [fitted[i].logits if i in fitted else next(zs) for i in range(len(teachers))] # of the head that has not seen them
     return all_zs,y
 
 def rank_teachers(

@@ -104,7 +104,8 @@ def other_view(
     "A batch of the same images as random transforms see them now"
     mean,std = (x.new_tensor(o)[:,None,None] for o in stats or ([0.],[1.]))
     im = TensorImage((x*std+mean).clamp(0, 1))
-    im = Pipeline(setup_aug_tfms(L(tfms)), split_idx=0)(im)
+    tfms = setup_aug_tfms(deepcopy(L(tfms))) # which puts all that turn and warp into the first of them, each time anew
+    im = Pipeline(tfms, split_idx=0)(im)
     return (im.as_subclass(Tensor)-mean)/std
 
 # %% ../../nbs/50_meal.several.ipynb #can-taps

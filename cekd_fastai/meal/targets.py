@@ -8,7 +8,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/meal.targets.html.md"""
 __all__ = ['unlabeled_dl', 'UnlabeledBatches', 'fingerprint', 'TargetCache']
 
 # %% ../../nbs/53_meal.targets.ipynb #imports
-import json,zlib
+import inspect,json,zlib
 from fastai.vision.all import *
 from ..core import write_whole
 from ..data.folders import FolderTree
@@ -81,11 +81,24 @@ def _teacher_key(teacher, paths):
     if teacher.size is not None: matched.append(list(teacher.size))
     return [checksum(teacher), paths, matched] # a fitted head is part of the teacher
 
-def _mix_key(mix):
-    "Name and arguments of a mix, those of its parts included, None without one"
-    if mix is None: return None
-    args = {k:v for k,v in vars(mix).items() if isinstance(v, (int,float,str))}
-    return [type(mix).__name__, args, [_mix_key(o) for o in getattr(mix, 'mixes', ())]]
+# %% ../../nbs/53_meal.targets.ipynb #on-plain
+def _names_of_args(o):
+    "Names of the arguments that an object was made with, those of its base classes included"
+    inits = [c.__init__ for c in type(o).__mro__ if '__init__' in vars(c)]
+    return {p for f in inits for p in inspect.signature(f).parameters}
+
+def _plain(o):
+    "What an object was made with, as plain data, those of its parts included; what it draws for a batch is left out"
+    if o is None or isinstance(o, (bool,int,float,str)): return o
+    if isinstance(o, (Tensor,np.ndarray)): return o.tolist()
+    if isinstance(o, nn.Module): return [type(o).__name__, checksum(o)]
+    if isinstance(o, partial): return [_plain(v) for v in (o.func,o.args,o.keywords)]
+    if isinstance(o, dict): return {str(k):_plain(v) for k,v in o.items()}
+    if is_listy(o): return [_plain(v) for v in o]
+    if hasattr(o, '__qualname__'): return o.__qualname__ # a function or a class
+    if not hasattr(o, '__dict__'): return type(o).__name__
+    names = _names_of_args(o)
+    return [type(o).__name__, {k:_plain(v) for k,v in vars(o).items() if k in names}]
 
 # %% ../../nbs/53_meal.targets.ipynb #on-file
 def _is_whole(file, shape):

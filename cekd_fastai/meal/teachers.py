@@ -16,7 +16,7 @@ from ..files import read_torch
 from ..hub import no_download,quick_hub
 from ..arch import _tv_names,make_arch
 from ..branches import load_net
-from .heads import fit_head,head_key,headless,kept_fit,outputs,plain_dl
+from .heads import data_key,fit_head,head_key,headless,kept_fit,outputs,plain_dl
 
 # %% ../../nbs/49_meal.teachers.ipynb #te-code
 def _model_name(model):
@@ -42,6 +42,7 @@ class Teacher(nn.Module):
         self.vocab = vocab if vocab is None else [str(o) for o in vocab]
         self.head = None   # A classifier of its outputs, where these are features
         self.fitted = None # How good that is, a `FittedHead`
+        self.fitted_on = None # The data that it was fitted on, from `data_key`
         self.size = None   # Height and width that it takes, None for any
         for o in ('order','scale','shift'): self.register_buffer(o, None, persistent=False)
         self.train(False)
@@ -277,11 +278,12 @@ def with_head(self:Teacher,
         raise ValueError(f"{found}: pass a classifier.")
     t = Teacher(net, self.name, data_vocab(dls), self.stats, copy=False).match(None, data_stats(dls))
     t.size = self.size
+    dl = plain_dl(dls)
     def fit():
-        (f,),y = outputs([t], plain_dl(dls), x.device)
+        (f,),y = outputs([t], dl, x.device)
         return fit_head(f, y, n_out)
-    key = head_key(t, plain_dl(dls), x.device, (n_out,data_vocab(dls)))
-    t.fitted = kept_fit(key, fit, cache_dir)
+    key = head_key(t, dl, x.device, (n_out,data_vocab(dls)))
+    t.fitted,t.fitted_on = kept_fit(key, fit, cache_dir),data_key(dl)
     t.head = deepcopy(t.fitted.head).to(x.device)
     return t
 
