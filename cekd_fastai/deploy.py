@@ -13,6 +13,7 @@ from PIL import UnidentifiedImageError
 from .core import data_stats,data_vocab,eval_mode,few,one_sentence,unwrap_model,write_whole
 from .data.image import ResizeShort,ResizeSquare,check_long,scaling_tfms,open_image,recipe_tfms
 from .data.loaders import OpenImage
+from .data.rows import source_at
 from .files import check_info
 from .branches import BranchNet,load_net,save_net
 
@@ -176,19 +177,6 @@ def _drawn(folder, n=4):
         Image.fromarray(noise).resize(size, Image.BICUBIC).save(f, quality=95)
     return files
 
-def _source(tl, item):
-    "The path, or the picture, in an item of the loaders, such as the row of a table"
-    kinds = (Path,str,bytes,Image.Image,ndarray,Tensor)
-    for f in tl.tfms.fs:
-        if isinstance(item, kinds): break
-        item = f(item)
-    return item
-
-def _source_at(tl, i):
-    "The path, or the picture, of item `i`"
-    items = getattr(tl.items, 'iloc', tl.items) # of a table its rows
-    return _source(tl, items[i])
-
 # %% ../nbs/77_deploy.ipynb #dp-spread
 def _spread(n_all, n):
     "At most `n` of `n_all` indices, evenly spaced from the first to the last"
@@ -198,7 +186,7 @@ def _spread(n_all, n):
 def _probes(dls, folder, n=8):
     "A few validation pictures from all over the set, drawn ones where there are none"
     tl = _pictures(dls)
-    sources = [_source_at(tl, i) for i in _spread(len(tl), n)]
+    sources = [source_at(tl, i) for i in _spread(len(tl), n)]
     there = [o for o in sources if not isinstance(o, (Path,str)) or Path(o).exists()]
     return [_as_item(tl, o) for o in there or _drawn(folder)]
 

@@ -13,7 +13,8 @@ from fastai.vision.all import *
 from .core import check_count
 from .cam import model_cam,semantic_map
 from .branches import load_net,save_net
-from .deploy import Deployed,_as_shown,_pictures,_source_at,_spread
+from .data.rows import source_at
+from .deploy import Deployed,_as_shown,_pictures,_spread
 
 # %% ../nbs/78_explain.ipynb #xp-where
 def _network(d, what):
@@ -95,7 +96,7 @@ def _training(dls, n):
     _pictures(dls) # refuses loaders of another kind
     tl,ys = dls.train.dataset.tls[:2]
     labels = [_label(dls.vocab, y) for y in ys]
-    for i in _some(labels, n): yield _as_shown(tl, _source_at(tl, i)),labels[i]
+    for i in _some(labels, n): yield _as_shown(tl, source_at(tl, i)),labels[i]
 
 # %% ../nbs/78_explain.ipynb #xp-add
 def _jpeg(im, side=None, quality=85):

@@ -12,7 +12,8 @@ import time,warnings
 from fastai.vision.all import *
 from .core import check_count,write_whole
 from .data.folders import images_of
-from .deploy import _as_shown,_pictures,_source_at,_spread
+from .data.rows import source_at
+from .deploy import _as_shown,_pictures,_spread
 from .onnx_file import OnnxNet,_need
 
 # %% ../nbs/80_quantize.ipynb #qz-reader
@@ -83,7 +84,7 @@ def _items(dl, n):
     "At most `n` pictures of a loader, evenly spaced, cut to their boxes if it cuts, and their classes as the loader counts them"
     tl,ys = dl.dataset.tls[:2]
     idxs = _spread(len(tl), n)
-    return [_as_shown(tl, _source_at(tl, i)) for i in idxs],[int(ys[i]) for i in idxs]
+    return [_as_shown(tl, source_at(tl, i)) for i in idxs],[int(ys[i]) for i in idxs]
 
 def _as_in_file(old, vocab, y):
     "Classes of loaders as the file counts them"

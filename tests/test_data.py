@@ -10,8 +10,8 @@ from PIL import Image
 from scipy.io import savemat
 from torch import nn
 from torchvision import datasets as tvd
-from fastai.vision.all import (ConvLayer, CrossEntropyLossFlat, FlipItem, Interpretation, Learner, Normalize, Pipeline, PILImage, RandomCrop, RandomErasing,
-    Resize, TensorImage, get_image_files, Transform, URLs, accuracy, load_learner, set_seed)
+from fastai.vision.all import (ConvLayer, CrossEntropyLossFlat, FlipItem, ImageDataLoaders, Interpretation, Learner, Normalize, Pipeline, PILImage,
+    RandomCrop, RandomErasing, RegressionBlock, Resize, TensorImage, get_image_files, Transform, URLs, accuracy, load_learner, set_seed)
 from cekd_fastai.core import *
 from cekd_fastai.data import check,image,readers
 from cekd_fastai.data.audit import *
@@ -1447,6 +1447,29 @@ def photos(tmp_path):
 def problems(df): return [(o.problem, '/'.join(o.file.parts[-3:])) for o in df.itertuples()]
 
 def test_check_data_of_good_pictures(photos): assert len(check_data(photos)) == 0
+
+@pytest.mark.parametrize('valid_col', [None, 'is_valid'])
+def test_loaders_of_fastai(tmp_path, valid_col):
+    "`ImageDataLoaders.from_df`, whose items are rows of a table, is looked through like a folder"
+    root = folders(tmp_path/'set', a=9, b=9)
+    spoil(root/'a'/'1.jpg', 'empty')
+    names = sorted(str(o.relative_to(root))[:-4] for o in root.glob('*/*.jpg'))
+    df = pd.DataFrame(dict(name=names, label=[o[0] for o in names], is_valid=[o[-1] in '78' for o in names]))
+    dls = ImageDataLoaders.from_df(df, root, suff='.jpg', valid_col=valid_col, item_tfms=Resize(32), bs=2, num_workers=0)
+    assert verify(dls).file.tolist() == [root/'a'/'1.jpg']
+    found = check_data(dls, least=1)
+    assert found.problem.tolist()[0]=='unreadable' and found.file.tolist()[0]==root/'a'/'1.jpg' and found.label.tolist()[0]=='a'
+    if not valid_col: return
+    assert set(found.part)<={'train','valid'} and sum(found.part=='valid')==sum(o.stem in '78' for o in found.file)
+    (root/'a'/'1.jpg').write_bytes((root/'a'/'2.jpg').read_bytes())
+    learn = Learner(dls, nn.Linear(1, 1), loss_func=CrossEntropyLossFlat())
+    learn.get_preds = lambda dl: (torch.eye(2)[1-torch.tensor([int(o) for o in dl.dataset.tls[1]])]*.98+.01, torch.tensor([int(o) for o in dl.dataset.tls[1]]))
+    assert set(suspects(learn).file)<={root/f'{o}.jpg' for o in names} and len(suspects(learn))
+
+def test_loaders_of_other_labels(photos):
+    files = get_image_files(photos)
+    dls = ImageDataLoaders.from_lists(photos, files, [float(i) for i in range(len(files))], y_block=RegressionBlock, item_tfms=Resize(32), bs=2, num_workers=0)
+    with raises(ValueError, 'check_data is for pictures with one class each'): check_data(dls)
 
 @pytest.mark.parametrize('how', ['smaller', 'larger', 'recompressed', 'brighter', 'grey'])
 @pytest.mark.parametrize('to,where', [('train/a',''), ('valid/a',' across parts'), ('train/b',' across classes'), ('valid/b',' across classes')])

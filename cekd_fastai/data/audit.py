@@ -12,6 +12,8 @@ import hashlib,importlib,math
 from fastai.vision.all import *
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from .rows import sources
+from .table import ImageTable
 from .image import _fault,_in_threads,open_image
 from .benchmarks import read_table
 
@@ -153,8 +155,20 @@ _WORST = ['unreadable', *_COPIES, 'tiny class', 'small', 'long', 'odd mode']
 
 def _rank(problem): return first(i for i,o in enumerate(_WORST) if problem.endswith(o))
 
+def _table_of(source):
+    "The table of loaders, also of fastai's own; any other source as it is"
+    if hasattr(source, 'table'): return source.table
+    if not isinstance(source, DataLoaders): return source
+    parts = source.loaders[:2]
+    tls = [dl.dataset.tls for dl in parts]
+    ys = [y for o in tls for y in o[1]]
+    if not hasattr(source, 'vocab') or getattr(ys[0], 'ndim', 0): raise ValueError('check_data is for pictures with one class each, and these loaders have other labels')
+    labels = [str(source.vocab[int(y)]) for y in ys]
+    is_valid = [bool(k) for k,o in enumerate(tls) for _ in range(len(o[0]))]
+    return ImageTable([o for dl in parts for o in sources(dl)], labels, is_valid, root=source.path, must_exist=False)
+
 def check_data(
-    source,       # As for `read_table`; or `DataLoaders` from `fine_grained_dls`
+    source,       # As for `read_table`; or `DataLoaders` of pictures with one class each
     groups=None,  # What each picture belongs to: one name for each, or a function of its path
     least=10,     # Training pictures that a class should have
     small=32,     # Shortest side that a picture should have, in pixels
@@ -165,7 +179,7 @@ def check_data(
 )->pd.DataFrame:  # Columns `problem`, `file`, `part`, `label`, `detail` and `remedy`
     "What is doubtful in a data set: broken files, copies, groups across parts, tiny classes, odd sizes and modes"
     phash = _need('imagehash', 'check_data').phash
-    t = read_table(getattr(source, 'table', source), **kwargs)
+    t = read_table(_table_of(source), **kwargs)
     looks = _in_threads(partial(_look, phash=phash), t.files)
     rows = _unreadable_rows(t, looks)
     rows += _copy_rows(t, looks, most_bits, most_grey)
@@ -188,7 +202,8 @@ def suspects(
     if ys.ndim!=1: raise ValueError('suspects needs one class for each picture, and this learner has several')
     rows = find(ys.numpy(), probs.numpy(), return_indices_ranked_by='self_confidence', n_jobs=1)
     vocab = learn.dls.vocab
-    files = [dl.items[i] for i in rows]
+    seen = sources(dl)
+    files = [seen[i] for i in rows]
     p,y = probs[rows],ys[rows]
     top = p.max(1)
     labels = [vocab[o] for o in y]

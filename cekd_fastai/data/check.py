@@ -16,6 +16,7 @@ from .safe import check_inside,read_mats
 from .table import ImageTable
 from .image import ResizeShort,_in_threads,open_image,unreadable
 from .folders import images_of
+from .rows import sources
 from .readers import _CARS_CORNERS,_cars_corners,_folder,_id_lines
 from .benchmarks import BENCHMARKS,_is_sheet,read_table
 
@@ -23,14 +24,14 @@ from .benchmarks import BENCHMARKS,_is_sheet,read_table
 def _dls_files(dls):
     "The pictures of `dls`, of all parts"
     if hasattr(dls, 'table'): return dls.table.files
-    return [o for dl in dls.loaders for o in dl.items]
+    return _as_paths([o for dl in dls.loaders for o in sources(dl)])
 
 def _as_paths(files):
     "Each of `files` as a path; `TypeError` if they are none"
     try: return [Path(o) for o in files]
     except TypeError as e:
         takes = 'pictures, a folder, the name of a benchmark, DataLoaders or an ImageTable'
-        raise TypeError(f'verify takes {takes}, and not {files!r}') from e
+        raise TypeError(f'verify takes {takes}, and not {files!r:.60}') from e
 
 def _files_of(source):
     "The pictures that `source` stands for"

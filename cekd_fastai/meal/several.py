@@ -104,7 +104,7 @@ def other_view(
     "A batch of the same images as random transforms see them now"
     mean,std = (x.new_tensor(o)[:,None,None] for o in stats or ([0.],[1.]))
     im = TensorImage((x*std+mean).clamp(0, 1))
-    tfms = setup_aug_tfms(deepcopy(L(tfms))) # which puts all that turn and warp into the first of them, each time anew
+    tfms = setup_aug_tfms(deepcopy(L(tfms))) # composing changes the first of them
     im = Pipeline(tfms, split_idx=0)(im)
     return (im.as_subclass(Tensor)-mean)/std
 
