@@ -9,8 +9,7 @@ __all__ = ['MidHead', 'MidNet', 'mid_net']
 
 # %% ../nbs/40_midlevel.ipynb #imports
 from fastai.vision.all import *
-from .core import eval_mode
-from .tuning import trial_batch
+from .tuning import no_map,shared_channels
 from .branches import BranchNet,branch_net,register_builder
 
 # %% ../nbs/40_midlevel.ipynb #head-code
@@ -68,11 +67,6 @@ def subnet(self:MidNet,
     return res
 
 # %% ../nbs/40_midlevel.ipynb #build-code
-@torch.no_grad()
-def _n_channels(trunk):
-    "Channels of the shared map"
-    with eval_mode(trunk): return trunk(trial_batch(trunk, 1)).shape[1]
-
 @delegates(branch_net, keep=True)
 @register_builder
 def mid_net(
@@ -88,5 +82,7 @@ def mid_net(
         raise ValueError("A mid-level classifier looks at the map before the last stage, but split='head' leaves none: "
             "leave `split` out, or name an earlier part.")
     net = branch_net(arch, n_out, n_branches, split, freeze_bn, **kwargs)
-    mid = MidHead(_n_channels(net.trunk), n_out)
+    c = shared_channels(net.trunk)
+    if c is None: raise no_map('A mid-level classifier')
+    mid = MidHead(c, n_out)
     return MidNet(net.trunk, net.branches, net.heads, mid, freeze_bn)

@@ -15,9 +15,12 @@ from timm.models.deit import VisionTransformerDistilled
 from cekd_fastai.branches import branch_net,branch_splitter,load_net,save_net
 from cekd_fastai.cam import from_map,map_kind,model_cam,to_map
 from cekd_fastai.cekd import CEKD
+from cekd_fastai.css.branches import css_branch_net
 from cekd_fastai.graph import divide,trace
 from cekd_fastai.learner import GradCheckpoint,branch_learner
+from cekd_fastai.midlevel import mid_net
 from cekd_fastai.mix.snapmix import SnapMix
+from cekd_fastai.online.net import gate_net
 
 small = dict(img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2, num_classes=5)
 KINDS = dict( # a function that builds each, and the places of its last map
@@ -144,3 +147,16 @@ def test_only_what_is_needed():
     "The head keeps its own modules and no others"
     head = trace(make('class_token'), 'forward_head')
     assert {k.split('.')[0] for k,_ in head.named_parameters()}=={'head'}
+
+def test_several_things_passed_on():
+    "A trunk that passes tokens with their sizes: what reads last maps works, what reads the shared map says that it cannot"
+    x = torch.randn(2, 3, 64, 64)
+    for gate in ('mean','leader'):
+        net = gate_net(make('passes_sizes'), 5, 3, gate=gate)
+        assert net.eval()(x).shape==(2,5)
+    for gate in ('one','fau'):
+        with pytest.raises(ValueError, match=f"The gate '{gate}' reads one map of the trunk, .* passes several things"): gate_net(make('passes_sizes'), 5, 3, gate=gate)
+    with pytest.raises(ValueError, match='A mid-level classifier reads one map'): mid_net(make('passes_sizes'), 5)
+    for transform in ('corner','permute'):
+        with pytest.raises(ValueError, match=f"The transform '{transform}' reads one map"): css_branch_net(make('passes_sizes'), 5, transform=transform)
+    assert css_branch_net(make('passes_sizes'), 5, transform=None).eval()(x).shape==(2,5)

@@ -9,9 +9,8 @@ __all__ = ['TRANSFORMS', 'CSSBranchNet', 'css_branch_net']
 
 # %% ../../nbs/61_css.branches.ipynb #imports
 from fastai.vision.all import *
-from ..core import eval_mode
 from ..cam import cam
-from ..tuning import trial_batch
+from ..tuning import no_map,shared_channels
 from ..branches import BranchNet,branch_net,register_builder
 from .labels import class_slices,joint_label,remove_corner
 
@@ -71,10 +70,9 @@ def _check_transform(transform):
 @torch.no_grad()
 def _orders(trunk, n, seed):
     "An order of the shared map's channels for each of `n` branches, shape (n, C)"
-    x = trial_batch(trunk, 1)
-    with eval_mode(trunk): c = trunk(x).shape[1]
+    c = shared_channels(trunk)
     g = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(c, generator=g) for _ in range(n)]).to(x.device)
+    return torch.stack([torch.randperm(c, generator=g) for _ in range(n)]).to(first(trunk.parameters()).device)
 
 # %% ../../nbs/61_css.branches.ipynb #cs-build
 @delegates(branch_net, keep=True)
@@ -91,6 +89,7 @@ def css_branch_net(
 )->CSSBranchNet:
     "One network of CSS around any convolutional backbone"
     net = branch_net(arch, n_out*n_branches, n_branches, split, freeze_bn, **kwargs)
+    if transform is not None and shared_channels(net.trunk) is None: raise no_map(f'The transform {transform!r}')
     return CSSBranchNet(net.trunk, net.branches, net.heads, transform, seed, freeze_bn)
 
 # %% ../../nbs/61_css.branches.ipynb #cs-cam

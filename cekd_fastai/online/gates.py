@@ -10,6 +10,7 @@ __all__ = ['GATES', 'MeanGate', 'Maps', 'SafeBN', 'ONEGate', 'FFMGate', 'FAUGate
 # %% ../../nbs/55_online.gates.ipynb #imports
 from fastai.vision.all import *
 from ..cam import cam
+from ..tuning import no_map
 
 # %% ../../nbs/55_online.gates.ipynb #gate-mean
 class MeanGate(nn.Module):
@@ -62,6 +63,7 @@ class ONEGate(MeanGate):
     name = 'one'
     def __init__(self, n, c, c_shared, n_out):
         super().__init__()
+        if c_shared is None: raise no_map("The gate 'one'")
         self.score = _branch_scores(c_shared, n)
 
     def weights(self, feats): return _softmax_weights(self.score(_gap(_shared(feats, self.name))))
@@ -92,6 +94,7 @@ class FAUGate(MeanGate):
     name = 'fau'
     def __init__(self, n, c, c_shared, n_out):
         super().__init__()
+        if c_shared is None: raise no_map("The gate 'fau'")
         squeezed = max(c_shared//4, 4)
         self.convs = nn.ModuleList(_conv_bn(c_shared, k) for k in (3,5,7))
         self.squeeze = nn.Linear(c_shared, squeezed)

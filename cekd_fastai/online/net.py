@@ -11,7 +11,7 @@ __all__ = ['GateNet', 'gate_apart', 'gate_net']
 from fastai.vision.all import *
 from ..core import eval_mode,lookup
 from ..cam import cam
-from ..tuning import trial_batch
+from ..tuning import shared_channels,trial_batch
 from ..branches import BranchNet,branch_net,register_builder
 from .gates import FusionGate,GATES,LeaderGate,Maps
 from .cd import classifier_weight
@@ -106,12 +106,8 @@ def _weighed_cams(heads, feats, weights, y):
 @torch.no_grad()
 def _channels(net):
     "Channels of the last maps and of the shared map, and number of classes"
-    x = trial_batch(net.trunk)
-    with eval_mode(net):
-        shared = net.trunk(x)
-        logits,feats = net.branch_forward(x)
-    c,c_shared = feats[0].shape[1],shared.shape[1]
-    return dict(c=c, c_shared=c_shared, n_out=logits.shape[-1])
+    with eval_mode(net): logits,feats = net.branch_forward(trial_batch(net.trunk))
+    return dict(c=feats[0].shape[1], c_shared=shared_channels(net.trunk), n_out=logits.shape[-1])
 
 @delegates(branch_net, keep=True)
 @register_builder
