@@ -36,6 +36,10 @@ predictions.
 data: Class folders, a CSV file, a DataFrame or a benchmark in its official layout become an ImageTable of files,
 labels and parts, which fine_grained_dls turns into DataLoaders. Each step checks the data and names what is wrong.
 
+way_out: A learner is written by deploy into one file that holds weights, class names and how a picture becomes numbers,
+and no code. From the file come answers in Python, a table for a whole folder, a web page, and an ONNX file for programs
+without torch. An exported learner, which runs code when it is opened, stays with its owner.
+
 house: The five rooms of the library in the order in which data meets them, data, mix, network, distillation and use,
 with what each room does and what it never does.
 """
@@ -518,6 +522,21 @@ def data():
     check(600, 176, 'duplicates, leaks and|suspicious pictures,|when you ask')
     return s
 
+def way_out():
+    "From a learner to those who use what it has learned"
+    s = Sheet('way_out', 330, 'Out of the notebook')
+    learn = s.box(24, 92, 176, 104, 'Learner|trained, stopped,|resumed, tuned', trunk)
+    file = s.box(300, 84, 170, 120, '`birds.pt`|weights, class names,|how a picture|becomes numbers;|no code', kept)
+    own = s.box(24, 244, 176, 62, '`model.pkl`|runs code when opened:|keep it yourself', plain, dash=True)
+    s.arrow(learn.right(), file.left(), ink=kept)
+    s.text(250, 130, "`deploy`", 12)
+    s.arrow(learn.bottom(), own.top())
+    s.text(122, 220, "`learn.export`", 12, "start")
+    for y,o in ((44,'Python|`Deployed(file).predict`'),(112,'A folder of photographs|a table, by `cekd-predict`'),(180,'A web page|names and maps, by `cekd-serve`'),
+        (248,'Programs without torch|an ONNX file, by `export_onnx`')):
+        s.arrow(file.right(), (500,144), (500,y+26), s.box(536, y, 240, 52, o, kept).left(), ink=kept)
+    return s
+
 def room(s, x, ink, name, modules, does, never):
     "One room, with an arrow to the next"
     s.box(x, 108, 140, 242, '', ink)
@@ -546,7 +565,7 @@ def house():
     s.box(24, 364, 752, 30, '`core`: what every room needs', trunk, 0)
     return s
 
-pictures = cekd,mixing,branches,meal,online,css,data,house
+pictures = cekd,mixing,branches,meal,online,css,data,way_out,house
 
 def main(
     check=False # only compare
