@@ -48,6 +48,7 @@ def good():
         code('x = make_birds()\nprint(x)', text('3\n'), id='birds'), code('plot_it()', picture(), id='plot'), md('A picture of it.'),
         md('## Exercises\n\nTry them.'), *exercises,
         md('## Questionnaire\n\n' + '\n'.join(f'{i}. Why?' for i in range(1, 9))),
+        md('<details>\n<summary>Answers</summary>\n\n' + '\n'.join(f'{i}. So.' for i in range(1, 9)) + '\n\n</details>'),
         md('## Read on\n\n`make_birds`: [29 mix.callback](../29_mix.callback.ipynb), [paper](https://arxiv.org/abs/1)')]
 
 def judged(cells, tmp_path):
@@ -84,6 +85,8 @@ wrong = [('start', swap('# Lesson 2', '# Lesson 2', '# Lesson 3'), 'the first li
     ('sections', swap('## Questionnaire', '## Questionnaire', '## Questions'), 'the sections must be'),
     ('sections', swap('Hello', '\n- b\n- c', ''), '3 to 5 bullets, not 1'),
     ('sections', swap('## Questionnaire', '8. Why?', ''), '8 to 12 numbered questions, not 7'),
+    ('sections', swap('<details>', '8. So.', ''), 'a folded answer to each of its 8 questions, not 7'),
+    ('sections', remove('<details>'), 'a folded answer to each of its 8 questions, not 0'),
     ('sections', swap('## Read on', '../29_mix.callback.ipynb', 'https://a.b'), 'must link to the reference'),
     ('sections', swap('## Read on', 'arxiv.org', 'a.org'), 'a paper on arXiv'),
     ('sections', insert('Hello', md('## One\n\n## Two')), 'near the top'),

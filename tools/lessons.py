@@ -81,10 +81,13 @@ def section_faults(l):
     wanted = ['What you will be able to do', 'Exercises', 'Questionnaire', 'Read on']
     if [o for o in heads if o in wanted]!=wanted: return [f"the sections must be {', '.join(wanted)}, once each and in this order"]
     res,able,quiz,more = [],*(l.section(o)[0]['source'] for o in (wanted[0], *wanted[2:]))
-    bullets,asked = len(re.findall(r'^[-*] ', able, re.M)),re.findall(r'^(\d+)\. ', '\n'.join(c['source'] for c in l.section('Questionnaire')), re.M)
+    asks,_,says = '\n'.join(c['source'] for c in l.section('Questionnaire')).partition('<details>')
+    bullets = len(re.findall(r'^[-*] ', able, re.M))
+    asked,answered = (re.findall(r'^(\d+)\. ', o, re.M) for o in (asks,says))
     if heads.index(wanted[0])>1: res.append(f'`## {wanted[0]}` must be near the top')
     if not 3<=bullets<=5: res.append(f'`## {wanted[0]}` must have 3 to 5 bullets, not {bullets}')
     if not 8<=len(asked)<=12: res.append(f'`## Questionnaire` must have 8 to 12 numbered questions, not {len(asked)}')
+    if answered!=asked: res.append(f'`## Questionnaire` must end with a folded answer to each of its {len(asked)} questions, not {len(answered)}')
     if not re.search(r'\]\(\.\./\d\d_[\w.]+\.ipynb', more):
         res.append('`## Read on` must link to the reference, as in `[29 mix.callback](../29_mix.callback.ipynb)`')
     if 'arxiv.org/abs/' not in more: res.append('`## Read on` must link to a paper on arXiv')
