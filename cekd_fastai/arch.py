@@ -345,7 +345,7 @@ def _by_name(name, pretrained, **kwargs):
 
 def _make(arch, pretrained, **kwargs):
     "The classifier that `arch` names or builds, and its name"
-    if isinstance(arch, nn.Module): return arch,type(arch).__name__
+    if isinstance(arch, nn.Module): return deepcopy(arch),type(arch).__name__ # yours stays as it is
     if callable(arch): return _call(arch, pretrained, **kwargs),_inside(arch)[1]
     res = _by_name(arch, pretrained, **kwargs)
     if res is not None: return res,arch

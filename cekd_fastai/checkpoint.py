@@ -289,7 +289,7 @@ def heard(self:Checkpoint)->tuple:
     if not together(): return self.signal,self.is_late()
     if not (self.signals or self.minutes): return None,False
     place = meeting_place()
-    sent = Later(over_all(torch.tensor(2*int(self.signal or 0)+self.is_late(), device=place)))
+    sent = Later(over_all(torch.full((), 2*int(self.signal or 0)+self.is_late(), device=place)))
     last,self.vote = self.vote or sent,sent
     n,late = divmod((sent if place.type=='cpu' else last).get(), 2)
     if n: self.signal = n
@@ -366,12 +366,14 @@ def deafen(self:Checkpoint):
     for n,f in (self.handlers or {}).items():
         if signal.getsignal(n)==self.take: signal.signal(n, f if f is not None else signal.SIG_DFL)
     self.handlers = None
+Checkpoint.let_go = Checkpoint.deafen
 
 # %% ../nbs/69_checkpoint.ipynb #sig-take
 @patch
 def take(self:Checkpoint, n, frame):
     "Note a signal that comes in a fit; the second, and any other, does what it did before"
-    first_one = self.signal is None and _in_fit(frame)
+    fits = getattr(self, 'learn', None) is not None # a callback of an earlier `fit`, which failed, has none
+    first_one = fits and self.signal is None and _in_fit(frame)
     if first_one:
         self.signal = n
         if os.getpid()==self.pid: os.write(2, b'\nA checkpoint is written after this batch; the same again leaves at once.\n')

@@ -10,7 +10,7 @@ __all__ = ['heavy_parts', 'Compile']
 # %% ../nbs/67_compiled.ipynb #imports
 import inspect
 from fastai.vision.all import *
-from .core import unwrap_model
+from .core import is_fit,unwrap_model
 from .branches import BranchNet
 
 # %% ../nbs/67_compiled.ipynb #apart
@@ -43,9 +43,11 @@ class Compile(Callback):
 
     def before_fit(self):
         self.after_fit()
+        if not is_fit(self.learn): return # a prediction uses the plain network
         self.parts = heavy_parts(unwrap_model(self.learn.model))
         for m in self.parts: m.compile(**_apart() | self.kwargs)
 
     def after_fit(self):
         for m in self.parts: m._compiled_call_impl = None # torch's own place for it
         self.parts = ()
+    let_go = after_fit

@@ -60,9 +60,40 @@ class HalfPrecision(MixedPrecision):
     def before_fit(self):
         device,dtype = next(self.learn.model.parameters()).device.type,_half_dtype(self)
         if device=='cuda': return super().before_fit()
+        self.let_go()
         self.kwargs['enabled'] = dtype==torch.float16 # bfloat16 has the range of full precision
         self.autocast,self.scales = torch.autocast(device, dtype=dtype),L()
         self.learn.scaler = torch.amp.GradScaler(device, **self.kwargs)
+
+# %% ../nbs/00_core.ipynb #autocast
+MixedPrecision.inside = False # Is the autocast of a batch entered?
+_begin,_end = MixedPrecision.before_fit,MixedPrecision.after_fit
+
+@patch
+def let_go(self:MixedPrecision):
+    "Leave the autocast, if it is entered"
+    if self.inside: self.autocast.__exit__(None, None, None)
+    self.inside = False
+
+@patch
+def before_batch(self:MixedPrecision):
+    self.let_go()
+    self.autocast.__enter__()
+    self.inside = True
+
+# %% ../nbs/00_core.ipynb #autocast2
+@patch
+def after_loss(self:MixedPrecision): self.let_go()
+
+@patch
+def before_fit(self:MixedPrecision):
+    self.let_go()
+    _begin(self)
+
+@patch
+def after_fit(self:MixedPrecision):
+    self.let_go()
+    _end(self)
 
 # %% ../nbs/00_core.ipynb #owner
 def is_fit(
@@ -209,7 +240,8 @@ def data_stats(
     dls, # `DataLoaders`
 ):
     "Mean and standard deviation that `dls` normalises images with: (0,1) without `Normalize`, None if these are no images"
-    fs = getattr(getattr(dls.train, 'after_batch', None), 'fs', [])
+    dl = getattr(dls.train, '__dict__', {}).get('dl', dls.train) # behind that of one of several processes
+    fs = getattr(getattr(dl, 'after_batch', None), 'fs', [])
     norm = first(o for o in fs if isinstance(o, Normalize))
     if norm is not None: return [o.flatten().tolist() for o in (norm.mean,norm.std)]
     return ([0.]*3,[1.]*3) if any(isinstance(o, IntToFloatTensor) for o in fs) else None

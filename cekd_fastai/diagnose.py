@@ -159,6 +159,7 @@ def before_fit(self:Diagnose):
 @patch
 def keep_trunk_map(self:Diagnose, m, inp, out):
     "Keep the trunk's output so that it can be differentiated, even if the trunk is frozen"
+    if self.learn is None: return self.unhook() # of a fit that failed
     if not torch.is_grad_enabled() or not self.training: return
     self.trunk_map = out if out.requires_grad else out.detach().requires_grad_()
     return self.trunk_map
@@ -171,6 +172,7 @@ def unhook(self:Diagnose):
 
 @patch
 def after_fit(self:Diagnose): self.unhook()
+Diagnose.let_go = Diagnose.after_fit
 
 # %% ../nbs/44_diagnose.ipynb #diag-step
 @patch
@@ -218,7 +220,7 @@ def before_train(self:Diagnose):
     self.started,self.values = True,[]
     if 'noise' in self.what and self.batches_of is not self.learn.dls:
         self.batches_of = self.learn.dls
-        with no_random(): self.batches = list(evidence_batches(self.learn.dls, self.kind, n=self.n))
+        with no_random(): self.batches = [(x.cpu(),y,ev) for x,y,ev in evidence_batches(self.learn.dls, self.kind, n=self.n)]
 
 @patch
 def after_validate(self:Diagnose):

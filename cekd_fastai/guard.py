@@ -153,8 +153,8 @@ def stop(self:Guard, what, names):
 
 # %% ../nbs/70_guard.ipynb #cb-run
 def _statistics(net):
-    "Buffers that a forward pass may change"
-    return [o for o in net.buffers() if o.is_floating_point()]
+    "Buffers that a forward pass may change; those of an average of the weights it does not"
+    return [o for k,o in net.named_buffers() if o.is_floating_point() and not k.startswith('ema.')]
 
 @patch
 def before_fit(self:Guard):
@@ -214,8 +214,9 @@ def before_step(self:Guard):
     "Leave out a step whose loss or gradients are not finite"
     if not self.fitting: return
     grads = [p.grad for p in self.learn.model.parameters() if p.grad is not None]
-    mine = all_finite(grads) | torch.as_tensor(_overflows(getattr(self.learn, 'scaler', None)), device=self.learn.loss_grad.device)
-    ok = self.pixels & mine & all_finite([self.learn.loss_grad])
+    ok = self.pixels & all_finite([self.learn.loss_grad])
+    over = _overflows(getattr(self.learn, 'scaler', None))
+    if over is not True: ok = ok & (all_finite(grads) if over is False else all_finite(grads)|over)
     if self.is_lazy: return self.disarm(ok, grads)
     if on_all(ok): return
     now = _statistics(unwrap_model(self.learn.model))

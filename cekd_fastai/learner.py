@@ -49,6 +49,13 @@ class BranchLearner(Learner):
     @delegates(Learner.fit_one_cycle)
     def fit_one_cycle(self, n_epoch, *args, **kwargs):
         with _as_many_rates(self): return super().fit_one_cycle(n_epoch, *args, **kwargs)
+    def _with_events(self, f, event_type, ex, final=noop):
+        "As fastai's; where a batch or a fit fails, callbacks let go of what they hold"
+        try: super()._with_events(f, event_type, ex, final)
+        except BaseException:
+            for cb in self.cbs:
+                if event_type=='fit' or isinstance(cb, MixedPrecision): getattr(type(cb), 'let_go', noop)(cb)
+            raise
     def freeze(self):
         "All but the heads, with the gate where it is a group of its own"
         self.freeze_to(-2 if self.splitter is gate_apart else -1)
@@ -364,3 +371,4 @@ class GradCheckpoint(Callback):
 
     def after_fit(self):
         for m in self.nets: m.grad_checkpoint = False
+    let_go = after_fit

@@ -61,17 +61,15 @@ def _seconds(nets, x, rounds=7):
     return [np.median(o[1:]) for o in took] # the first one warms up
 
 # %% ../nbs/80_quantize.ipynb #qz-table
-def _top_class(d, x):
-    "The most probable class of each picture in `x`"
-    logits = [d.logits(o) for o in x.split(32)]
-    return torch.cat(logits).argmax(1)
-
 def _share_equal(a, b): return (a==b).float().mean().item()
 
 def _compared(old, new, pictures, y):
     "A row for each of two files"
-    nets,x = (old,new),old.input.batch_of(pictures)
-    top,secs = [_top_class(d, x) for d in nets],_seconds(nets, x)
+    nets,tops = (old,new),[]
+    for part in chunked(pictures, 32):
+        x = old.input.batch_of(part)
+        tops.append([d.logits(x).argmax(1) for d in nets])
+    top,secs = [torch.cat(o) for o in zip(*tops)],_seconds(nets, x)
     df = pd.DataFrame(dict(MB=[d.file.stat().st_size/1e6 for d in nets]), index=['float','int8'])
     if y is not None: df['accuracy'] = [_share_equal(o, y) for o in top]
     df['same_class'] = [_share_equal(o, top[0]) for o in top]

@@ -72,6 +72,7 @@ class RankDL(DistributedDL):
             f"batches of {self.bs}: lower the batch size, or start fewer processes.")
 
     def __len__(self): return self.whole + bool(self.tail)
+    def new(self, *args, **kwargs): return self.dl.new(*args, **kwargs) # a loader of this process alone
     def _broadcast(self, t, rank):
         "The list `t` of one process in all; fastai's works with CUDA only"
         t = torch.tensor(t, device=meeting_place())

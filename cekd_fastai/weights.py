@@ -138,11 +138,12 @@ def load_weights(
 )->nn.Module:
     "Load a local checkpoint by name, or by position where names differ and all shapes agree"
     saved = file if isinstance(file, Saved) else Saved(file)
-    own = model.state_dict()
+    parts = getattr(model, 'optional_parts', ())
+    own = _without_parts(model.state_dict(), saved.tensors, parts) # an average that the file lacks starts anew
     prefixes = tuple(f'{k}.' for k in classifier_names(model))
     last = [k for k in own if k.startswith(prefixes)]
     sd = _named(saved.tensors, model, own, last)
-    sd = _without_parts(sd, own, getattr(model, 'optional_parts', ()))
+    sd = _without_parts(sd, own, parts)
     if but_classifier:
         layers = {_layer_of(k) for k in last}
         sd = {k:v for k,v in sd.items() if _fits(k, v, own) or _layer_of(k) not in layers}

@@ -14,6 +14,20 @@ class Interrupt(Callback):
     order,run_valid = 1500,False
     def after_batch(self): raise KeyboardInterrupt
 
+def test_predictions_compile_nothing(tmp_path, monkeypatch):
+    "A fit compiles each part once; a validation or a prediction uses the plain network"
+    birds = make_birds(tmp_path/'birds', n_species=3, n_images=8, n_train=5, size=40, n_workers=0, progress=False)
+    dls = fine_grained_dls(birds, size=32, bs=5, num_workers=0, device='cpu')
+    learn = branch_learner(dls, 'cifar_resnet8', cbs=Compile('eager'), pretrained=False, metrics=accuracy)
+    seen = []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **kw: seen.append(self))
+    with learn.no_bar():
+        learn.validate()
+        learn.predict(dls.valid.items[0])
+        assert not seen
+        quiet(learn, 2)
+    assert len(seen)==3 # the trunk and two branches
+
 @pytest.mark.parametrize('cb', [None,Interrupt])
 def test_deployed_after_compile(cb, tmp_path):
     "Files written after a compiled fit, also one that was interrupted, answer as the network does uncompiled, and compile nothing."

@@ -10,8 +10,8 @@ from PIL import Image
 from scipy.io import savemat
 from torch import nn
 from torchvision import datasets as tvd
-from fastai.vision.all import (ConvLayer, CrossEntropyLossFlat, FlipItem, ImageDataLoaders, Interpretation, Learner, Normalize, Pipeline, PILImage,
-    RandomCrop, RandomErasing, RegressionBlock, Resize, TensorImage, get_image_files, Transform, URLs, accuracy, load_learner, set_seed)
+from fastai.vision.all import (ConvLayer, CrossEntropyLossFlat, FlipItem, ImageDataLoaders, Interpretation, Learner, Normalize, PartialDL, Pipeline, PILImage,
+    RandomCrop, RandomErasing, RegressionBlock, Resize, TensorImage, Transform, URLs, WeightedDL, accuracy, get_image_files, load_learner, set_seed)
 from cekd_fastai.core import *
 from cekd_fastai.data import check,image,readers
 from cekd_fastai.data.audit import *
@@ -1687,3 +1687,21 @@ def test_real_flowers_presized(real_data, tmp_path):
     t = read_table(presize(root, 64, dest=tmp_path/'small'))
     assert (len(t.classes), t.n_train, t.n_valid) == (12, 720, 240) and {min(Image.open(o).size) for o in t.files[::50]} == {64}
     assert read_table(root, valid_pct=.1, per_class=5).counts().values.tolist() == [[5,6,20]]*12
+
+# Other statistics, and all else as it is
+
+@pytest.mark.parametrize('how', ['weights','share','number','balanced'])
+def test_other_statistics_keep_the_loader(tmp_path, how):
+    "A learner's own statistics leave weights, shares and numbers of a loader where they are"
+    root = folders(tmp_path/'set', train__a=6, train__b=6, valid__a=2, valid__b=2)
+    kw = dict(weights=dict(dl_type=WeightedDL, dl_kwargs=[dict(wgts=[1.]*6+[0.]*6),{}]), share=dict(dl_type=PartialDL, dl_kwargs=[dict(partial_n=4),{}]),
+        number=dict(dl_kwargs=[dict(n=5),{}]), balanced=dict(balanced=True))[how]
+    dls = fine_grained_dls(root, size=32, bs=2, num_workers=0, drop_last=False, **kw)
+    new = with_stats(dls, ([.5]*3,[.5]*3))
+    a,b = dls.train,new.train
+    assert type(a) is type(b) and len(a)==len(b) and a.n==b.n and data_stats(new)==[[.5]*3]*2 and data_stats(dls)!=data_stats(new)
+    if how=='weights': assert set(b.get_idxs())<=set(range(6))
+    for dl in (a, b): assert sum(len(y) for x,y in dl)==dl.n if how!='share' else 4
+    x,y = (o.valid.one_batch()[0] for o in (dls,new))
+    m,s = (torch.tensor(o)[:,None,None] for o in data_stats(dls))
+    assert torch.allclose((x*s+m-.5)/.5, y, atol=1e-5)

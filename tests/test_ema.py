@@ -131,6 +131,14 @@ def test_average_without_owner(tmp_path):
     quiet(learn, 1, cbs=(s:=Start()))
     assert same(s.state, plain)
 
+def test_plain_weights_into_an_average(tmp_path):
+    "Weights of a run without an average fill a network that keeps one, which starts anew from them"
+    torch.save(tiny(2, seed=4).state_dict(), tmp_path/'w.pth')
+    ema = quiet(learner(tiny(2), FixedMix(), CEKD(teacher='ema'), path=tmp_path), 1)
+    load_weights(ema.model, tmp_path/'w.pth')
+    assert torch.equal(ema.model.heads[0][2].weight, tiny(2, seed=4).heads[0][2].weight) and not ema.model.ema.n
+    quiet(ema, 1)
+
 def test_average_into_a_plain_network(tmp_path):
     "A checkpoint with an average loads where none is kept, also as weights, and one of an exported run where one is"
     ema = quiet(learner(tiny(2), FixedMix(), CEKD(teacher='ema'), path=tmp_path), 2)

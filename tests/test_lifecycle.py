@@ -1,9 +1,12 @@
 "A learner of each kind before its first fit, after it, exported, and loaded again: what fastai's own learner does at each of these times."
-import warnings
+import signal,warnings
 from functools import partial
-import pytest,torch
-from fastai.vision.all import accuracy,load_learner
+import pytest,timm,torch
+from fastai.vision.all import (Callback,CancelBatchException,CancelEpochException,CancelFitException,CrossEntropyLossFlat,Learner,accuracy,
+    load_learner,trainable_params)
 from cekd_fastai.all import *
+from cekd_fastai.compiled import Compile
+from cekd_fastai.core import HalfPrecision
 from cekd_fastai.diagnose import Diagnose
 
 @pytest.fixture(scope='module')
@@ -53,3 +56,72 @@ def test_predicts_at_any_time(dls, kind, tmp_path):
         name,i,probs = again.predict(file)
         assert torch.allclose(probs, after[0], atol=1e-4) and name==dls.vocab[i]
         looked_at(again)
+
+# A fit that fails
+
+class Fails(Callback):
+    "An error in the second batch, between the forward pass and the loss, or an exception that fastai catches"
+    order,run_valid = 4.9,False
+    def __init__(self, error=KeyboardInterrupt): self.error = error
+    def after_pred(self):
+        if self.iter==1: raise self.error('on purpose')
+
+def ordinary(dls, *cbs): return Learner(dls, timm.create_model('test_resnet', num_classes=2), loss_func=CrossEntropyLossFlat(), splitter=trainable_params, cbs=cbs)
+def taps(learn): return [m for m in learn.model.modules() if m._forward_hooks or m._forward_pre_hooks]
+def signals(learn): return signal.getsignal(signal.SIGTERM)!=signal.SIG_DFL
+def half(learn): return torch.is_autocast_enabled('cpu')
+def checkpointed(learn): return learn.model.grad_checkpoint
+def compiled(learn): return [m for m in learn.model.modules() if m._compiled_call_impl is not None]
+
+@pytest.mark.parametrize('cb,held', [(HalfPrecision,half), (GradCheckpoint,checkpointed), (partial(Compile, 'eager'),compiled), (partial(Diagnose, 'trunk'),taps)])
+def test_a_failed_fit_leaves_nothing(dls, cb, held):
+    "What was passed to a fit that fails is off afterwards, and the next fit is like any other"
+    learn = branches(dls, CutMix(), CEKD())
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=[cb(),Fails()])
+        assert not held(learn)
+        learn.fit(1)
+        assert not held(learn)
+
+def test_a_failed_fit_gives_signals_and_taps_back(dls, tmp_path):
+    learn = meal_learner(dls, 'test_resnet', [teacher(dls)], pretrained=False)
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ZeroDivisionError): learn.fit(1, cbs=[Checkpoint(tmp_path),Fails(ZeroDivisionError)])
+    assert not signals(learn) and not taps(learn)
+
+def test_a_dead_checkpoint_hears_nothing(dls, tmp_path):
+    "With fastai's own learner nobody lets go; the next Ctrl-C is still one"
+    learn = ordinary(dls)
+    class Ctrl_C(Callback):
+        run_valid = False
+        def after_pred(self):
+            if self.iter==0: signal.raise_signal(signal.SIGINT)
+    was = signal.getsignal(signal.SIGINT)
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=[Checkpoint(tmp_path),Fails(ZeroDivisionError)])
+        with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Ctrl_C())
+    assert signal.getsignal(signal.SIGINT)==was
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt,CancelBatchException,CancelEpochException,CancelFitException])
+def test_half_precision_ends_with_its_batch(dls, error):
+    "With fastai's own learner: the next fit computes in full precision outside its batches, and its forward passes see the weights of today"
+    seen = []
+    class Look(Callback):
+        order = 11
+        def before_batch(self): seen.append(torch.is_autocast_enabled('cpu'))
+        def after_batch(self): seen.append(torch.is_autocast_enabled('cpu'))
+    learn = ordinary(dls, HalfPrecision())
+    with learn.no_bar(), learn.no_logging():
+        try: learn.fit(1, cbs=Fails(error))
+        except KeyboardInterrupt: pass
+        learn.fit(1, cbs=Look())
+    assert seen==[True,False]*(len(seen)//2) and not half(learn)
+
+def test_the_model_you_pass_stays_yours(dls):
+    "Two learners of one module both start from it, and train none but their own"
+    model = timm.create_model('test_resnet')
+    was = {k:v.clone() for k,v in model.state_dict().items()}
+    for _ in range(2):
+        learn = branch_learner(dls, model, 2, metrics=accuracy)
+        assert all(torch.equal(v, was[k]) for k,v in learn.model.trunk.state_dict().items() if k in was)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    assert all(torch.equal(v, was[k]) for k,v in model.state_dict().items()) and model.training

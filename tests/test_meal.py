@@ -569,6 +569,16 @@ def test_cached_views(dls, modules, tmp_path):
     less = learner(dls, MEAL(modules[:2], cache_targets=True, views=2, cache_dir=tmp_path))
     assert less.meal.open_cache().folder!=learn.meal.target_cache.folder
 
+def test_cached_with_balanced_classes(birds, modules, tmp_path):
+    "What a loader of balanced classes draws is repeated too"
+    balanced = fine_grained_dls(birds, size=32, bs=4, num_workers=0, classes=3, balanced=True)
+    learn = learner(balanced, MEAL(modules, cache_targets=True, cache_dir=tmp_path))
+    calls = counted(learn)
+    quiet(learn, 1)
+    n = len(calls)
+    quiet(learn, 2)
+    assert len(calls)==n
+
 def test_cached_for_one_view_of_the_images(dls, modules, tmp_path):
     "Transforms with other arguments are another file; the same ones find theirs, whatever they have drawn meanwhile"
     def made(view): return learner(dls, MEAL(modules, cache_targets=True, cache_dir=tmp_path, view=view))

@@ -1,9 +1,14 @@
 "One step from several batches, compiled trunks, and several processes: the same gradients, draws of their own, and an end that all agree on."
 import functools,math,multiprocessing,os,signal,time,warnings
 import pytest,torch
-from fastai.vision.all import Callback,CrossEntropyLossFlat,DataLoaders,L,SGD,accuracy,set_seed
+from fastai.vision.all import Callback,CrossEntropyLossFlat,DataLoaders,L,SGD,accuracy,imagenet_stats,set_seed
 from fastai.callback.training import GradientAccumulation
 from cekd_fastai.branches import branch_net
+from cekd_fastai.core import data_stats
+from cekd_fastai.data.loaders import fine_grained_dls
+from cekd_fastai.drawing.dataset import make_birds
+from cekd_fastai.meal.teachers import Teacher
+from cekd_fastai.ranks import RankDL
 from cekd_fastai.cekd import CEKD
 from cekd_fastai.checkpoint import Checkpoint
 from cekd_fastai.guard import Guard
@@ -28,6 +33,17 @@ def toy(bs=4, n=16, n_valid=4, **kwargs):
     dls = DataLoaders.from_dsets(items, items[:n_valid], bs=bs, val_bs=4, device='cpu', **kwargs)
     dls.c = n_out
     return dls
+
+def test_what_a_divided_loader_tells(tmp_path):
+    "Its statistics are those of the loader behind it, and a new one is of this process alone"
+    birds = make_birds(tmp_path/'birds', n_species=2, n_images=6, n_train=4, size=40, n_workers=0, progress=False)
+    dls = fine_grained_dls(birds, size=32, bs=4, num_workers=0, stats=([.5]*3,[.25]*3), device='cpu')
+    want,teacher = data_stats(dls),Teacher(torch.nn.Identity(), stats=imagenet_stats)
+    dls.loaders = [RankDL(o, rank=0, world_size=2, trains=o is dls.train) for o in list(dls.loaders)]
+    assert data_stats(dls)==want==[[.5]*3,[.25]*3]
+    assert teacher.match(None, data_stats(dls)).scale is not None
+    fresh = dls.train.new(bs=2, shuffle=False, num_workers=0)
+    assert not isinstance(fresh, RankDL) and len(fresh.one_batch()[0])==2
 
 class FrozenNorms(Callback):
     "Batch normalisation that leaves its statistics alone, in gates too"

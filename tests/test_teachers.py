@@ -182,6 +182,24 @@ def test_weights_alone(tmp_path):
         torch.save(o, tmp_path/f'{i}.pth')
         with pytest.raises(ValueError, match=r'holds weights alone \(2 tensors\).*fill it with `load_weights'): as_teacher(tmp_path/f'{i}.pth')
 
+def test_a_teacher_without_weights(dls):
+    "Its classes are brought into order and its images renormalised like those of any other"
+    class Brightest(nn.Module):
+        def forward(self, x): return x.mean((2,3))
+    x = torch.rand(2, 3, 4, 4)
+    t = Teacher(Brightest(), vocab=['c','a','b'], stats=([.5]*3,[.5]*3)).match(['a','b','c'], ([0.]*3,[1.]*3))
+    assert torch.allclose(t(x), ((x-.5)/.5).mean((2,3))[:,[1,2,0]])
+
+def test_a_second_head(dls, tmp_path):
+    "A teacher with a fitted head that meets other classes keeps its features, whatever layers they end with"
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 5))
+    first_one = as_teacher(net, dls=dls)
+    birds = make_birds(tmp_path/'birds', n_species=4, n_images=8, n_train=6, size=40, progress=False)
+    second = as_teacher(first_one, dls=fine_grained_dls(birds, size=32, bs=8, num_workers=0, in_memory=True))
+    x = dls.valid.one_batch()[0]
+    assert second.head.out_features==4 and torch.equal(second.model(x), first_one.model(x)) and torch.equal(second.model(x), net[:4](x))
+
 # Ranking
 
 def test_ranking(dls):

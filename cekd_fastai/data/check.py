@@ -23,8 +23,7 @@ from .benchmarks import BENCHMARKS,_is_sheet,read_table
 # %% ../../nbs/21_data.check.ipynb #verify
 def _dls_files(dls):
     "The pictures of `dls`, of all parts"
-    if hasattr(dls, 'table'): return dls.table.files
-    return _as_paths([o for dl in dls.loaders for o in sources(dl)])
+    return dls.table.files if hasattr(dls, 'table') else _as_paths([o for dl in dls.loaders for o in sources(dl)])
 
 def _as_paths(files):
     "Each of `files` as a path; `TypeError` if they are none"

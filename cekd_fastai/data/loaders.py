@@ -239,9 +239,12 @@ def _stats_of(stats, arch):
     except ValueError: return None # a network of your own
 
 def _with_norm(dl, norm):
-    "The loader with another `Normalize`"
-    res = dl.new()
-    res.after_batch.fs = L(norm if isinstance(o, Normalize) else o for o in res.after_batch.fs)
+    "The loader as it is, also one of another kind, but for its `Normalize`"
+    res = copy(dl) # `dl.new()` loses weights, the number of images, and all else that fastai does not know
+    res.after_batch,res.fake_l = copy(dl.after_batch),copy(dl.fake_l)
+    res.after_batch.fs = L(norm if isinstance(o, Normalize) else o for o in dl.after_batch.fs)
+    res.fake_l.dataset,res.fake_l.d,res.fake_l.default = res.fake_l,res,res
+    res.rng = random.Random(random.randint(0, 2**32-1)) # as a new loader draws it
     return res
 
 def with_stats(

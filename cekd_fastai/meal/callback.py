@@ -121,6 +121,8 @@ def add_taps(self:MEAL):
     "Put taps on student and teachers"
     self.remove_taps()
     place_teachers(self.teachers, self.learn)
+    stats = data_stats(self.learn.dls)
+    self.view_stats = stats and [torch.tensor(o, device=next(self.net.parameters()).device) for o in stats] # on the device, once
     how = dict(space=self.space, channels=self.channels)
     self.student_taps = Taps(self.net, self.paths, self.sizes, **how)
     how |= dict(choose=self.choose, T=self.T, multi=self.multi, standardise=self.standardise, batch_stats=self.batch_stats)
@@ -232,6 +234,7 @@ def after_fit(self:MEAL):
     Distill.after_fit(self)
     self.remove_taps()
     if self.target_cache is not None: self.target_cache.leave_view()
+MEAL.let_go = MEAL.after_fit
 
 @patch
 def reset_step(self:MEAL):
@@ -291,7 +294,7 @@ def query_teachers(self:MEAL,
     x:Tensor, # Images, shape (B, 3, H, W)
 )->list:      # One `Answer`, or one for each teacher with `choose='each'`
     "The answers of the teachers of this step, in the learner's precision"
-    if self.view is not None: x = other_view(x, self.view, data_stats(self.learn.dls))
+    if self.view is not None: x = other_view(x, self.view, self.view_stats)
     with torch.no_grad(), amp_context(self.learn): return self.tapped_teachers(x)
 
 @patch

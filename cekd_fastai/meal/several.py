@@ -99,10 +99,10 @@ def remove(self:TappedTeachers):
 def other_view(
     x:Tensor,    # Normalised images, shape (B, 3, H, W)
     tfms:list,   # fastai's transforms of a batch, e.g. `aug_transforms()`
-    stats:tuple, # Mean and standard deviation of the images; None: they are from 0 to 1
+    stats:tuple, # Mean and standard deviation of the images, lists or tensors; None: they are from 0 to 1
 )->Tensor:       # Shape (B, 3, H, W)
     "A batch of the same images as random transforms see them now"
-    mean,std = (x.new_tensor(o)[:,None,None] for o in stats or ([0.],[1.]))
+    mean,std = (torch.as_tensor(o, dtype=x.dtype, device=x.device)[:,None,None] for o in stats or ([0.],[1.]))
     im = TensorImage((x*std+mean).clamp(0, 1))
     tfms = setup_aug_tfms(deepcopy(L(tfms))) # composing changes the first of them
     im = Pipeline(tfms, split_idx=0)(im)

@@ -173,7 +173,9 @@ def start_view(self:TargetCache,
     self.changed = None # on the device: whether pixels of this epoch differ from those on disk
     self.student_rng = get_random_states()
     self.seed_batch(0)
-    for dl in loaders: dl.rng = random.Random(self.seed+self.view)
+    for dl in loaders:
+        dl.rng = random.Random(self.seed+self.view)
+        if getattr(dl, 'draws', None) is not None: dl.draws = random.Random(self.seed+self.view) # of balanced classes
 
 @patch
 def end_batch(self:TargetCache,

@@ -45,7 +45,11 @@ class Teacher(nn.Module):
         self.fitted_on = None # The data that it was fitted on, from `data_key`
         self.size = None   # Height and width that it takes, None for any
         for o in ('order','scale','shift'): self.register_buffer(o, None, persistent=False)
+        self.register_buffer('place', torch.empty(0), persistent=False) # says where a model without weights is
         self.train(False)
+
+    @property
+    def device(self): return next((o.device for o in self.model.parameters()), self.place.device)
 
     def train(self, mode=True): return super().train(False) # a teacher stays in evaluation mode
 
@@ -74,17 +78,14 @@ def reorder(self:Teacher,
         counts = f'has {len(self.vocab)} classes and the data has {len(vocab)}'
         raise ValueError(f"Teacher `{self.name}` {counts}, and they differ: it lacks {few(lacks)}{more}. "
             "Take a teacher of the same classes, or let a head be fitted on its features with head='fit'.")
-    device = next(self.model.parameters()).device
-    self.order = tensor([self.vocab.index(o) for o in vocab], device=device)
+    self.order = tensor([self.vocab.index(o) for o in vocab], device=self.device)
 
 @patch
 def renormalise(self:Teacher,
     stats:tuple, # Mean and standard deviation of the student's images
 ):
     "Bring images with these statistics to those of the teacher"
-    device = next(self.model.parameters()).device
-    mean,std = (torch.tensor(o, device=device)[:,None,None] for o in stats)
-    own_mean,own_std = (torch.tensor(o, device=device)[:,None,None] for o in self.stats)
+    mean,std,own_mean,own_std = (torch.tensor(o, device=self.device)[:,None,None] for o in (*stats,*self.stats))
     same = torch.allclose(mean, own_mean, atol=1e-4) and torch.allclose(std, own_std, atol=1e-4)
     if not same: self.scale,self.shift = std/own_std,(mean-own_mean)/own_std
 
@@ -271,7 +272,7 @@ def with_head(self:Teacher,
     if why := _unfit(peek(dls)[1]):
         found = f'Teacher `{self.name}` has other classes than the data, and no head can be fitted, since {why}'
         raise ValueError(f"{found}: take a teacher of the same classes.")
-    net = headless(self.model, self.prepare(x))
+    net = self.model if self.head is not None else headless(self.model, self.prepare(x))
     f = net(self.prepare(x))
     if not isinstance(f, Tensor) or f.ndim!=2:
         found = f'Teacher `{self.name}` does not give one tensor of logits or features (B, d) in evaluation mode'

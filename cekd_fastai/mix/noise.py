@@ -23,16 +23,16 @@ def _record_rows(rec, y, ev):
     return pd.DataFrame({k:v[rec.mixed].cpu().numpy() for k,v in cols.items()})
 
 @torch.no_grad()
-def _mixed_rows(name, mix, batches, rounds, seed):
-    "Rows of all images that `mix` mixed, each batch `rounds` times"
-    res = []
-    with no_random(seed):
-        for x,y,ev in batches:
-            for _ in range(rounds):
-                mixed = mix.mix(x, y)
-                if mixed is not None: res.append(_record_rows(mixed[1], y, ev))
-    if not res: raise ValueError(f"`{name}` mixed nothing in {rounds} rounds: raise `alpha`, `prob` or `rounds`.")
-    return pd.concat(res).assign(method=name)
+def _mixed_rows(mix, batch, rounds):
+    "Rows of the images of a batch that `mix` mixed, in several rounds"
+    x,y,ev = batch
+    mixed = [mix.mix(x, y) for _ in range(rounds)]
+    return [_record_rows(o[1], y, ev) for o in mixed if o is not None]
+
+def _joined(name, rows, rounds):
+    "All rows of a method"
+    if not rows: raise ValueError(f"`{name}` mixed nothing in {rounds} rounds: raise `alpha`, `prob` or `rounds`.")
+    return pd.concat(rows).assign(method=name)
 
 # %% ../../nbs/32_mix.noise.ipynb #noise-table
 def noise_table(
@@ -45,6 +45,18 @@ def noise_table(
     d = d.assign(error=error, half=half, blank=d.oracle.isna())
     cols = dict(error=('error','mean'), half=('half','mean'), blank=('blank','mean'), images=('label','size'))
     return d.groupby('method', sort=False).agg(**cols)
+
+# %% ../../nbs/32_mix.noise.ipynb #noise-draws
+class _Draws:
+    "Random numbers of its own inside the `with`, which go on where the last one ended"
+    def __init__(self, seed):
+        with no_random(seed): self.state = get_random_states()
+    def __enter__(self):
+        self.outer = get_random_states()
+        set_random_states(**self.state)
+    def __exit__(self, *args):
+        self.state = get_random_states()
+        set_random_states(**self.outer)
 
 # %% ../../nbs/32_mix.noise.ipynb #noise-code
 def _by_name(mixes):
@@ -79,11 +91,14 @@ def label_noise(
     per_image:bool=False # A row for each mixed image, with `label` and `oracle` weight of the host
 )->pd.DataFrame:
     "How wrong mixed labels are: mean absolute error between the host's weight in the label and in the evidence"
-    with no_random(seed): batches = list(evidence_batches(dls, kind, bs, n, seed))
-    res = []
-    for name,mix in _by_name(mixes).items():
-        with _lend(learn, mix): res.append(_mixed_rows(name, mix, batches, rounds, seed))
-    rows = pd.concat(res, ignore_index=True)
+    mixes,batches,reading = _by_name(mixes),evidence_batches(dls, kind, bs, n, seed),_Draws(seed)
+    draws,found = {k:_Draws(seed) for k in mixes},{k:[] for k in mixes}
+    while True: # one batch in memory at a time, which every mix sees
+        with reading: batch = next(batches, None)
+        if batch is None: break
+        for k,mix in mixes.items():
+            with _lend(learn, mix), draws[k]: found[k] += _mixed_rows(mix, batch, rounds)
+    rows = pd.concat([_joined(k, o, rounds) for k,o in found.items()], ignore_index=True)
     return rows if per_image else noise_table(rows)
 
 # %% ../../nbs/32_mix.noise.ipynb #noise-plot
