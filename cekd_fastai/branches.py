@@ -377,7 +377,7 @@ def _peer_recipe(recipe, i):
 def peer_net(
     archs,                # Names in timm or torchvision, one for each peer
     n_out:int,            # Number of classes
-    split=None,           # Where heads' last maps begin, as in `branch_net`; one for all, or a list
+    split=None,           # Name of the last part of each trunk, as in `branch_net`; one for all, or a list
     freeze_bn:bool=False, # Keep the statistics of batch normalisation in training
     pretrained:bool=True, # Download ImageNet weights; ignored with `weights`
     weights=None,         # Local checkpoint for all, or a list with one for each

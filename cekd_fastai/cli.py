@@ -20,7 +20,7 @@ from .recipes import PAPER_RUNS
 # %% ../nbs/91_cli.ipynb #names-code
 # chkstyle: off
 _METHODS = dict(plain='no distillation',
-    cekd='two branches teach each other on clean and mixed images: CEKD (arXiv 2203.06551), reconstructed',
+    cekd='one branch learns the mixed labels, another what both predict for the clean images: CEKD (arXiv 2203.06551), reconstructed',
     meal='one network learns from trained teachers: MEAL (arXiv 1812.02425)',
     css='two networks of three branches with labels of their own: CSS (arXiv 2203.11660)',
     diversity='branches learn from their gated ensemble and are kept apart: FFM + CD (arXiv 2010.00795)',
@@ -61,7 +61,7 @@ def _check_data(name, dry_run):
     near,path = _near_folders(name),Path(name)
     if len(path.parts)==1: _nearest('benchmark or folder', str(name), [*near,*_DATA])
     hint = f"did you mean --data {' or '.join(near)}?" if near else 'check --data.'
-    raise FileNotFoundError(f"There is no folder {str(name)!r}: {hint}")
+    raise FileNotFoundError(f"There is no folder or file {str(name)!r}: {hint}")
 
 def _check_out(out, folder):
     "Refuse to write among the pictures"
@@ -261,7 +261,7 @@ def _without(flag, words):
 def cekd_train(
     data:str='synthetic',       # A benchmark (--list benchmarks), a folder of images, or a CSV file with their labels
     root:str=None,              # Folder with the files of a benchmark
-    table_args:Annotated[str,dict(nargs='+')]=(), # Of a CSV file: --table-args fn_col=id label_col=breed folder=train suff=.jpg
+    table_args:Annotated[str,dict(nargs='+')]=(), # Of a CSV file: fn_col, label_col, valid_col, group_col, folder, suff, as in --table-args fn_col=id suff=.jpg
     classes:int=None,           # Only the first so many classes
     per_class:int=None,         # Only so many training images of each class
     valid_pct:float=None,       # Share of the training images to validate on, for choices that must not see the test images

@@ -139,7 +139,7 @@ def count(self:Guard,
     names = self.files(batch[0].as_subclass(Tensor), place[1])
     if self.skipped<=self.keep and not rank_distrib():
         file = self.keep_batch(what, names, batch, place)
-        warn(f"{what} of batch {place[1]} in epoch {place[0]} not finite, so it is left out; it is kept in `{file}` ({few(names)}).")
+        warn(f"{what} not finite in batch {place[1]} of epoch {place[0]}, so it is left out; it is kept in `{file}` ({few(names)}).")
     if not self.learn.training: return
     self.in_row += 1
     if self.in_row>=self.stop_after: self.stop(what, names)
@@ -147,7 +147,7 @@ def count(self:Guard,
 @patch
 def stop(self:Guard, what, names):
     "End the run in one sentence"
-    found = f'{what} not finite in {self.in_row} batches in a row, the last with {few(names)}'
+    found = f'{what} not finite in {self.in_row} batches in a row, the last with {few(names)}' if names else what
     rate = f'the learning rate is {self.rate:g}' if self.rate is not None else 'there is no optimiser'
     raise Diverged(f"The run diverged in epoch {self.learn.epoch}: {found}; {rate}: lower it, or look at these pictures.")
 
@@ -270,7 +270,7 @@ def after_batch(self:Guard):
 def after_train(self:Guard):
     "Stop if there was not one good batch"
     self.settle()
-    if self.fitting and self.in_row and not self.good: self.stop('All batches of the epoch were', [f'{self.in_row} batches'])
+    if self.fitting and self.in_row and not self.good: self.stop(f'not one of its {self.in_row} batches was finite', ())
 
 # %% ../nbs/70_guard.ipynb #cb-valid
 @patch

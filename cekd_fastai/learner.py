@@ -42,7 +42,7 @@ def _as_many_rates(learn):
         raise ValueError(f"{m[1]} values of `{m[2]}` for {n} groups of parameters{_group_names(learn)}: pass {n}, or one for all.") from e
 
 class BranchLearner(Learner):
-    "A `Learner` that names the groups of its network where a list of learning rates does not fit them, and the file that it exports"
+    "A `Learner` that names its groups where a list of rates does not fit, lets callbacks go where a fit fails, and gives the file that it exports"
     @delegates(Learner.fit)
     def fit(self, n_epoch, *args, **kwargs):
         with _as_many_rates(self): return super().fit(n_epoch, *args, **kwargs)
@@ -57,7 +57,7 @@ class BranchLearner(Learner):
                 if event_type=='fit' or isinstance(cb, MixedPrecision): getattr(type(cb), 'let_go', noop)(cb)
             raise
     def freeze(self):
-        "All but the heads, with the gate where it is a group of its own"
+        "Freeze all but the heads, with the gate where it is a group of its own"
         self.freeze_to(-2 if self.splitter is gate_apart else -1)
     @delegates(Learner.export)
     def export(self, fname='export.pkl', **kwargs):

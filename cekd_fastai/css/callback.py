@@ -71,8 +71,8 @@ class CSS(Distill):
     own_labels = True # For networks whose branches have labels of their own
     def __init__(self,
         T:float=3.,                # Temperature of the mutual distillation, above 0
-        detach_targets:bool=False, # Let no gradient flow through a target; the released code does
-        detach_ratio:bool=False,   # Let no gradient flow through the ratios of the losses; the released code does
+        detach_targets:bool=False, # True: no gradient flows through a target; False: it does, as in the released code
+        detach_ratio:bool=False,   # True: none flows through the ratios of the losses; False: it does, as in the released code
         ramp:float=0.              # Share of the run over which the distillation rises; 0: no ramp, as in the released code
     ):
         check_above('CSS', T=T)

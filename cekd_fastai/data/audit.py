@@ -169,7 +169,7 @@ def _table_of(source):
 
 def check_data(
     source,       # As for `read_table`; or `DataLoaders` of pictures with one class each
-    groups=None,  # What each picture belongs to: one name for each, or a function of its path
+    groups=None,  # What each picture belongs to: one name for each (of loaders first the training, then the validation pictures), or a function of its path
     least=10,     # Training pictures that a class should have
     small=32,     # Shortest side that a picture should have, in pixels
     long=4,       # Longest side that it should have, as a multiple of the shortest

@@ -62,7 +62,7 @@ class OpenImage(Transform):
         return open_image(o, self.draft, box)
 
 class FineGrainedBlock(DataBlock):
-    "A `DataBlock` of images that opens them no larger than its `ResizeShort` needs, and cuts out their boxes"
+    "A `DataBlock` of images that decodes large JPEGs at a reduced size, and cuts out their boxes"
     def __init__(self, *args,
         boxes=None, # `{path: box}`; pictures that it does not list are opened whole
         **kwargs

@@ -389,7 +389,7 @@ def folds(self:ImageTable,
     groups=None, # What each picture belongs to, one for each row
     seed=42      # Of the draw
 )->list:         # `k` tables
-    "Tables in which one k-th after the other is for validation, of each class alike; a test part stays"
+    "Tables in which one k-th after the other is for validation; a test part stays"
     if k<2: raise ValueError(f'k={k}: pass 2 or more')
     at = np.flatnonzero(~self.is_test)
     fold = np.full(len(self), -1)

@@ -49,7 +49,9 @@ class Teacher(nn.Module):
         self.train(False)
 
     @property
-    def device(self): return next((o.device for o in self.model.parameters()), self.place.device)
+    def device(self):
+        "Where the teacher is"
+        return next((o.device for o in self.model.parameters()), self.place.device)
 
     def train(self, mode=True): return super().train(False) # a teacher stays in evaluation mode
 

@@ -120,7 +120,7 @@ def gate_net(
     freeze_bn:bool=False, # Keep the statistics of batch normalisation in training, except in the gate
     **kwargs
 )->GateNet:
-    "A `GateNet` around any convolutional backbone"
+    "A `GateNet` around a convolutional backbone; `ValueError` where a gate cannot read what its trunk passes on"
     make_gate = lookup('gate', gate, GATES)
     net = branch_net(arch, n_out, n_branches, split, freeze_bn, **kwargs)
     gate = make_gate(n_branches, **_channels(net))
