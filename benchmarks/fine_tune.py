@@ -57,6 +57,13 @@ def user_dls(table, size=size, whole=160, stats=None):
         item_tfms=Resize(whole), batch_tfms=aug_transforms(size=size, min_scale=.75)+([Normalize.from_stats(*stats)] if stats else []))
     return block.dataloaders(table, bs=bs, num_workers=0)
 
+class KeepNorms(Callback):
+    "Norms keep their statistics, also those whose weights are trained; fastai's `BnFreeze` leaves these alone, and `vision_learner` trains all"
+    run_after = TrainEvalCallback
+    def before_train(self):
+        for m in self.learn.model.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
+
 class NoValid(Callback):
     "No validation during training"
     order = -100
@@ -78,7 +85,7 @@ def make(s, m, seed, folder, held_out):
         loss = CrossEntropyLossFlat() if not m.get('smooth') else LabelSmoothingCrossEntropyFlat(eps=m['smooth'])
         return branch_learner(dls, arch, m['branches'], pretrained=False, weights=weights, freeze_bn=True, loss_func=loss,
             metrics=accuracy, cbs=[ChannelsLast()]+[SnapMix(prob=.5)]*('mix' in m)+[CEKD()]*('cekd' in m))
-    cbs = [ChannelsLast()]+[BnFreeze()]*('norms' in own)
+    cbs = [ChannelsLast()]+[KeepNorms()]*('norms' in own)
     return vision_learner(dls, arch, metrics=accuracy, pretrained_cfg_overlay=dict(file=str(weights)), cbs=cbs)
 
 def cost(m):

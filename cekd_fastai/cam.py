@@ -69,8 +69,7 @@ def map_kind(
         n = feat.shape[1]
         return first(p for p in range(min(n-1, 10)) if _fits(n-p, h, w)) # one place is no map
     a,b,c = feat.shape[1:]
-    if a*w==b*h and b*w!=c*h: return 'NHWC'
-    return 'NCHW'
+    return 'NHWC' if a*w==b*h and b*w!=c*h else 'NCHW'
 
 # %% ../nbs/28_cam.ipynb #tok-lay
 def to_map(
@@ -129,8 +128,7 @@ class Mapped(nn.Module):
     def alone(self, feat):
         "`feat` with the token of each place also where the tokens in front would be, for class activation maps"
         kind = self.takes[0]
-        if not isinstance(kind, int): return feat
-        return feat[:,:feat.shape[1]//(kind+1)].repeat(1, kind+1, 1, 1)
+        return feat[:,:feat.shape[1]//(kind+1)].repeat(1, kind+1, 1, 1) if isinstance(kind, int) else feat
 
 # %% ../nbs/28_cam.ipynb #maps-model
 def _body_head(model):
@@ -178,6 +176,5 @@ def model_cam(
     model = unwrap_model(model)
     with class_attention(model):
         with nullcontext() if training else eval_mode(model): feats,to_maps = _maps_of(model, x)
-        if rectify:
-            for i,f in enumerate(feats): feats[i] = f.relu() # in place, since the list may carry more
+        for i,f in enumerate(feats if rectify else ()): feats[i] = f.relu() # in place, since the list may carry more
         with eval_mode(model): return to_maps(feats, y)

@@ -125,7 +125,7 @@ class Checkpoint(Callback):
         check_count(keep=keep)
         check_not_negative('Checkpoint', every=every, minutes=minutes)
         store_attr()
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
 
 # %% ../nbs/69_checkpoint.ipynb #cb-room
 @patch

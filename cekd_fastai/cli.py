@@ -49,7 +49,8 @@ def _nearest(what, name, names):
 def _near_folders(name):
     "Folders whose last part is like that of `name`, or like the first part of it that is not there"
     path = Path(name)
-    there = next(o for o in path.parents if o.is_dir())
+    there = next((o for o in path.parents if o.is_dir()), None)
+    if there is None: return [] # a drive that is not there
     wanted = path.relative_to(there).parts[0]
     names = sorted(o.name for o in there.iterdir() if o.is_dir() and o.name[0]!='.')
     return [str(there/o) for o in get_close_matches(wanted, names, cutoff=.6)]

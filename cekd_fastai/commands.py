@@ -53,6 +53,12 @@ def _sentences(name, args, after='', **renamed):
         sys.exit(130)
 
 # %% ../nbs/92_commands.ipynb #predict
+def _print_table(df):
+    "Print a table as it would stand in a file, whatever the terminal or the file behind `>` takes"
+    text = df.to_csv(index=False, lineterminator='\n')
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else 'utf-8', errors='surrogateescape', newline='')
+    sys.stdout.write(text)
+
 def _one_folder(source):
     "The folder among the arguments if it is the only one, else all files"
     from cekd_fastai.data.folders import FolderTree
@@ -84,7 +90,7 @@ def cekd_predict(
     for o in df.attrs['broken'].values(): print(f'cekd-predict: skipped {o}', file=sys.stderr)
     if not len(df): sys.exit('cekd-predict: none of the pictures can be read.')
     if csv: print(f'{len(df):,} pictures in {csv}')
-    else: print(df.drop(columns='model').to_csv(index=False), end='')
+    else: _print_table(df.drop(columns='model'))
 
 # %% ../nbs/92_commands.ipynb #serve
 @call_parse

@@ -67,7 +67,7 @@ class HalfPrecision(MixedPrecision):
 
 # %% ../nbs/00_core.ipynb #autocast
 MixedPrecision.inside = False # Is the autocast of a batch entered?
-_begin,_end = MixedPrecision.before_fit,MixedPrecision.after_fit
+if not hasattr(MixedPrecision, '_begin'): MixedPrecision._begin,MixedPrecision._end = MixedPrecision.before_fit,MixedPrecision.after_fit # once, also where this is loaded again
 
 @patch
 def let_go(self:MixedPrecision):
@@ -88,12 +88,12 @@ def after_loss(self:MixedPrecision): self.let_go()
 @patch
 def before_fit(self:MixedPrecision):
     self.let_go()
-    _begin(self)
+    self._begin()
 
 @patch
 def after_fit(self:MixedPrecision):
     self.let_go()
-    _end(self)
+    self._end()
 
 # %% ../nbs/00_core.ipynb #owner
 def is_fit(

@@ -11,6 +11,7 @@ __all__ = ['PictureInput', 'deploy', 'check_device', 'Deployed']
 from fastai.vision.all import *
 from PIL import UnidentifiedImageError
 from .core import data_stats,data_vocab,eval_mode,few,one_sentence,unwrap_model,write_whole
+from .options import at_home
 from .data.image import ResizeShort,ResizeSquare,check_long,scaling_tfms,open_image,recipe_tfms
 from .data.loaders import OpenImage
 from .data.rows import source_at
@@ -85,8 +86,8 @@ class PictureInput:
         return image2tensor(x)
 
     def batch(self, items):
-        "What `item` gives for several pictures, as a batch for the network"
-        x = torch.stack(items).to(self.device)
+        "What `item` gives for several pictures, a list or a tensor, as a batch for the network"
+        x = torch.stack(list(items)).to(self.device)
         x = TensorImage(x).float()/255
         x = compose_tfms(x, self.batch_steps, split_idx=1)
         return (x.as_subclass(Tensor)-self.mean)/self.std
@@ -222,7 +223,8 @@ def _check_pixels(pixels, given, seen, lost, tfms):
 @torch.no_grad()
 def _check_answers(deployed, net, given, seen):
     "Refuse a file whose network answers otherwise than `net`"
-    with eval_mode(net): z = [net(x).float().cpu() for x in seen]
+    device = next(net.parameters()).device # that of the loaders only after a fit
+    with eval_mode(net): z = [net(x.to(device)).float().cpu() for x in seen]
     mine = deployed(given)
     if mine.shape[1]!=len(deployed.vocab):
         n,k = mine.shape[1],len(deployed.vocab)
@@ -252,7 +254,7 @@ def deploy(
     which=None,    # Part of the network: None for the ensemble, or what `subnet` of the network takes, e.g. the index of a branch
 )->Path:
     "Write the network that predicts, with its classes and how it sees a picture, into one safe file; refuse if it answers otherwise"
-    net,file = unwrap_model(learn.model),Path(file)
+    net,file = unwrap_model(learn.model),Path(file).expanduser()
     if not isinstance(net, BranchNet):
         raise ValueError(f"`deploy` writes networks of this library, but the model is a `{type(net).__name__}`: "
             "use `learn.export`, or make the learner with `branch_learner`.")
@@ -291,6 +293,7 @@ class Deployed:
         file,        # Written by `deploy`
         device='cpu' # Where to run it
     ):
+        file = at_home(file)
         if Path(file).suffix=='.onnx': raise ValueError(f"`{file}` is an ONNX file: open it with `OnnxNet`.")
         check_device(device)
         net,info = load_net(file)

@@ -11,6 +11,7 @@ __all__ = ['all_finite', 'on_all', 'zero_unless', 'put_back_unless', 'batch_file
 import json
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from .core import check_count,few,unwrap_model
 from .steps import forget_window
@@ -119,7 +120,7 @@ def keep_batch(self:Guard, what, names, batch, place):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(dict(x=x) | {f'y{i}':o for i,o in enumerate(y)}, file, note)
-    except OSError as e: warn(f"The batch was not kept ({e.strerror or e}).")
+    except (OSError,SafetensorError) as e: return warn(f"The batch was not kept ({getattr(e, 'strerror', None) or e}).")
     return file
 
 # %% ../nbs/70_guard.ipynb #cb-rate
@@ -139,7 +140,8 @@ def count(self:Guard,
     names = self.files(batch[0].as_subclass(Tensor), place[1])
     if self.skipped<=self.keep and not rank_distrib():
         file = self.keep_batch(what, names, batch, place)
-        warn(f"{what} not finite in batch {place[1]} of epoch {place[0]}, so it is left out; it is kept in `{file}` ({few(names)}).")
+        kept = f"; it is kept in `{file}`" if file else ''
+        warn(f"{what} not finite in batch {place[1]} of epoch {place[0]}, so it is left out{kept} ({few(names)}).")
     if not self.learn.training: return
     self.in_row += 1
     if self.in_row>=self.stop_after: self.stop(what, names)

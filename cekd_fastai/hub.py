@@ -21,10 +21,10 @@ _asked = {} # by address: when the hub was asked, and whether it answered
 def hub_answers(
     timeout:float=5., # Seconds to wait for it
 )->bool:
-    "Whether the Hugging Face hub can be reached; asked once in ten minutes"
+    "Whether the Hugging Face hub can be reached; a yes holds for ten minutes, a no for fifteen seconds"
     url = constants.ENDPOINT
     when,answer = _asked.get(url, (-math.inf,False))
-    if time.monotonic()-when<600: return answer
+    if time.monotonic()-when<(600 if answer else 15): return answer
     try:
         get_session().head(url, timeout=timeout)
         answer = True

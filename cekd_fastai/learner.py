@@ -61,8 +61,12 @@ class BranchLearner(Learner):
         self.freeze_to(-2 if self.splitter is gate_apart else -1)
     @delegates(Learner.export)
     def export(self, fname='export.pkl', **kwargs):
-        "As fastai's, and gives the file that it wrote"
-        super().export(fname, **kwargs)
+        "As fastai's, and gives the file that it wrote; a learner that cannot be written stays as it is"
+        dls,opt = self.dls,self.opt
+        try: super().export(fname, **kwargs)
+        except BaseException:
+            self.dls,self.opt = dls,opt
+            raise
         return self.path/fname
 
 # %% ../nbs/64_learner.ipynb #le-input

@@ -11,6 +11,7 @@ __all__ = ['OnnxNet', 'export_onnx']
 import importlib,json,warnings
 from fastai.vision.all import *
 from .core import eval_mode,write_whole
+from .options import at_home
 from .deploy import Deployed,_drawn,_probes,deploy
 
 # %% ../nbs/79_onnx_file.ipynb #ox-need
@@ -31,6 +32,7 @@ class OnnxNet(Deployed):
         file,             # Written by `export_onnx`
         threads:int=None, # Of onnxruntime, as many as it likes if None
     ):
+        file = at_home(file)
         if not Path(file).is_file(): raise FileNotFoundError(f"There is no file `{file}`.")
         ort, = _need('onnxruntime')
         opts = ort.SessionOptions()
@@ -99,7 +101,7 @@ def _write_onnx(tmp, d, pictures):
 
 def _write_net(write, source, file, which, pictures):
     "Write the network of a learner, or of a file of `deploy`, by `write`, which gets it with pictures to compare on; whole or not at all"
-    file,learn = Path(file),source if isinstance(source, Learner) else None
+    file,learn = Path(file).expanduser(),source if isinstance(source, Learner) else None
     if learn is None and which is not None:
         raise ValueError("`which` picks from a learner's network: write that part with `deploy(learn, file, which=...)`.")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ __all__ = ['open_net', 'predict_folder']
 import csv as csv_format,hashlib,io,warnings
 from fastai.vision.all import *
 from .core import check_count,few,one_sentence,write_whole
+from .options import at_home
 from .data.folders import FolderTree
 from .deploy import Deployed
 from .onnx_file import OnnxNet
@@ -24,14 +25,26 @@ class _Pictures(torch.utils.data.Dataset):
     "Pairs of a file and its pixels, or what is wrong with it"
     def __init__(self, files, picture_input): self.files,self.input = files,picture_input
     def __len__(self): return len(self.files)
+    def __getstate__(self): # for processes that read pictures, and need no device
+        own = copy(self.input)
+        own.device,own.mean,own.std = 'cpu',own.mean.cpu(),own.std.cpu()
+        return vars(self) | dict(input=own)
+
     def __getitem__(self, i):
         try: return self.files[i],self.input.item(self.files[i])
         except Exception as e: return self.files[i],one_sentence(e)
 
+def _packed(pairs):
+    "The files of a batch that can be read, their pixels as one tensor if they are of one size, and what is wrong with the others"
+    good = [(f,x) for f,x in pairs if not isinstance(x, str)]
+    files,items = zip(*good) if good else ((),())
+    alike = len({o.shape for o in items})==1 # a process sends each tensor as a file of its own
+    return files,torch.stack(items) if alike else list(items),{str(f):x for f,x in pairs if isinstance(x, str)}
+
 def _loader(files, picture_input, bs, num_workers):
-    "Batches of these pairs, in order"
+    "Batches of files and pixels, in order"
     if num_workers is None: num_workers = 0 if len(files)<=bs else min(defaults.cpus, 16)
-    return torch.utils.data.DataLoader(_Pictures(files, picture_input), bs, num_workers=num_workers, collate_fn=list)
+    return torch.utils.data.DataLoader(_Pictures(files, picture_input), bs, num_workers=num_workers, collate_fn=_packed)
 
 # %% ../nbs/82_predict.ipynb #pf-rows
 def _columns(d, top):
@@ -99,7 +112,7 @@ def _in_order(path, files, columns, model):
 # %% ../nbs/82_predict.ipynb #pf-folder
 def _files(source):
     "Pictures of a folder in the order of their names, or those of a list"
-    is_path = isinstance(source, (str,Path))
+    is_path,source = isinstance(source, (str,Path)),at_home(source)
     if is_path and Path(source).is_dir(): files = FolderTree(source).images()
     else: files = [Path(o) for o in ([source] if is_path else source)]
     if not files: raise ValueError("There are no pictures in " + (f"`{source}`." if is_path else "what was given."))
@@ -115,11 +128,9 @@ def _answer(d, todo, row, save, bs, num_workers, tta):
     "Rows of the pictures `todo`, each batch given to `save`, and the files that cannot be read with what is wrong"
     rows,broken = {},{}
     batches = _loader(todo, d.input, bs, num_workers)
-    for pairs in progress_bar(batches, total=len(batches), leave=False, display=len(batches)>1):
-        good = [(f,x) for f,x in pairs if not isinstance(x, str)]
-        broken |= {str(f):x for f,x in pairs if isinstance(x, str)}
-        if not good: continue
-        files,items = zip(*good)
+    for files,items,bad in progress_bar(batches, total=len(batches), leave=False, display=len(batches)>1):
+        broken |= bad
+        if not files: continue
         probs = d.probs(d.input.batch(items), tta)
         new = {str(f):row(f, p) for f,p in zip(files, probs)}
         save(new.values())
@@ -141,7 +152,7 @@ def predict_folder(self:Deployed,
     top = min(top, len(self.vocab))
     files = _files(source)
     columns,model = _columns(self, top),_model_name(self, tta)
-    path = None if csv is None else Path(csv)
+    path = None if csv is None else Path(csv).expanduser()
     done = _read_rows(path, columns, model) if path else {}
     if path and not done:
         path.parent.mkdir(parents=True, exist_ok=True)

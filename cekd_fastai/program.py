@@ -11,6 +11,7 @@ __all__ = ['ProgramNet', 'export_program']
 import json,warnings
 from fastai.vision.all import *
 from .core import eval_mode
+from .options import at_home
 from .deploy import Deployed,check_device
 from .onnx_file import _gap,_sentence,_write_net
 
@@ -21,6 +22,7 @@ class ProgramNet(Deployed):
         file,        # Written by `export_program`, by somebody you trust
         device='cpu' # Where to run it
     ):
+        file = at_home(file)
         if not Path(file).is_file(): raise FileNotFoundError(f"There is no file `{file}`.")
         check_device(device)
         said = {'cekd_fastai':''}

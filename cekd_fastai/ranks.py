@@ -212,9 +212,9 @@ def to_distributed(self:Learner,
     if rank_distrib(): self.remove_cb(ProgressCallback)
     return self
 
-_setup_gpu = fastai.distributed.setup_distrib
+if not hasattr(fastai.distributed, '_setup_gpu'): fastai.distributed._setup_gpu = fastai.distributed.setup_distrib # once, also where this is loaded again
 def setup_distrib(gpu=None):
     "Let this process of a notebook take part, on its GPU or on processors"
-    if not on_processor(): return _setup_gpu(gpu)
+    if not on_processor(): return fastai.distributed._setup_gpu(gpu)
     if num_distrib()>1: torch.distributed.init_process_group('gloo')
 fastai.distributed.setup_distrib = setup_distrib

@@ -31,7 +31,8 @@ def evaluate(
     z,each,y = branch_preds(learn)
     acc = branch_accuracy(z, each, y)
     res = dict(accuracy=acc['ensemble'], branches=acc['branches'])
-    res['valid_loss'] = learn.loss_func(z, y).item()
+    device = next(unwrap_model(learn.model).parameters()).device # where weights of classes are
+    res['valid_loss'] = learn.loss_func(z.to(device), y.to(device)).item()
     if len(each)>1:
         d = Diversity(z, each, y)
         res['diversity'] = dict(distance=d.distance, disagreement=d.disagreement, gain=d.gain)

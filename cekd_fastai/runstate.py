@@ -111,7 +111,7 @@ def write_checkpoint(
         with open(p, 'wb') as f: f.writelines([head,body])
         _sync(p)
     write_whole(file, write)
-    _sync(file.parent)
+    with suppress(OSError): _sync(file.parent) # some file systems sync no folders
 
 # %% ../nbs/68_runstate.ipynb #file-read
 def _body(file):

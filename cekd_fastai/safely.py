@@ -38,7 +38,9 @@ def lock_folder(
             if e.errno not in _TAKEN: warn(f"`{path}` cannot be held for this run alone ({e.strerror}): let no other run write there.")
             else: raise FileExistsError(f"`{path}` belongs to a run that is still going: wait for it, or choose another --out.") from e
         try: yield
-        finally: file.unlink(missing_ok=True)
+        finally:
+            if os.name!='nt': file.unlink(missing_ok=True) # while it is held; Windows deletes no open file
+    if os.name=='nt': file.unlink(missing_ok=True)
 
 # %% ../nbs/88_safely.ipynb #faults
 _LOST = ('connection closed by peer','connection reset by peer','broken pipe','nccl','gloo')

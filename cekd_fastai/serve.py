@@ -188,7 +188,7 @@ def _listen(host, port):
     "A socket that is bound, or one sentence"
     try:
         sock = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name=='posix': sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1) # on Windows two servers would share a port
         sock.bind((host,port))
     except (OSError,OverflowError) as e:
         raise OSError(f'cannot listen at {host}, port {port} ({getattr(e, "strerror", None) or e}): pass another --port or --host') from e

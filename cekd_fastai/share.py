@@ -8,10 +8,12 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/share.html.md"""
 __all__ = ['to_hub', 'from_hub']
 
 # %% ../nbs/85_share.ipynb #imports
-import importlib.metadata,threading,urllib.error,urllib.request,warnings
+import importlib.metadata,threading,warnings
 from fastai.vision.all import *
 from . import __version__
 from .core import check_count,data_vocab,one_sentence,unwrap_model,write_whole
+from .options import at_home
+from .branches import BranchNet
 from .onnx_file import _need
 from .interpret.maps import _preds
 from .interpret.confusion import confused_pairs
@@ -108,10 +110,9 @@ def _card(learn, title, repo, about, license, k):
 # %% ../nbs/85_share.ipynb #hu-net
 def _knock(url, res):
     "Put into `res` why `url` does not answer, or nothing"
-    head = urllib.request.Request(url, method='HEAD')
-    try: urllib.request.urlopen(head, timeout=_SECONDS).close()
-    except urllib.error.HTTPError: pass # it answers
-    except Exception as e: res.append(str(getattr(e, 'reason', e)) or type(e).__name__)
+    from huggingface_hub.utils import get_session
+    try: get_session().head(url, timeout=_SECONDS) # as it will ask for files, with its certificates and proxies
+    except Exception as e: res.append(str(e) or type(e).__name__)
 
 _SECONDS = 8 # to wait for the hub
 
@@ -133,6 +134,7 @@ def _hub(endpoint, remedy):
     if why: raise ConnectionError(f"The hub at {url} is out of reach ({why}): {remedy}.")
     try: yield hub
     except hub.errors.RepositoryNotFoundError as e: raise ValueError(f"The hub has no such repository, or it is private: check the name, and log in with `hf auth login`.") from e
+    except hub.errors.LocalEntryNotFoundError as e: raise ConnectionError(f"The hub at {url} answered, and then was out of reach ({one_sentence(e)}): {remedy}.") from e
     except hub.errors.EntryNotFoundError as e: raise ValueError("The repository has no `model.pt`: it was not written by `to_hub`.") from e
     except hub.errors.HFValidationError as e: raise ValueError(f"This is no name of a repository: write 'user/birds' ({one_sentence(e)}).") from e
     except (hub.errors.HfHubHTTPError,hub.errors.LocalTokenNotFoundError) as e:
@@ -159,7 +161,9 @@ def to_hub(
 ):                   # The address of the repository, or the folder
     "Write the deployed file and a card with what was measured, and upload both"
     check_count(k=k)
+    folder = at_home(folder)
     if repo is None and folder is None: raise ValueError("`to_hub` needs `repo`, e.g. 'user/birds', or `folder` to write to.")
+    if not isinstance(unwrap_model(learn.model), BranchNet): raise ValueError("`to_hub` writes networks of this library: make the learner with `branch_learner`.")
     if _activation(learn)!='softmax': raise ValueError("`to_hub` writes cards for one class a picture: write this network with `deploy`.")
     name = repo or Path(folder).resolve().name
     title = title or name.split('/')[-1]
@@ -199,6 +203,7 @@ def from_hub(
     endpoint:str=None, # Another hub than huggingface.co
 )->Deployed:
     "The network that `to_hub` wrote"
+    repo = at_home(repo)
     if Path(repo).is_dir():
         file = Path(repo)/'model.pt'
         if not file.is_file(): raise FileNotFoundError(f"The folder `{repo}` has no `model.pt`: it was not written by `to_hub`.")

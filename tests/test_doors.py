@@ -1,13 +1,22 @@
 "What a user types at the doors of the library: paths in the home folder, options beside a recipe, a card of a part of a network."
-import subprocess
-from pathlib import Path
-import pytest
+import io,subprocess,sys
+from pathlib import Path,PureWindowsPath
+import pandas as pd,pytest,torch
 from fastai.vision.all import accuracy,set_seed
-from cekd_fastai.all import branch_learner,fine_grained_dls,make_birds
+from PIL import Image
+from cekd_fastai import hub
+from cekd_fastai.all import branch_learner,deploy,fine_grained_dls,make_birds,predict_folder
 from cekd_fastai.branches import branch_preds
 from cekd_fastai.cli import _defaults,cekd_train
+from cekd_fastai.commands import _print_table
+from cekd_fastai.data import readers
+from cekd_fastai.data.benchmarks import read_table
+from cekd_fastai.data.table import _inside
+from cekd_fastai.data.words import not_there
 from cekd_fastai.job import with_recipe
 from cekd_fastai.options import at_home
+from cekd_fastai.predict import _packed
+from cekd_fastai.share import from_hub,to_hub
 
 root = Path(__file__).resolve().parent.parent
 
@@ -95,3 +104,80 @@ def test_make_clean_knows_spaces(tmp_path):
     done = subprocess.run(['make','clean'], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode==0, done.stderr
     assert (tmp_path/'Untitled'/'work.txt').exists() and not list(tmp_path.rglob('.ipynb_checkpoints'))+list(tmp_path.rglob('__pycache__'))
+
+# Other systems, other folders
+
+def test_home_at_every_door(birds, tmp_path, monkeypatch):
+    "`~` is the home folder wherever a path is given"
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    drawn = make_birds('~/drawn', n_species=2, n_images=3, n_train=2, size=40, n_workers=0, progress=False)
+    assert drawn==tmp_path/'drawn' and len(read_table('~/drawn'))==6
+    learn = branch_learner(fine_grained_dls('~/drawn', size=32, bs=2, num_workers=0), 'test_resnet', 1, pretrained=False)
+    assert deploy(learn, '~/net.pt')==tmp_path/'net.pt'
+    assert len(predict_folder('~/net.pt', '~/drawn/images', csv='~/out.csv'))==6 and (tmp_path/'out.csv').exists()
+    to_hub(learn, folder='~/given')
+    assert from_hub('~/given').vocab==learn.dls.vocab and not (tmp_path/'~').exists()
+
+def test_a_split_of_windows_is_read_anywhere():
+    assert _inside(PureWindowsPath('C:/birds/a/1.jpg'), PureWindowsPath('C:/birds'))=='a/1.jpg'
+
+def test_a_drive_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(Path, 'is_dir', lambda self: False)
+    assert not_there('/birds')=='/birds does not exist: there is no /'
+
+@pytest.mark.parametrize('text,says', [('a.png,cat\nb.png,dog\n','the first line of the table is a picture'), ('file,label,label\na.png,cat,dog\n',"several columns 'label'")])
+def test_heads_of_tables(tmp_path, text, says):
+    for o in 'ab': Image.new('RGB', (8,8)).save(tmp_path/f'{o}.png')
+    (tmp_path/'labels.csv').write_text(text)
+    with pytest.raises(ValueError, match=says): read_table(tmp_path/'labels.csv')
+    with pytest.raises(ValueError, match="several columns 'label'"): read_table(pd.DataFrame([['a.png','x','y']], columns=['file','label','label']), folder=tmp_path)
+
+def test_a_table_for_any_terminal(monkeypatch):
+    "Names that the code page of a terminal lacks, or that are of no encoding at all, and lines that end once"
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(raw, encoding='cp1252', newline='\r\n'))
+    _print_table(pd.DataFrame(dict(file=['śpiew.jpg','\udcff.jpg'], class_1=['a','b'])))
+    sys.stdout.flush()
+    assert raw.getvalue()=='file,class_1\nśpiew.jpg,a\n'.encode()+b'\xff.jpg,b\n'
+
+def test_a_batch_is_one_tensor(tmp_path):
+    x,y = torch.zeros(3, 4, 4, dtype=torch.uint8),torch.zeros(3, 5, 4, dtype=torch.uint8)
+    files,items,bad = _packed([('a',x),('b','broken'),('c',x)])
+    assert files==('a','c') and items.shape==(2,3,4,4) and bad=={'b':'broken'}
+    assert [o.shape for o in _packed([('a',x),('c',y)])[1]]==[x.shape,y.shape] and _packed([('b','broken')])[0]==()
+
+def test_what_cannot_be_exported_stays(birds, tmp_path):
+    "A learner whose export fails keeps its data and its optimiser"
+    learn = branch_learner(fine_grained_dls(birds, size=32, bs=4, num_workers=0), 'test_resnet', 1, pretrained=False, path=tmp_path)
+    learn.create_opt()
+    dls,opt = learn.dls,learn.opt
+    with pytest.raises(Exception): learn.export('no/such/folder.pkl')
+    assert learn.dls is dls and learn.opt is opt and len(learn.get_preds()[0])
+
+def test_arrays_in_a_folder_of_somebody_else(tmp_path, monkeypatch):
+    "CIFAR's pictures are written into the folder of fastai where its own may not be written to"
+    written = []
+    monkeypatch.setattr(readers.os, 'access', lambda path, mode: False)
+    monkeypatch.setattr(readers, 'fastai_path', lambda o: tmp_path/'own'/o)
+    monkeypatch.setattr(readers, '_write_png', lambda root, dest, cls: written.append(dest))
+    (tmp_path/'cifar-10-batches-py').mkdir()
+    assert readers._png_folder(tmp_path, readers.tvd.CIFAR10)==tmp_path/'own'/'data'/'cifar10-png' and written==[tmp_path/'own'/'data'/'cifar10-png']
+
+def test_a_no_of_the_hub_is_soon_forgotten(monkeypatch):
+    clock,answers = [0.],[]
+    class Session:
+        def head(self, url, timeout):
+            answers.append(clock[0])
+            if len(answers)<2: raise OSError('no route')
+    monkeypatch.setattr(hub, 'get_session', Session)
+    monkeypatch.setattr(hub.time, 'monotonic', lambda: clock[0])
+    monkeypatch.setattr(hub, '_asked', {})
+    said = []
+    for clock[0] in (0, 10, 20, 600, 630): said.append(hub.hub_answers())
+    assert said==[False,False,True,True,True] and answers==[0,20,630]
+
+def test_core_loaded_again():
+    "As `%autoreload` does it: mixed precision still begins and ends once"
+    code = 'import importlib,cekd_fastai.core as c; o = c.MixedPrecision._begin; importlib.reload(c); assert c.MixedPrecision._begin is o and o.__module__=="fastai.callback.fp16"'
+    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True).returncode==0

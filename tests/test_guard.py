@@ -188,3 +188,15 @@ def test_kept_batch(tmp_path):
     assert len(list(tmp_path.iterdir()))==1
     o = load_file(tmp_path/'epoch0-batch1.safetensors')
     assert o['x'].shape==(4,3,32,32) and torch.isnan(o['x']).sum()==1 and len(o['y0'])==4
+
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'),'safetensors'])
+def test_a_batch_that_cannot_be_kept(tmp_path, monkeypatch, error):
+    "A full disk is a warning, and no file is named that is not there; the run goes on"
+    from safetensors import SafetensorError
+    from cekd_fastai import guard
+    def full(*args): raise SafetensorError('I/O error: No space left on device') if error=='safetensors' else error
+    monkeypatch.setattr(guard, 'save_file', full)
+    with pytest.warns(UserWarning) as w: learn = quiet(METHODS['plain'](toy(), Guard(folder=tmp_path, keep=1)), 1)
+    said = ' '.join(str(o.message) for o in w)
+    assert 'was not kept' in said and 'not finite in batch 1 of epoch 0, so it is left out (' in said and 'it is kept in' not in said
+    assert all(torch.isfinite(p).all() for p in learn.model.parameters())

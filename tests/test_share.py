@@ -1,7 +1,8 @@
 "The folder and the card of a network, there and back: locally, over a small server that stands in for the hub, and without a network."
 import http.server,socket,threading,time
 from pathlib import Path
-import huggingface_hub,pytest
+from types import SimpleNamespace
+import huggingface_hub,pytest,torch
 from fastai.vision.all import BCEWithLogitsLossFlat,accuracy,set_seed
 from cekd_fastai.all import CutMix,branch_learner,fine_grained_dls,make_birds
 from cekd_fastai.share import from_hub,to_hub
@@ -109,3 +110,14 @@ def test_refusals(learn, tmp_path):
         with pytest.raises(ValueError, match='one class a picture'): to_hub(learn, folder=tmp_path/'x')
     finally: learn.loss_func = before
     assert not (tmp_path/'x').exists()
+
+def test_a_hub_that_goes_away(monkeypatch):
+    "It answers, and then the connection breaks: no word of a repository without a network"
+    monkeypatch.setattr('cekd_fastai.share._out_of_reach', lambda url: None)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
+    def broken(*args, **kwargs): raise huggingface_hub.errors.LocalEntryNotFoundError('the connection was lost')
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', broken)
+    with pytest.raises(ConnectionError, match='answered, and then was out of reach'): from_hub('me/finches')
+
+def test_networks_of_others():
+    with pytest.raises(ValueError, match='make the learner with `branch_learner`'): to_hub(SimpleNamespace(model=torch.nn.Linear(1, 1)), folder='x')

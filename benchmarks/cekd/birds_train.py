@@ -167,6 +167,7 @@ class Bench:
         learn = branch_learner(dls, self.c['arch'], j['branches'], pretrained=False, weights=self.weights, freeze_bn=True,
             loss_func=loss, opt_func=opt, cbs=callbacks(j, self.c))
         if self.device.type=='cpu': fold_norms(learn.model)
+        dls.train.epoch = self.c.get('first_epoch', 0) # whatever was looked at on the way: the same crops for all
         return self.set_up(learn)
 
     def set_up(self, learn, half=True):
@@ -192,7 +193,7 @@ class Bench:
 
     def trained(self, j, learn, dls, seen, start, deadline):
         "Train a learner, to go on another time where that is wanted, and measure it"
-        kept = GoesOn(folder_of(self.c, j), self.c['commit']) if self.c.get('keep') else None
+        kept = GoesOn(folder_of(self.c, j), self.c['commit'], self.c.get('first_epoch', 0)) if self.c.get('keep') else None
         ends = [Lean(math.inf),kept] if kept else [Lean(deadline)]
         self.train(j, learn, partial(self.fit_job, learn, j, ends))
         if ends[0].late: return None

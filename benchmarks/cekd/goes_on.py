@@ -6,13 +6,14 @@ from cekd_fastai.core import write_whole
 
 class GoesOn(Checkpoint):
     "Keeps the last epoch of a run, and beside it the seconds of all its starts and the commit of the first"
-    def __init__(self, folder, commit=None):
+    def __init__(self, folder, commit=None, first_epoch=0):
         super().__init__(folder, keep=1, minutes=0, signals=False)
+        self.first_epoch = first_epoch
         self.file,self.now = self.folder/'begun.json',time.time()
         was = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.spent,self.begun,self.commit = was.get('seconds', 0.),was.get('commit', commit),commit
 
-    def before_epoch(self): self.learn.dls.train.epoch = self.learn.epoch # its crops, however many epochs were skipped
+    def before_epoch(self): self.learn.dls.train.epoch = self.first_epoch+self.learn.epoch # its crops, however many epochs were skipped
     def after_epoch(self):
         skipped = self.resumer is not None
         super().after_epoch()

@@ -280,6 +280,9 @@ def _png_folder(path, cls):
     if (path/'train').is_dir(): return path
     dest = path/'png'
     if dest.exists(): return dest
+    if not os.access(path, os.W_OK): # somebody else's folder
+        dest = fastai_path('data')/f'{cls.__name__.lower()}-png'
+        if dest.exists(): return dest
     official = path if cls is tvd.SVHN else _above(path, cls.base_folder)
     try: _write_png(official or path, dest, cls)
     except RuntimeError as e:

@@ -66,7 +66,9 @@ sys.path[:] = want['path']
 try:
     import resource
     bounds = dict(AS=want['memory'], CPU=want['seconds'], FSIZE=0, CORE=0)
-    for k,v in bounds.items(): resource.setrlimit(getattr(resource, 'RLIMIT_'+k), (v,v))
+    for k,v in bounds.items():
+        try: resource.setrlimit(getattr(resource, 'RLIMIT_'+k), (v,v))
+        except (ValueError,OSError): pass # macOS has no bound of memory
 except ImportError: pass # Windows has no such bounds
 import numpy as np
 from scipy.io import loadmat

@@ -108,8 +108,8 @@ def counts(self:ImageTable): # `DataFrame` with a row for each class, columns `t
     return df.set_index(pd.Index(self.classes, name='class'))
 
 def _inside(file, root):
-    "Path `file` as text, relative to `root` where it lies inside"
-    return str(file.relative_to(root) if file.is_relative_to(root) else file)
+    "Path `file` as text, relative to `root` where it lies inside, with the separators that every system reads"
+    return (file.relative_to(root) if file.is_relative_to(root) else file).as_posix()
 
 @patch
 def to_df(self:ImageTable): # Columns `file` (relative to `root` where it lies inside), `label`, `is_valid` and, where there is a test part, `is_test`
@@ -236,6 +236,7 @@ def _column(df, col, name, default=None):
     by_number = isinstance(col, int) and col not in df.columns
     if by_number and col<len(df.columns): col = df.columns[col]
     if col not in df.columns: raise ValueError(f'no column {col!r} in the table: {near_hint(col, df.columns)}')
+    if list(df.columns).count(col)>1: raise ValueError(f'the table has several columns {col!r}: give each a name of its own')
     return df[col].tolist()
 
 def _parts(df, valid_col):
@@ -280,10 +281,10 @@ def from_df(cls:ImageTable,
 )->ImageTable:
     "Read a table of files and labels; `ValueError` and `FileNotFoundError` name the column, row or file at fault"
     sheet = None if isinstance(df, pd.DataFrame) else Path(df).expanduser()
-    if sheet:
-        folder = ifnone(folder, sheet.parent)
-        df = read_sheet(sheet)
+    if sheet: folder,df = ifnone(folder, sheet.parent),read_sheet(sheet)
     root = Path(ifnone(folder, '.')).expanduser()
+    if fn_col is None and 'file' not in df.columns and len(df.columns) and os.path.isfile(root/f'{df.columns[0]}{suff}'):
+        raise ValueError(f'the first line of the table is a picture, {df.columns[0]!r}: put a line with the names of the columns above it')
     names = _column(df, fn_col, 'file', 0)
     labels = _column(df, label_col, 'label', 1)
     files = _listed_files(names, root, suff)
@@ -365,8 +366,7 @@ def few_shot(self:ImageTable,
     check_count(per_class=n)
     keep = ~self.is_train
     for o,rows in self._train_rows(n, 'pass a smaller per_class').items():
-        draw = random.Random(f'{seed}/{o}')
-        order = draw.sample(rows, len(rows)) # Of them all, so that a larger `n` keeps these and adds to them
+        order = random.Random(f'{seed}/{o}').sample(rows, len(rows)) # Of them all, so that a larger `n` keeps these and adds to them
         keep[order[:n]] = True
     return self._rows(keep)
 

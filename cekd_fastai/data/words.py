@@ -48,6 +48,7 @@ def not_there(
     "A sentence with the nearest names in the folder that does exist"
     path = Path(path)
     there = first(o for o in path.absolute().parents if o.is_dir())
+    if there is None: return f'{path} does not exist: there is no {path.absolute().anchor}'
     wanted = path.absolute().relative_to(there).parts[0]
     def could_be(o): return o.name[0]!='.' and (o.is_dir() or o.suffix==path.suffix)
     names = sorted(o.name for o in there.iterdir() if could_be(o))
@@ -75,8 +76,9 @@ def read_sheet(
         needs = 'it needs one line of names of columns, and one for each picture'
         raise ValueError(f'{file} cannot be read as a table ({str(e).strip()}): {needs}') from e
     df = df.rename(columns=str.strip)
-    twice = df.columns[df.columns.duplicated()]
-    if len(twice): raise ValueError(f'{file} has several columns {twice[0]!r}: give each a name of its own')
+    names = pd.read_csv(io.StringIO(text), header=None, nrows=1, **how).iloc[0].str.strip() # pandas renames what comes twice
+    twice = names[names.duplicated() & names.ne('')]
+    if len(twice): raise ValueError(f'{file} has several columns {twice.iloc[0]!r}: give each a name of its own')
     return df.reset_index(drop=True)
 
 # %% ../../nbs/11_data.words.ipynb #cells

@@ -212,7 +212,7 @@ def make_birds(
     progress:bool=True # Show a progress bar
 )->Path: # `path`
     "Draw a fine-grained data set in the layout of CUB-200-2011, or reuse the one that is there with the same settings"
-    path = Path(path)
+    path = Path(path).expanduser()
     s = _settings(n_species, n_images, size, seed, n_train)
     n_workers = _workers(n_workers)
     if _reuse(path, s, force): return path
