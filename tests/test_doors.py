@@ -119,8 +119,7 @@ def test_home_at_every_door(birds, tmp_path, monkeypatch):
     to_hub(learn, folder='~/given')
     assert from_hub('~/given').vocab==learn.dls.vocab and not (tmp_path/'~').exists()
 
-def test_a_split_of_windows_is_read_anywhere():
-    assert _inside(PureWindowsPath('C:/birds/a/1.jpg'), PureWindowsPath('C:/birds'))=='a/1.jpg'
+def test_a_split_of_windows_is_read_anywhere(): assert _inside(PureWindowsPath('C:/birds/a/1.jpg'), PureWindowsPath('C:/birds'))=='a/1.jpg'
 
 def test_a_drive_that_is_not_there(monkeypatch):
     monkeypatch.setattr(Path, 'is_dir', lambda self: False)
