@@ -47,24 +47,6 @@ def amp_context(
     if device=='cuda' and not torch.cuda.is_available(): return nullcontext()
     return torch.autocast(device, dtype=_half_dtype(mp))
 
-# %% ../nbs/00_core.ipynb #half
-class HalfPrecision(MixedPrecision):
-    "fastai's `MixedPrecision`, on processors too; by default in bfloat16"
-    name = 'mixed_precision' # as users of fastai's callback know it
-    def __init__(self,
-        amp_mode:str='bf16', # bf16, or fp16 with a scaled loss
-        **kwargs             # Of torch's `GradScaler`
-    ):
-        super().__init__(amp_mode, **kwargs)
-
-    def before_fit(self):
-        device,dtype = next(self.learn.model.parameters()).device.type,_half_dtype(self)
-        if device=='cuda': return super().before_fit()
-        self.let_go()
-        self.kwargs['enabled'] = dtype==torch.float16 # bfloat16 has the range of full precision
-        self.autocast,self.scales = torch.autocast(device, dtype=dtype),L()
-        self.learn.scaler = torch.amp.GradScaler(device, **self.kwargs)
-
 # %% ../nbs/00_core.ipynb #autocast
 MixedPrecision.inside = False # Is the autocast of a batch entered?
 if not hasattr(MixedPrecision, '_begin'): MixedPrecision._begin,MixedPrecision._end = MixedPrecision.before_fit,MixedPrecision.after_fit # once, also where this is loaded again
@@ -94,6 +76,24 @@ def before_fit(self:MixedPrecision):
 def after_fit(self:MixedPrecision):
     self.let_go()
     self._end()
+
+# %% ../nbs/00_core.ipynb #half
+class HalfPrecision(MixedPrecision):
+    "fastai's `MixedPrecision`, on processors too; by default in bfloat16"
+    name = 'mixed_precision' # as users of fastai's callback know it
+    def __init__(self,
+        amp_mode:str='bf16', # bf16, or fp16 with a scaled loss
+        **kwargs             # Of torch's `GradScaler`
+    ):
+        super().__init__(amp_mode, **kwargs)
+
+    def before_fit(self):
+        device,dtype = next(self.learn.model.parameters()).device.type,_half_dtype(self)
+        if device=='cuda': return super().before_fit()
+        self.let_go()
+        self.kwargs['enabled'] = dtype==torch.float16 # bfloat16 has the range of full precision
+        self.autocast,self.scales = torch.autocast(device, dtype=dtype),L()
+        self.learn.scaler = torch.amp.GradScaler(device, **self.kwargs)
 
 # %% ../nbs/00_core.ipynb #owner
 def is_fit(

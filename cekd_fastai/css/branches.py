@@ -9,6 +9,7 @@ __all__ = ['TRANSFORMS', 'CSSBranchNet', 'css_branch_net']
 
 # %% ../../nbs/61_css.branches.ipynb #imports
 from fastai.vision.all import *
+from ..core import eval_mode
 from ..cam import cam
 from ..tuning import no_map,shared_channels
 from ..branches import BranchNet,branch_net,register_builder
