@@ -57,12 +57,15 @@ def user_dls(table, size=size, whole=160, stats=None):
         item_tfms=Resize(whole), batch_tfms=aug_transforms(size=size, min_scale=.75)+([Normalize.from_stats(*stats)] if stats else []))
     return block.dataloaders(table, bs=bs, num_workers=0)
 
+def keep_norms(model):
+    "Let norms in training mode use, and keep, the statistics that they have"
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
+
 class KeepNorms(Callback):
     "Norms keep their statistics, also those whose weights are trained; fastai's `BnFreeze` leaves these alone, and `vision_learner` trains all"
     run_after = TrainEvalCallback
-    def before_train(self):
-        for m in self.learn.model.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
+    def before_train(self): keep_norms(self.learn.model)
 
 class NoValid(Callback):
     "No validation during training"
@@ -165,7 +168,7 @@ def write_tables(rows):
     if chosen: write_result('fine_tune_select', f'Learning rate of fine_tune: {what}', f'{command} --stage select', chosen, select_table(rows))
     if not final: return
     had = ','.join(k for k in sets if any(r['set']==k for r in final))
-    command += f" --which {had} --seeds {1+max(r['seed'] for r in final)}"
+    command += f" --which {had} --seeds {1+max(r['seed'] for r in final)}" + ' --stair'*any(r['method'] in stairs for r in final)
     write_result('fine_tune', f'The recipe beside fine_tune at equal compute, official test parts: {what}', command, final, final_table(rows))
 
 def times(folder, rounds):
@@ -176,9 +179,7 @@ def times(folder, rounds):
         learn = make(s, methods[name], 0, folder, True)
         learn.freeze() if frozen else learn.unfreeze()
         learn.model.train()
-        if methods[name].get('fastai') is None:
-            for m in learn.model.modules():
-                if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
+        if methods[name].get('fastai') is None: keep_norms(learn.model)
         learn.create_opt()
         learn.model.to(memory_format=torch.channels_last)
         runs[k] = dict(learn=learn, it=iter(learn.dls.train), train=[], all=[])

@@ -87,7 +87,7 @@ class PictureInput:
 
     def batch(self, items):
         "What `item` gives for several pictures, a list or a tensor, as a batch for the network"
-        x = torch.stack(list(items)).to(self.device)
+        x = (items if isinstance(items, Tensor) else torch.stack(items)).to(self.device)
         x = TensorImage(x).float()/255
         x = compose_tfms(x, self.batch_steps, split_idx=1)
         return (x.as_subclass(Tensor)-self.mean)/self.std

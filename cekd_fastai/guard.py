@@ -218,7 +218,7 @@ def before_step(self:Guard):
     grads = [p.grad for p in self.learn.model.parameters() if p.grad is not None]
     ok = self.pixels & all_finite([self.learn.loss_grad])
     over = _overflows(getattr(self.learn, 'scaler', None))
-    if over is not True: ok = ok & (all_finite(grads) if over is False else all_finite(grads)|over)
+    if over is not True: ok = ok & (all_finite(grads)|over)
     if self.is_lazy: return self.disarm(ok, grads)
     if on_all(ok): return
     now = _statistics(unwrap_model(self.learn.model))

@@ -89,8 +89,11 @@ def ranked_in(c, name, done):
     own = {key({k:v for k,v in r.items() if k!='study'}):r for r in mine}
     return [(rank+one.get('later', 0),j|dict(study=name)) for rank,j in ranked(one, one['epochs']['from'], own)]
 
+def looks(c, j):
+    "What SnapMix's look at the clean images, for its maps, adds to a pass; CEKD looks at them anyway"
+    return c['mixes'][j['mix']]['prob']/3 if j['mix'] and 'SnapMix' in j['mix'] and j['passes']==1 else 0
+
 def cost(c, j, n):
     "What a run costs, in images of plain training on two branches"
     if 'study' in j: c,n = c['studies'][j['study']],n[j['study']]
-    extra = c['mixes'][j['mix']]['prob']/3 if j['mix'] and 'SnapMix' in j['mix'] and j['passes']==1 else 0
-    return j['epochs']*(j['passes']+extra)*n*c.get('cost', 1)*j.get('cost', 1)*(1-c['valid_pct'] if j['stage']=='select' else 1)
+    return j['epochs']*(j['passes']+looks(c, j))*n*c.get('cost', 1)*j.get('cost', 1)*(1-c['valid_pct'] if j['stage']=='select' else 1)

@@ -2,7 +2,7 @@
 import json,math
 from pathlib import Path
 import numpy as np
-from birds_plan import config
+from birds_plan import config,looks
 from birds_queue import read_rows
 
 here = Path(__file__).resolve().parent
@@ -76,8 +76,7 @@ def final_table(rows, gmacs, c=config):
         passes = r['epochs']*r['passes']
         level = [pct([o['accuracy'] for o in rs]),pct([np.mean(o['each']) for o in rs]),f"{100*mean('ece'):.1f}",f"{100*mean('train_accuracy'):.1f}"]
         diffs = [paired(acc[k], acc[o]) if o in acc and o!=k else '' for o in (plain,bar)]
-        looks = r['epochs']*c['mixes'].get(r['mix'], {}).get('prob', 0)/3 if 'SnapMix' in (r['mix'] or '') and r['passes']==1 else 0 # at the clean images, for its maps; CEKD looks anyway
-        gmac = 3*(passes+looks)*gmacs[r['branches']]*(1+('css' in r['methods'])) + passes*asked(r, gmacs) # backward costs twice as much as forward; CSS has two networks
+        gmac = 3*(passes+r['epochs']*looks(c, r))*gmacs[r['branches']]*(1+('css' in r['methods'])) + passes*asked(r, gmacs) # backward costs twice as much as forward; CSS has two networks
         cells.append([k[1],k[0],r['epochs'],passes,f'{gmac:.1f}',*level,f'{seconds_of(rs):.0f}',len(rs),*diffs])
     return md(cells)
 

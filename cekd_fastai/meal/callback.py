@@ -121,7 +121,7 @@ def add_taps(self:MEAL):
     "Put taps on student and teachers"
     self.remove_taps()
     place_teachers(self.teachers, self.learn)
-    stats = data_stats(self.learn.dls)
+    stats = data_stats(self.learn.dls) if self.view is not None else None
     self.view_stats = stats and [torch.tensor(o, device=next(self.net.parameters()).device) for o in stats] # on the device, once
     how = dict(space=self.space, channels=self.channels)
     self.student_taps = Taps(self.net, self.paths, self.sizes, **how)

@@ -16,7 +16,7 @@ from ..files import read_torch
 from ..hub import no_download,quick_hub
 from ..arch import _tv_names,make_arch
 from ..branches import load_net
-from .heads import data_key,fit_head,head_key,headless,kept_fit,outputs,plain_dl
+from .heads import data_key,first_batch,fit_head,head_key,headless,kept_fit,outputs,plain_dl
 
 # %% ../../nbs/49_meal.teachers.ipynb #te-code
 def _model_name(model):
@@ -285,8 +285,9 @@ def with_head(self:Teacher,
     def fit():
         (f,),y = outputs([t], dl, x.device)
         return fit_head(f, y, n_out)
-    key = head_key(t, dl, x.device, (n_out,data_vocab(dls)))
-    t.fitted,t.fitted_on = kept_fit(key, fit, cache_dir),data_key(dl)
+    b = first_batch(dl)
+    key = head_key(t, dl, x.device, (n_out,data_vocab(dls)), b)
+    t.fitted,t.fitted_on = kept_fit(key, fit, cache_dir),data_key(dl, b)
     t.head = deepcopy(t.fitted.head).to(x.device)
     return t
 
