@@ -228,7 +228,7 @@ def branch_net(
     if ours: new = load_branches(net, saved, vocab)
     else: new = [] if keep_head else ['heads']
     if ours and keep_head and new: raise ValueError(f"`{saved.file}` has no classifier of these classes to keep: leave `keep_head` out.")
-    if saved: trunk.facts['new'] = new
+    if saved: trunk.facts |= dict(new=new) | (dict(stats=saved.stats) if saved.stats else {})
     return net
 
 # %% ../nbs/39_branches.ipynb #bn-each
@@ -282,7 +282,7 @@ def save_net(
     **info         # Plain data or tensors to keep beside the weights, e.g. `vocab`
 ):
     "Write recipe, weights and `info` into one file that `load_net` reads without unpickling code"
-    net,file = unwrap_model(net),Path(file)
+    net,file = unwrap_model(net),Path(file).expanduser()
     recipe = getattr(net, 'recipe', None)
     if recipe is None:
         raise ValueError("This network was made from a module or function, not from names, so a file cannot describe how to build it again: "

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from .core import amp_context,check_above,check_not_negative,check_share,eval_mode,one_of,unwrap_model
 from .steps import step_pct
 from .mix.core import MixRecord,box_mask
-from .losses import cross_target,kd_loss,loss_reduction,mixed_loss,ramp_up,soft_probs
+from .losses import cross_target,is_multi,kd_loss,loss_reduction,mixed_loss,ramp_up,soft_probs
 from .cam import cam_logits
 from .ema import ModelEMA
 from .distill import CleanPass,Distill
@@ -161,6 +161,9 @@ def _check_together(self:CEKD):
     if self.standardise and self.target=='fused':
         raise ValueError("CEKD: `standardise` is for a divergence of two predictions, but with target='fused' labels and target "
             "are one: use target='separate' or 'both'.")
+    if self.joint and not self.needs_clean: raise ValueError("CEKD: with teacher='ema' and `w_clean` 0 no clean images run that could be `joint` with the mixed ones: leave it out.")
+    if self.decay!=.999 and not (self.teacher=='ema' or self.validate_ema):
+        raise ValueError("CEKD: `decay` is of an average of weights, and none is kept: leave it out, or pass teacher='ema' or validate_ema=True.")
     if self.teacher!='ema': return
     if not self.detach: raise ValueError("CEKD: an average takes no gradient: leave `detach=True` with teacher='ema'.")
     if self.fuse=='maps':
@@ -174,7 +177,6 @@ def check(self:CEKD):
     if self.needs_clean and hasattr(self.learn.model, '_orig_mod'):
         raise ValueError('`CEKD` runs the parts of the network by themselves, but it is compiled as a whole: '
             'pass `Compile()` in `cbs` instead, which compiles its parts.')
-    loss = getattr(self.learn.loss_func, 'func', self.learn.loss_func)
     n_branches = unwrap_model(self.learn.model).n_branches
     foreign = first(type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler))
     if foreign:
@@ -183,7 +185,7 @@ def check(self:CEKD):
     if self.mixer is None:
         raise ValueError("`CEKD` distils from clean to mixed images, but nothing mixes: "
             "add `SnapMix()`, `CutMix()` or `MixUp()` to `cbs`.")
-    if isinstance(loss, nn.BCEWithLogitsLoss):
+    if is_multi(self.learn.loss_func):
         raise ValueError("`CEKD` distils one class distribution per image, but the loss is for several labels: "
             "use a cross-entropy.")
     if self.teacher=='peer' and self.target=='separate' and n_branches==2:

@@ -11,7 +11,7 @@ __all__ = ['run_about', 'run_difference', 'Resume', 'Checkpoint']
 import hashlib,json,shutil,signal,time
 from contextlib import suppress
 from fastai.vision.all import *
-from .core import check_count,check_not_negative,few,unwrap_model,write_whole
+from .core import check_count,check_not_negative,few,lookup,unwrap_model,write_whole
 from .mix.callback import Mix
 from .distill import Distill
 from .ranks import Later,meeting_place,over_all,together
@@ -95,6 +95,7 @@ class Resume(Callback):
 class Checkpoint(Callback):
     "Writes the whole state of a run, and goes on from it when the same run is started again"
     order = 2000      # After everyone else, so that it sees the end of a batch
+    one_fit = True    # A validation within a fit does not begin or end it
     resumable = False # Its own state is written apart
     fit_no = 0        # Number of this fit among those of the learner that ended
     fitting = False # Is this a fit, and not a validation?
@@ -202,7 +203,7 @@ def newest(self:Checkpoint)->dict|None:
 def find(self:Checkpoint)->dict|None:
     "The checkpoint from which this fit goes on, None if it begins"
     if not self.resume:
-        if not checkpoint_files(self.folder): return None
+        if self.fit_no or not checkpoint_files(self.folder): return None # the files are this run's own, or there are none
         raise ValueError(f"`{self.folder}` holds checkpoints of an earlier run: pass resume=True to go on, or choose another folder.")
     state = self.newest()
     if state is None or state['fit']<self.fit_no: return None
@@ -220,6 +221,7 @@ def begin(self:Checkpoint):
     if self.fitting: return
     self.about = run_about(self.learn, self.args)
     self.check_room()
+    if hasattr(self.learn, 'recorder'): lookup('column', self.monitor, dict.fromkeys(self.learn.recorder.metric_names[1:]))
     self.state = self.find()
     self.fitting,self.signal,self.is_best,self.skipped = True,None,False,0
     self.written,self.fresh = time.monotonic() if self.state else -math.inf,False # a new run writes after its first batch

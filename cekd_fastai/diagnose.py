@@ -146,11 +146,11 @@ def before_fit(self:Diagnose):
     "Add the columns, and keep the trunk's output"
     if is_fit(self.learn): self.check()
     self.unhook()
-    self.active = not hasattr(self.learn, 'lr_finder')
+    self.active,self.shown = not hasattr(self.learn, 'lr_finder'),hasattr(self.learn, 'recorder')
     self.sums,self.trained,self.started = {},False,False
     if not self.active: return
     if 'trunk' in self.what: self.hook = unwrap_model(self.learn.model).trunk.register_forward_hook(self.keep_trunk_map)
-    if not hasattr(self.learn, 'recorder'): return
+    if not self.shown: return
     rec = self.learn.recorder
     i = len(rec.metric_names)-int(rec.add_time)
     rec.metric_names = rec.metric_names[:i] + L(self.names) + rec.metric_names[i:]
@@ -226,9 +226,10 @@ def before_train(self:Diagnose):
 def after_validate(self:Diagnose):
     "Read the sums, in training epochs only"
     self.trunk_map = None
-    if not self.trained: return
+    away = self.shown and not hasattr(self.learn, 'recorder') # while a callback fetches predictions
+    if not self.trained or away: return
     res = {k:float(total)/n for k,(total,n) in self.sums.items()}
     if 'noise' in self.what: res |= self.cekd.target_noise(self.kind, self.n, batches=self.batches)
     row = {k:res.get(k) for k in self.names}
     self.values.append(row)
-    if hasattr(self.learn, 'recorder'): log_parts(self.learn.recorder, self.names, row.values())
+    if self.shown: log_parts(self.learn.recorder, self.names, row.values())

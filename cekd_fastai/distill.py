@@ -10,7 +10,7 @@ __all__ = ['CleanPass', 'Distill', 'SoftenedLoss', 'log_parts', 'Components', 'B
 # %% ../nbs/42_distill.ipynb #imports
 from typing import NamedTuple
 from fastai.vision.all import *
-from .core import amp_context,is_fit,loss_owner,unwrap_model
+from .core import amp_context,is_fit,is_nested,loss_owner,unwrap_model
 from .losses import loss_reduction,mixed_loss
 from .mix.callback import Mix
 from .branches import BranchNet
@@ -26,6 +26,7 @@ class Distill(Callback):
     "Base class of the distillation callbacks: owns the loss of each training step of a `BranchNet`"
     order = 5           # After the mix, before mixed precision
     run_valid = False   # Validation is the plain task loss of what will be deployed
+    one_fit = True      # A validation within a fit does not begin or end it
     loss_rank = 2       # Of several callbacks that write the loss, the one with the highest rank does
     needs_clean = False # Does a step need a pass over the unmixed images?
     min_branches = 1    # Branches that the method needs
@@ -237,11 +238,12 @@ class Components(Callback):
         i = len(rec.metric_names) - int(rec.add_time)
         rec.metric_names = rec.metric_names[:i] + L(self.names) + rec.metric_names[i:]
 
-    def before_epoch(self): self.trained = False
+    def before_epoch(self): self.trained = self.trained and is_nested(self.learn)
     def before_train(self): self.trained = True
     def after_validate(self):
         "Add the values after the metrics, in epochs that train"
-        if self.names and self.trained: log_parts(self.learn.recorder, self.names, loss_owner(self.learn).epoch_parts())
+        rec = getattr(self.learn, 'recorder', None) # away while a callback fetches predictions
+        if rec and self.names and self.trained and not is_nested(self.learn): log_parts(rec, self.names, loss_owner(self.learn).epoch_parts())
 
 # %% ../nbs/42_distill.ipynb #own-code
 class BranchLoss(Distill):

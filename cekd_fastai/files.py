@@ -143,7 +143,8 @@ def read_saved(
     file # Written by `save_net` or `deploy`
 )->tuple: # Recipe, weights by name, and what stands beside them
     "The content of a file of a network, all of it looked at; `ValueError` says what is wrong with it"
-    if not Path(file).is_file(): raise FileNotFoundError(f"There is no file `{file}`.")
+    file = Path(file).expanduser()
+    if not file.is_file(): raise FileNotFoundError(f"There is no file `{file}`.")
     try:
         saved = read_torch(file)
         held = saved if isinstance(saved, dict) else {}

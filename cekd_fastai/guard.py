@@ -77,6 +77,7 @@ class Diverged(ValueError): "A run whose loss, gradients or pictures are not fin
 class Guard(Callback):
     "Leaves out batches that are not finite, keeps the first few, and stops after several in a row"
     order = -5          # After the model is put into its mode, before anything looks at the batch
+    one_fit = True      # A validation within a fit does not begin or end it
     resumable = True    # Its counts go on with a run
     skipped = 0         # Batches left out in this fit
     in_row = 0          # The last ones of them, without a good one between
@@ -113,7 +114,7 @@ def files(self:Guard, x, i)->list:
 @patch
 def keep_batch(self:Guard, what, names, batch, place):
     "Write pixels and labels of a batch; a disk that refuses is a warning"
-    folder = Path(self.folder or Path(self.learn.path)/'not_finite')
+    folder = Path(self.folder or Path(self.learn.path)/'not_finite').expanduser()
     file = folder/'epoch{}-batch{}.safetensors'.format(*place)
     x,*y = [o.detach().as_subclass(Tensor).cpu().clone().contiguous() for o in batch if isinstance(o, Tensor)]
     note = dict(what=what, files=json.dumps(names), rate=str(self.rate))

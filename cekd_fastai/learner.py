@@ -10,7 +10,7 @@ __all__ = ['BranchLearner', 'branch_learner', 'meal_learner', 'online_learner', 
 # %% ../nbs/64_learner.ipynb #imports
 import inspect,timm
 from fastai.vision.all import *
-from .core import data_stats,data_vocab,eval_mode,few,is_fit,lookup,unwrap_model
+from .core import data_stats,data_vocab,eval_mode,few,is_fit,is_nested,lookup,unwrap_model
 from .data.loaders import with_stats
 from .branches import BranchNet,branch_net,branch_splitter,peer_net
 from .midlevel import mid_net
@@ -41,21 +41,34 @@ def _as_many_rates(learn):
         n = len(learn.opt.hypers)
         raise ValueError(f"{m[1]} values of `{m[2]}` for {n} groups of parameters{_group_names(learn)}: pass {n}, or one for all.") from e
 
+_WHOLE = ('before_fit','before_epoch','after_epoch','after_fit')
+
 class BranchLearner(Learner):
     "A `Learner` that names its groups where a list of rates does not fit, lets callbacks go where a fit fails, and gives the file that it exports"
+    in_fit = False # Is a fit running?
     @delegates(Learner.fit)
     def fit(self, n_epoch, *args, **kwargs):
         with _as_many_rates(self): return super().fit(n_epoch, *args, **kwargs)
     @delegates(Learner.fit_one_cycle)
     def fit_one_cycle(self, n_epoch, *args, **kwargs):
         with _as_many_rates(self): return super().fit_one_cycle(n_epoch, *args, **kwargs)
+    def _call_one(self, event_name):
+        "As fastai's; a validation within a fit neither begins nor ends that for the callbacks that say so"
+        if not (event_name in _WHOLE and is_nested(self)): return super()._call_one(event_name)
+        for cb in self.cbs.sorted('order'):
+            if not getattr(cb, 'one_fit', False): cb(event_name)
     def _with_events(self, f, event_type, ex, final=noop):
-        "As fastai's; where a batch or a fit fails, callbacks let go of what they hold"
+        "As fastai's; a fit begins without gradients, and where a batch or a fit fails, callbacks let go of what they hold"
+        if event_type=='fit':
+            self.in_fit = True
+            self.opt.zero_grad()
         try: super()._with_events(f, event_type, ex, final)
         except BaseException:
             for cb in self.cbs:
                 if event_type=='fit' or isinstance(cb, MixedPrecision): getattr(type(cb), 'let_go', noop)(cb)
             raise
+        finally:
+            if event_type=='fit': self.in_fit = False
     def freeze(self):
         "Freeze all but the heads, with the gate where it is a group of its own"
         self.freeze_to(-2 if self.splitter is gate_apart else -1)
@@ -184,7 +197,7 @@ def _normalised(dls, net, pretrained):
     if differ and not hasattr(dls, 'open_stats'):
         name,(mean,std) = facts[0]['name'],wanted
         what = f"`{name}` was pretrained on images of mean {mean} and deviation {std}, and these have been normalised otherwise"
-        warn(f"{what}: pass `Normalize.from_stats(*norm_stats('{name}'))`, or build them by `fine_grained_dls`.")
+        warn(f"{what}: pass `Normalize.from_stats({mean}, {std})`, or build them by `fine_grained_dls`.")
     return dls
 
 # %% ../nbs/64_learner.ipynb #le-shared
@@ -345,6 +358,7 @@ def css_learner(
 class GradCheckpoint(Callback):
     "Gradient checkpointing: compute the trunk's activations again in the backward pass, which saves memory and costs time"
     run_valid = False
+    one_fit = True # A validation within a fit does not begin or end it
     @property
     def nets(self):
         "All networks with a trunk in the model"

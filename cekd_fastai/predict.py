@@ -19,6 +19,7 @@ from .program import ProgramNet
 # a file may hold any network of the library, and each module registers how to build its own
 from .css.net import css_net # chkstyle: ignore
 from .online.net import gate_net # chkstyle: ignore
+from .midlevel import mid_net # chkstyle: ignore
 
 # %% ../nbs/82_predict.ipynb #pf-read
 class _Pictures(torch.utils.data.Dataset):

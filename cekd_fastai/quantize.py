@@ -100,8 +100,8 @@ def quantize_onnx(
 )->Path:
     "Write an ONNX file in eight bits, and print its size, accuracy and speed beside those of the float file"
     check_count(n=n, n_valid=n_valid)
-    old,file = OnnxNet(file),Path(file)
-    dest = Path(dest or file.with_name(f'{file.stem}-int8.onnx'))
+    old,file = OnnxNet(file),Path(file).expanduser()
+    dest = Path(dest or file.with_name(f'{file.stem}-int8.onnx')).expanduser()
     if isinstance(pictures, DataLoaders):
         _pictures(pictures) # refuses loaders of another kind
         if old.several: raise ValueError(f"`{file}` gives several classes a picture: pass a list of pictures instead of loaders.")

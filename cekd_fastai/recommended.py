@@ -10,9 +10,10 @@ __all__ = ['NoDecay', 'Recommended', 'recommended']
 # %% ../nbs/66_recommended.ipynb #imports
 import functools
 from fastai.vision.all import *
-from dataclasses import dataclass
+from dataclasses import dataclass,replace
 from .core import is_fit,unwrap_model
 from .arch import make_arch,trial_images
+from .losses import is_multi
 from .branches import branch_splitter
 from .tuning import layer_rates,undecayed_params
 from .learner import branch_learner
@@ -60,7 +61,7 @@ def recommended(
     pretrained:bool=True # From pretrained weights?
 )->Recommended:
     "Settings to begin with for a backbone"
-    if is_listy(arch): return recommended(arch[0], pretrained)
+    if is_listy(arch): return replace(recommended(arch[0], pretrained), arch=arch)
     size,has_norm = (_seen.__wrapped__ if isinstance(arch, nn.Module) else _seen)(arch)
     if not pretrained: return Recommended(arch, False, size, lr=1e-3, head_lr=1., wd=.01 if has_norm else .05)
     if has_norm: return Recommended(arch, True, size, lr=1e-3, head_lr=10., wd=.01, freeze_bn=True)
@@ -92,7 +93,9 @@ def learner(self:Recommended,
 )->Learner:
     "A `branch_learner` with these settings, whose rates are in `learn.lr`, where `fit_one_cycle` looks"
     kw = dict(pretrained=self.pretrained, n_branches=self.n_branches, opt_func=Adam, wd=self.wd, splitter=self.splitter)
-    kw |= dict(loss_func=LabelSmoothingCrossEntropyFlat(self.label_smoothing)) | kwargs
+    several = is_multi(getattr(dls.train.dataset, 'loss_func', None)) # whose loss is that of the data
+    if not several: kw['loss_func'] = LabelSmoothingCrossEntropyFlat(self.label_smoothing)
+    kw |= kwargs
     learned = kw['pretrained'] or kw.get('weights') is not None
     kw.setdefault('freeze_bn', self.freeze_bn and learned) # random weights come without statistics
     ours = kw['opt_func'] is Adam

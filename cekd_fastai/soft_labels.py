@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
 from .core import check_not_negative,check_share,is_fit,loss_owner,unwrap_model
 from .data.rows import BatchRows
-from .losses import _inner,loss_reduction,soft_log_probs,soft_probs
+from .losses import is_multi,loss_reduction,soft_log_probs,soft_probs
 from .mix.callback import Mix
 
 # %% ../nbs/45_soft_labels.ipynb #keep
@@ -45,6 +45,7 @@ class SoftLabels(Callback):
     "Base class: a second, soft target for each training image, made from earlier predictions of the network"
     order = 4.5       # After the mix, before distillation
     run_valid = False # Validation is the plain task loss
+    one_fit = True    # A validation within a fit does not begin or end it
     soft = None       # Soft targets of the unmixed images of this step, shape (B, K)
     labels = None     # Classes of the images of this step
     rows = None       # Their rows in the training data
@@ -166,7 +167,7 @@ def searching(self:SoftLabels):
 def check(self:SoftLabels):
     "Refuse a learner whose labels cannot be softened, in one sentence"
     cbs,loss,owner = self.learn.cbs,self.learn.loss_func,loss_owner(self.learn)
-    if isinstance(_inner(loss), nn.BCEWithLogitsLoss):
+    if is_multi(loss):
         raise ValueError(f"`{self}` softens one class for each image, but the loss is for several labels: "
             "use a cross-entropy.")
     others = [cb for cb in cbs if isinstance(cb, SoftLabels) and cb is not self]

@@ -1,11 +1,12 @@
 "What a user types at the doors of the library: paths in the home folder, options beside a recipe, a card of a part of a network."
-import io,subprocess,sys
+import contextlib,io,math,subprocess,sys
+from functools import partial
 from pathlib import Path,PureWindowsPath
 import pandas as pd,pytest,torch
-from fastai.vision.all import accuracy,set_seed
+from fastai.vision.all import Callback,accuracy,set_seed
 from PIL import Image
 from cekd_fastai import hub
-from cekd_fastai.all import branch_learner,deploy,fine_grained_dls,make_birds,predict_folder
+from cekd_fastai.all import Guard,MEAL,branch_learner,deploy,fine_grained_dls,make_birds,predict_folder
 from cekd_fastai.branches import branch_preds
 from cekd_fastai.cli import _defaults,cekd_train
 from cekd_fastai.commands import _print_table
@@ -13,6 +14,7 @@ from cekd_fastai.data import readers
 from cekd_fastai.data.benchmarks import read_table
 from cekd_fastai.data.table import _inside
 from cekd_fastai.data.words import not_there
+from cekd_fastai.guard import Diverged
 from cekd_fastai.job import with_recipe
 from cekd_fastai.options import at_home
 from cekd_fastai.predict import _packed
@@ -107,6 +109,12 @@ def test_make_clean_knows_spaces(tmp_path):
 
 # Other systems, other folders
 
+class Spoil(Callback):
+    "Every batch is not finite"
+    order = -6
+    def before_batch(self):
+        if self.training: self.learn.xb = (self.xb[0]*math.nan,)
+
 def test_home_at_every_door(birds, tmp_path, monkeypatch):
     "`~` is the home folder wherever a path is given"
     monkeypatch.setenv('HOME', str(tmp_path))
@@ -117,7 +125,11 @@ def test_home_at_every_door(birds, tmp_path, monkeypatch):
     assert deploy(learn, '~/net.pt')==tmp_path/'net.pt'
     assert len(predict_folder('~/net.pt', '~/drawn/images', csv='~/out.csv'))==6 and (tmp_path/'out.csv').exists()
     to_hub(learn, folder='~/given')
-    assert from_hub('~/given').vocab==learn.dls.vocab and not (tmp_path/'~').exists()
+    assert from_hub('~/given').vocab==learn.dls.vocab
+    taught = partial(branch_learner, learn.dls, 'test_resnet', 1, pretrained=False)
+    for a in (taught(cbs=MEAL('~/net.pt', cache_targets=True, cache_dir='~/answers')), taught(weights='~/net.pt', cbs=[Guard(folder='~/bad'),Spoil()])):
+        with a.no_bar(), a.no_logging(), contextlib.suppress(Diverged): a.fit(1)
+    assert list((tmp_path/'answers').iterdir()) and list((tmp_path/'bad').iterdir()) and not (tmp_path/'~').exists()
 
 def test_a_split_of_windows_is_read_anywhere(): assert _inside(PureWindowsPath('C:/birds/a/1.jpg'), PureWindowsPath('C:/birds'))=='a/1.jpg'
 

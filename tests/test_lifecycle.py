@@ -1,13 +1,14 @@
 "A learner of each kind before its first fit, after it, exported, and loaded again: what fastai's own learner does at each of these times."
-import signal,warnings
+import random,signal,warnings
 from functools import partial
 import pytest,timm,torch
 from fastai.vision.all import (Callback,CancelBatchException,CancelEpochException,CancelFitException,CrossEntropyLossFlat,Learner,accuracy,
-    load_learner,trainable_params)
+    load_learner,no_random,set_seed,trainable_params)
 from cekd_fastai.all import *
 from cekd_fastai.compiled import Compile
 from cekd_fastai.core import HalfPrecision
 from cekd_fastai.diagnose import Diagnose
+from cekd_fastai.runstate import checkpoint_files
 
 @pytest.fixture(scope='module')
 def dls(tmp_path_factory):
@@ -56,6 +57,55 @@ def test_predicts_at_any_time(dls, kind, tmp_path):
         name,i,probs = again.predict(file)
         assert torch.allclose(probs, after[0], atol=1e-4) and name==dls.vocab[i]
         looked_at(again)
+
+# A validation within a fit, and a fit after one that was cut off
+
+class Looks(Callback):
+    "Validates by itself after the training part of each epoch"
+    def after_train(self):
+        rec = self.learn.recorder.__dict__.copy() # fastai's own recorder begins anew with each validation
+        with self.learn.no_logging(), no_random(): self.learn.validate(dl=self.learn.dls.valid)
+        self.learn.recorder.__dict__.update(rec)
+
+def plain_run(make, dls, path, *cbs):
+    set_seed(5)
+    dls.train.rng = random.Random(5)
+    learn = make(dls)
+    learn.path = path
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3, cbs=cbs)
+    return learn
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_validates_within_a_fit(dls, kind, tmp_path):
+    "What a callback looks at on the way changes neither the training nor the table"
+    a,b = plain_run(KINDS[kind], dls, tmp_path),plain_run(KINDS[kind], dls, tmp_path, Looks())
+    assert all(torch.equal(p, q) for p,q in zip(a.model.parameters(), b.model.parameters()))
+    if kind!='diagnose': assert [row[1:-1] for row in a.recorder.values]==[row[1:-1] for row in b.recorder.values]
+
+def test_validates_within_a_fit_that_is_kept(dls, tmp_path):
+    "Files go on to be written, and the next fit of the learner goes on after them"
+    learn = plain_run(partial(branches), dls, tmp_path, Looks())
+    learn.add_cb(Checkpoint(tmp_path/'c', resume=False))
+    with learn.no_bar(), learn.no_logging():
+        for n in (1,2):
+            learn.fit(2, 1e-3, cbs=Looks())
+            assert learn.checkpoint.fit_no==n and checkpoint_files(tmp_path/'c')[-1].name==f'checkpoint-{n-1:02}-0002-000000.ckpt'
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_no_gradient_is_left(dls, kind):
+    "A fit that was ended before a step leaves the next one none of its gradients"
+    class Stop(Callback):
+        order = 300
+        def before_step(self): raise CancelFitException
+    class Look(Callback):
+        order,seen = 300,None
+        def before_batch(self):
+            if self.training and self.seen is None: self.seen = any(p.grad is not None and p.grad.any() for p in self.learn.model.parameters())
+    learn = KINDS[kind](dls)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3, cbs=Stop())
+        learn.fit(1, 1e-3, cbs=(look := Look()))
+    assert look.seen is False
 
 # A fit that fails
 

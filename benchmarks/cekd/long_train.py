@@ -89,6 +89,7 @@ class Bench(birds_train.Bench):
         elif 'css' in m: learn = css_learner(dls, (c['arch'],c['arch']), j['branches'], **kw)
         elif 'meal' in m:
             own = {k:v for k,v in j['args'].items() if k not in ('wrong','labelled')}
+            if self.answers_kept(j): own |= dict(cache_targets=True, cache_dir=self.bundle/'answers', views=j['epochs'])
             learn = branch_learner(dls, c['arch'], 1, cbs=MEAL(teachers, **own), **kw)
         else: learn = branch_learner(dls, c['arch'], j['branches'], cbs=callbacks(j, c), **kw)
         self.set_up(learn)
@@ -100,8 +101,12 @@ class Bench(birds_train.Bench):
         dls,seen = self.loaders(j)
         learn,start = self.learner(j, dls),time.time()
         res = self.trained(j, learn, dls, seen, start, deadline)
-        if res and 'meal' in j['methods']: res['teachers'] = self.teacher_accuracy(j)
-        return res
+        if not res or 'meal' not in j['methods']: return res
+        return res | dict(teachers=self.teacher_accuracy(j), answers_kept=self.answers_kept(j))
+
+    def answers_kept(self, j):
+        "Whether the answers to all crops of a run are kept for the other rows that show the same teachers the same crops"
+        return self.device.type=='cpu' and j['row'] in self.c.get('shared_answers', [])
 
     def fit_job(self, learn, j, cbs):
         "As many steps, whatever is labelled"

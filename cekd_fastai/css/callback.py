@@ -13,7 +13,7 @@ from fastai.callback.mixup import MixHandler
 from ..core import check_above,check_share
 from ..steps import step_pct
 from ..mix.core import MixRecord
-from ..losses import _setting,in_all,mixed_loss,ramp_up,soft_kl,soft_log_probs
+from ..losses import _setting,in_all,is_multi,mixed_loss,ramp_up,soft_kl,soft_log_probs
 from ..distill import Distill
 from .labels import joint_label
 from .net import CSSNet
@@ -117,8 +117,7 @@ def check(self:CSS):
 # %% ../../nbs/63_css.callback.ipynb #cs-check2
 def _check_loss(loss_func, n):
     "Refuse a loss that has no meaning for joint labels of `n` branches"
-    inner = getattr(loss_func, 'func', loss_func)
-    if isinstance(inner, nn.BCEWithLogitsLoss): raise ValueError(_one_class('the loss is for several labels'))
+    if is_multi(loss_func): raise ValueError(_one_class('the loss is for several labels'))
     ignored = _setting(loss_func, 'ignore_index', -100)
     if ignored<0: return
     raise ValueError(f"`CSS` has {n} labels for each class, but the loss ignores class {ignored}: "

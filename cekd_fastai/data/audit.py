@@ -198,7 +198,8 @@ def suspects(
     "Held-out pictures whose labels are likely wrong, by the predictions of a network"
     find = _need('cleanlab.filter', 'suspects').find_label_issues
     dl = ifnone(dl, learn.dls.valid)
-    probs,ys = learn.get_preds(dl=dl)
+    act = getattr(learn.loss_func, 'activation', partial(F.softmax, dim=-1)) # losses of torch have none
+    probs,ys = learn.get_preds(dl=dl, act=act)
     if ys.ndim!=1: raise ValueError('suspects needs one class for each picture, and this learner has several')
     rows = find(ys.numpy(), probs.numpy(), return_indices_ranked_by='self_confidence', n_jobs=1)
     vocab = learn.dls.vocab

@@ -285,14 +285,14 @@ def from_df(cls:ImageTable,
     root = Path(ifnone(folder, '.')).expanduser()
     if fn_col is None and 'file' not in df.columns and len(df.columns) and os.path.isfile(root/f'{df.columns[0]}{suff}'):
         raise ValueError(f'the first line of the table is a picture, {df.columns[0]!r}: put a line with the names of the columns above it')
-    names = _column(df, fn_col, 'file', 0)
-    labels = _column(df, label_col, 'label', 1)
+    names,labels = _column(df, fn_col, 'file', 0),_column(df, label_col, 'label', 1)
     files = _listed_files(names, root, suff)
     if sheet: check_inside(files, root, sheet)
     labels = [o if _is_blank(o) else str(o).strip() for o in labels]
-    is_valid,is_test = _parts(df, valid_col)
+    groups,(is_valid,is_test) = _column(df, group_col, None),_parts(df, valid_col)
     drawn = is_valid is None
-    if drawn: is_valid = _draw(labels, _column(df, group_col, None), valid_pct, seed)
+    if drawn: is_valid = _draw(labels, groups, valid_pct, seed)
+    elif groups: raise ValueError(f'group_col={group_col!r} is for a split that is drawn, but a column gives the parts: leave out one of the two')
     return cls(files, labels, is_valid, root=root, is_test=is_test, drawn=drawn, **kwargs)
 
 # %% ../../nbs/13_data.table.ipynb #subset

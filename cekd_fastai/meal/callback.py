@@ -9,10 +9,10 @@ __all__ = ['MEAL']
 
 # %% ../../nbs/54_meal.callback.ipynb #imports
 from fastai.vision.all import *
-from ..core import amp_context,check_count,check_not_negative,data_stats,data_vocab,eval_mode,one_of
+from ..core import amp_context,check_count,check_not_negative,data_stats,data_vocab,eval_mode,few,one_of
 from ..steps import step_share
 from ..data.rows import batch_places
-from ..losses import in_all,mixed_loss
+from ..losses import in_all,is_multi,mixed_loss
 from ..branches import PeerNet
 from ..distill import Distill
 from .align import BlockLoss,Taps,_check_len,map_sizes,pick_taps
@@ -98,6 +98,11 @@ def check_args(self:MEAL, teachers):
     if self.lr_disc is not None and DISC_STYLES[self.disc].share is not None:
         found = f'`lr_disc` is {self.lr_disc}, but the discriminators of disc={self.disc!r} follow the student'
         raise ValueError(f"MEAL: {found}: leave `lr_disc` out, or train them with disc='own'.")
+    usual = dict(w_adv=1., disc='own', lr_disc=None, reduce=2, last_relu=False)
+    idle = [] if self.adversarial else [k for k,v in usual.items() if getattr(self, k)!=v]
+    if idle: raise ValueError(f"MEAL: {few(idle)} is for discriminators, of which `adversarial=None` has none: leave it out.")
+    if self.kind in ('l1','l2') and self.T!=1:
+        raise ValueError(f"MEAL: kind={self.kind!r} compares logits, which have no temperature: leave `T` out, or pass kind='{self.kind}_soft'.")
     check_count(reduce=self.reduce, views=self.views)
     if self.w_feat and self.cache_targets:
         raise ValueError("MEAL: `cache_targets` stores answers, not the features that `w_feat` compares: leave one of them out.")
@@ -178,13 +183,13 @@ def set_projection(self:MEAL, model, x, feats):
 @patch
 def setup(self:MEAL):
     "Fit student and teachers together: once per network, when the learner is built"
-    model,loss_func = self.net,self.learn.loss_func
+    model = self.net
     if self.ready_model is model: return
     x,y = peek(self.learn.dls)
     if self.w_hard and not y:
         raise ValueError(f"MEAL: `w_hard` is {self.w_hard}, but the training images have no labels: leave `w_hard` at 0.")
     x = x.to(next(model.parameters()).device)
-    self.multi = isinstance(getattr(loss_func, 'func', loss_func), nn.BCEWithLogitsLoss)
+    self.multi = is_multi(self.learn.loss_func)
     if self.multi and self.standardise:
         raise ValueError("MEAL: `standardise` is for one class an image, but the loss is for several labels: leave it out.")
     model.adversary = model.projection = None

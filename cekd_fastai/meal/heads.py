@@ -155,7 +155,7 @@ def checksum(
     return res
 
 def _short(parts): return f'{zlib.crc32(repr(parts).encode()):08x}'
-def _sums(*tensors): return [f'{o.double().sum().item():.4g}' for o in tensors]
+def _sums(*tensors): return [f'{o.cpu().double().sum().item():.4g}' for o in tensors]
 
 # %% ../../nbs/48_meal.heads.ipynb #key-first
 def first_batch(
@@ -207,7 +207,7 @@ def kept_fit(
     cache_dir=None, # Folder for heads, None: memory alone
 )->FittedHead:
     "The head of this key, from memory, from a file, or from `fit`"
-    file = cache_dir and Path(cache_dir)/f'head-{key}.pt'
+    file = cache_dir and Path(cache_dir).expanduser()/f'head-{key}.pt'
     if key not in _kept and file and file.is_file():
         w,b,*rest = read_torch(file)
         head = skip_init(nn.Linear, *w.shape[::-1]).requires_grad_(False)

@@ -153,6 +153,7 @@ def ensemble_accuracy(
         p = torch.cat([p, p.mean(0, keepdim=True)])
         n_right = n_right + _n_right(p, y, multi)
         n += len(y)
+    if not n: raise ValueError('There is nothing to measure: the loader has no batch.')
     *each,ensemble = (n_right/n).tolist()
     rows = [dict(name=t.name, accuracy=a) for t,a in zip(teachers, each)]
     return dict(teachers=rows, ensemble=ensemble)

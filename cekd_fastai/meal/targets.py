@@ -128,7 +128,7 @@ class TargetCache:
         store_attr('key,sizes,n_answers,views,seed')
         shape = views,rows,n_answers*sum(sizes)+1
         name = zlib.crc32(json.dumps([key,shape]).encode())
-        self.folder = Path(folder)/f'{name:08x}'
+        self.folder = Path(folder).expanduser()/f'{name:08x}'
         self.folder.mkdir(parents=True, exist_ok=True)
         file,self.note = self.folder/'answers.npy',self.folder/'answers.json'
         there = file.exists() and self.note.exists()

@@ -14,6 +14,7 @@ from fastai.vision.all import *
 from ..core import data_stats,data_vocab,few,one_of,one_sentence,unwrap_model
 from ..files import read_torch
 from ..hub import no_download,quick_hub
+from ..weights import stats_in
 from ..arch import _tv_names,make_arch
 from ..branches import load_net
 from .heads import data_key,first_batch,fit_head,head_key,headless,kept_fit,outputs,plain_dl
@@ -127,9 +128,7 @@ def _from_learner(learn, name=None, copy=True):
 def _from_net(file):
     "The network of a file that `save_net` or `deploy` wrote"
     net,info = load_net(file)
-    stats = None
-    if 'mean' in info and 'std' in info: stats = [torch.as_tensor(info[k]).flatten().tolist() for k in ('mean','std')]
-    return Teacher(net, file.stem, info.get('vocab'), stats, copy=False)
+    return Teacher(net, file.stem, info.get('vocab'), stats_in(info), copy=False)
 
 # %% ../../nbs/49_meal.teachers.ipynb #teacher_state_dict
 def refuse_bare_weights(
@@ -156,6 +155,7 @@ def _unpickled(file):
 # %% ../../nbs/49_meal.teachers.ipynb #as-file
 def _from_file(file, trust):
     "The teacher in a file"
+    file = file.expanduser()
     if not file.is_file(): raise FileNotFoundError(f"There is no teacher file `{file}`.")
     if file.suffix!='.pkl':
         try: return _from_net(file)

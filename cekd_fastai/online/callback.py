@@ -11,7 +11,7 @@ __all__ = ['ONLINE', 'OnlineKD', 'DML', 'KDCL', 'ONE', 'OKDDip', 'FFL', 'FFMCD']
 from fastai.vision.all import *
 from ..core import check_above,check_not_negative,check_share,one_of
 from ..steps import step_pct
-from ..losses import in_all,kd_loss,mixed_loss,others_mean_kd,ramp_up
+from ..losses import in_all,is_multi,kd_loss,mixed_loss,others_mean_kd,ramp_up
 from ..distill import Distill
 from .cd import CD_FORMS,cd_loss,classifier_weight
 from .net import GateNet
@@ -81,7 +81,7 @@ def check(self:OnlineKD):
         needs = ' or '.join(map(repr, self.gates))
         raise ValueError(f"`{name}` needs the gate {needs}, but the network has {gate!r}: "
             f"build it with `gate_net(..., gate={self.gates[0]!r})`.")
-    if isinstance(getattr(loss_func, 'func', loss_func), nn.BCEWithLogitsLoss):
+    if is_multi(loss_func):
         raise ValueError(f"`{name}` distils one class distribution per image, but the loss is for several labels: "
             "use a cross-entropy.")
 
