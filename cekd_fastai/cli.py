@@ -23,7 +23,7 @@ _METHODS = dict(plain='no distillation',
     cekd='one branch learns the mixed labels, another what both predict for the clean images: CEKD (arXiv 2203.06551), reconstructed',
     meal='one network learns from trained teachers: MEAL (arXiv 1812.02425)',
     css='two networks of three branches with labels of their own: CSS (arXiv 2203.11660)',
-    diversity='branches learn from their gated ensemble and are kept apart: FFM + CD (arXiv 2010.00795)',
+    diversity='branches learn from their gated ensemble and are kept apart: FFM + CD (arXiv 2010.00795), reconstructed',
     one='branches learn from their gated ensemble: ONE (arXiv 1806.04606)',
     okddip='peers learn from mixtures of their own, a leader from all peers: OKDDip (arXiv 1912.00350)',
     ffl='two branches and a fused classifier teach each other: FFL (arXiv 1904.09058)',
@@ -275,7 +275,7 @@ def cekd_train(
     method:str='cekd',          # What the network learns from (--list methods)
     method_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the method: --method-args w_cross=2 T=4
     learner_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the learner: --learner-args mid=True (with --method plain)
-    n_branches:int=None,        # Number of branches, by default that of the method's paper
+    n_branches:int=None,        # Number of branches; each method has its default
     teachers:Annotated[str,dict(nargs='+')]=(), # Of meal: files of `deploy` or `export`, or names in timm
     adversarial:str='joint',    # Of meal: joint, grl, alternate or none
     trust:bool=False, # Of meal: unpickle exported teachers, which may run code

@@ -103,11 +103,11 @@ def before_fit(self:Distill):
     if is_fit(self.learn): self.check()
     self.reset_step()
     self.sums,self.count = None,0
-    if self.owns and self.needs_clean and self.mixer is not None: self.mixer.features = self.clean_feats
+    if self.owns and self.needs_clean and self.mixer is not None: self.mixer.lent_maps = self.clean_feats
 
 @patch
 def after_fit(self:Distill):
-    if self.mixer is not None: self.mixer.features = None
+    if self.mixer is not None: self.mixer.lent_maps = None
 
 # %% ../nbs/42_distill.ipynb #train-code
 @patch

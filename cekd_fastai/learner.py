@@ -41,8 +41,6 @@ def _as_many_rates(learn):
         n = len(learn.opt.hypers)
         raise ValueError(f"{m[1]} values of `{m[2]}` for {n} groups of parameters{_group_names(learn)}: pass {n}, or one for all.") from e
 
-_WHOLE = ('before_fit','before_epoch','after_epoch','after_fit')
-
 class BranchLearner(Learner):
     "A `Learner` that names its groups where a list of rates does not fit, lets callbacks go where a fit fails, and gives the file that it exports"
     in_fit = False # Is a fit running?
@@ -52,11 +50,6 @@ class BranchLearner(Learner):
     @delegates(Learner.fit_one_cycle)
     def fit_one_cycle(self, n_epoch, *args, **kwargs):
         with _as_many_rates(self): return super().fit_one_cycle(n_epoch, *args, **kwargs)
-    def _call_one(self, event_name):
-        "As fastai's; a validation within a fit neither begins nor ends that for the callbacks that say so"
-        if not (event_name in _WHOLE and is_nested(self)): return super()._call_one(event_name)
-        for cb in self.cbs.sorted('order'):
-            if not getattr(cb, 'one_fit', False): cb(event_name)
     def _with_events(self, f, event_type, ex, final=noop):
         "As fastai's; a fit begins without gradients, and where a batch or a fit fails, callbacks let go of what they hold"
         if event_type=='fit':
@@ -81,6 +74,16 @@ class BranchLearner(Learner):
             self.dls,self.opt = dls,opt
             raise
         return self.path/fname
+
+# %% ../nbs/64_learner.ipynb #le-nested
+_WHOLE = ('before_fit','before_epoch','after_epoch','after_fit')
+
+@patch
+def _call_one(self:BranchLearner, event_name):
+    "As fastai's; a validation within a fit neither begins nor ends that for the callbacks that say so"
+    nested = event_name in _WHOLE and is_nested(self)
+    for cb in self.cbs.sorted('order'):
+        if not (nested and getattr(cb, 'one_fit', False)): cb(event_name)
 
 # %% ../nbs/64_learner.ipynb #le-input
 def _shape(dls):
@@ -189,7 +192,7 @@ def _normalised(dls, net, pretrained):
     "Loaders whose pictures are normalised as the backbone knows them, and a line on what its weights left new"
     facts = _facts(net)
     for o in facts:
-        if o.get('new'): print(f"New in `{o['name']}`, beside the weights of the file: {', '.join(o['new'])}")
+        if o.get('new') and not rank_distrib(): print(f"New in `{o['name']}`, beside the weights of the file: {', '.join(o['new'])}")
     wanted = first(o['stats'] for o in facts if o['stats'])
     if getattr(dls, 'open_stats', False): return _opened(dls, wanted if pretrained else None)
     have = data_stats(dls)

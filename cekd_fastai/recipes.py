@@ -69,6 +69,7 @@ def _fine_runs():
     for row,method,figure in _figures(SCRATCH_ROWS, ('plain','snapmix')):
         net = row['backbone']
         own = dict(data='cub', arch=net, arch_args=['zero_init_last=False'], published=figure)
+        if method=='snapmix': own |= dict(mix_prob=.5, mix_args=['alpha=1','official=True'])
         res[f'{method}-cub-{net}-scratch'] = _scratch | _FINE[method] | own
     return res
 
@@ -88,6 +89,7 @@ CIFAR_NETS |= dict(vgg16='cifar_vgg16', wrn20_8='cifar_wide_resnet20_8')
 _cifar = dict(data='cifar100', size=32, bs=128, epochs=300, lr=.1, wd=5e-4, milestones=[150,225], no_pretrained=True)
 _branches = _cifar | _nesterov | dict(learner_args=['own_start=True'], method_args=['ramp=.2667']) # 80 of 300 epochs
 _CIFAR = {o:_branches for o in ('one','okddip','diversity')}
+_CIFAR['one'] = _branches | dict(method_args=['ramp=.2667','detach=False']) # in OKDDip's code the target learns too
 _CIFAR['dml'] = _cifar | _nesterov
 _CIFAR['kdcl'] = _cifar | _nesterov | dict(method_args=['ramp=.2667'])
 _CIFAR['ffl'] = _branches | dict(wd=1e-4, learner_args=['own_start=True','wd_gate=1e-5'])
@@ -155,6 +157,8 @@ _TABLE = ["The figure is from the table of PCL, which has no code: optimiser and
 _MEMBER = ["The figure is that of one {member}: compare it with those in brackets, not with that of all together."]
 _PIXELS = ["Pictures are normalised by the statistics of {data}; the authors' code takes slightly other constants."]
 _VGG = ["Linear layers start as torch's; those of OKDDip's VGG from N(0, 0.01)."]
+_VGG_GATE = dict(okddip=["Queries and keys read means of the last map, not the maxima that the classifier reads, and start as torch's."],
+    one=["The gate reads means of the shared map before its pooling, the authors' after it."])
 _WHOLE = ["Three whole networks teach each other; how many the table's runs had was not published."]
 _PCL = _TABLE + _MEMBER + _BEST
 
@@ -163,13 +167,14 @@ DIFFERS['okddip'] = _TABLE + _BEST + _RAMP
 DIFFERS['one-own'] = _BEST + _PIXELS + _RAMP
 DIFFERS['snapmix'] = _BEST + ["Where a map is constant, both weights of a pair become shares of pixels; "
     "the authors' code replaces only that of the constant map."]
-DIFFERS['cekd'] = ["CEKD has published neither code nor settings: the method is reconstructed from its "
-    "abstract, and the recipe is SnapMix's.", "Maps come from the pass over the unmixed images that CEKD makes anyway."]
+DIFFERS['cekd'] = ["Of CEKD we could read the abstract alone, and found no code: the method is reconstructed "
+    "from that, and the recipe is SnapMix's.", "Maps come from the pass over the unmixed images that CEKD makes anyway."]
 DIFFERS['dml'] = _PCL + _WHOLE
 DIFFERS['dml'] += ["Each network learns from each of the others; OKDDip's script takes their mean by default."]
 DIFFERS['kdcl'] = _PCL + _WHOLE + _RAMP
-DIFFERS['kdcl'] += ["No code of KDCL is known: the target is the mean of all networks, the simplest of its family."]
-DIFFERS['ffl'] = _TABLE + _MEMBER + _RAMP + ["FFL's own code normalises pictures by slightly other constants."]
+DIFFERS['kdcl'] += ["No code of KDCL is known: the target is the mean of all networks."]
+DIFFERS['ffl'] = _TABLE + _MEMBER + _RAMP + ["FFL's own code normalises pictures by slightly other constants, pads them by reflection, "
+    "trains one epoch more, and starts the fusion from N(0, 2/fan-out)."]
 DIFFERS['diversity'] = _RAMP + ["No code of FFM + CD was published: optimiser and schedule are those of "
     "OKDDip, and the form of the diversification is inferred."]
 DIFFERS['css'] = _BEST + _PIXELS
@@ -196,6 +201,7 @@ def differences(
     "What stands between a recipe and the paper's run"
     lines = DIFFERS[_family(name, run)] + _EVERY
     if 'vgg16' in run['arch'] and 'arch_args' not in run: lines = lines + _VGG
+    if 'vgg16' in run['arch']: lines = lines + _VGG_GATE.get(run['method'], [])
     code = "FFL's own code" if run['method']=='ffl' else "OKDDip's code"
     member = 'network' if run['method'] in ('dml','kdcl') else 'branch'
     return [o.format(code=code, member=member, data=run['data']) for o in lines]

@@ -101,6 +101,19 @@ def void_dls():
     res.c = 3
     return res
 
+@pytest.mark.parametrize('make', [PSKD,OnlineLabelSmoothing])
+def test_pixels_without_a_class_change_nothing(make):
+    "Whatever a picture of class -100 shows, the network becomes the same"
+    def trained(shown):
+        dls = void_dls()
+        items = Items((x+shown if y<0 else x,y) for x,y in dls.train_ds)
+        own = DataLoaders.from_dsets(items, items, bs=8, num_workers=0, device='cpu', shuffle=False, drop_last=False)
+        own.c = 3
+        learn = learner(tiny(2), make(), dls=own)
+        learn.metrics = []
+        return flat(quiet(learn, 3))
+    assert torch.allclose(trained(0.), trained(2.), atol=1e-6)
+
 @pytest.mark.parametrize('cbs', [(SnapMix(),), (SnapMix(),CEKD()), (CutMix(),CEKD(confident=True)), (OnlineLabelSmoothing(),), (PSKD(),),
     (CutMix(prob=.6),StoredTargets()), (SnapMix(),CEKD(),OnlineLabelSmoothing()), (SnapMix(),CEKD(),Diagnose())], ids=str)
 def test_images_without_a_class(cbs):
@@ -169,8 +182,11 @@ def test_heads_train_beside_a_gate_with_a_decay_of_its_own():
 
 @pytest.mark.parametrize('n', [1,3,4])
 def test_channels_are_permuted_in_any_picture(n):
-    net = css_branch_net('test_resnet', 3, 2, transform='permute', pretrained=False, in_chans=n)
-    assert net(torch.randn(2, n, 64, 64)) is not None
+    "Each branch has a permutation of the channels of its own, of each picture by itself"
+    net = css_branch_net('test_resnet', 3, 2, transform='permute', pretrained=False, in_chans=n).eval()
+    x = torch.randn(2, n, 64, 64)
+    both,alone = net.branch_forward(x)[0],torch.cat([net.branch_forward(o[None])[0] for o in x], 1)
+    assert torch.allclose(both, alone, atol=1e-5)
 
 def test_the_loss_shown_counts_the_classifier_beside_the_branches():
     "At rate 0 training and validation are the same"

@@ -120,7 +120,7 @@ def test_in_training(monkeypatch):
     found,rule = [],SnapMix.maps
     def maps(self, x, y):
         res = rule(self, x, y)
-        heads = [cam(h, f.detach(), y) for h,f in zip(self.learn.model.heads, self.features(x))] # the pass is kept
+        heads = [cam(h, f.detach(), y) for h,f in zip(self.learn.model.heads, self.lent_maps(x))] # the pass is kept
         found.append((res,torch.stack(heads).mean(0)))
         return res
     monkeypatch.setattr(SnapMix, 'maps', maps)

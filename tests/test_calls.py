@@ -89,7 +89,8 @@ def test_recommended_for_several_labels():
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1)
     assert isinstance(learn.loss_func, BCEWithLogitsLossFlat)
 
-@pytest.mark.parametrize('loss', [nn.BCEWithLogitsLoss(), BCEWithLogitsLossFlat(), F.binary_cross_entropy_with_logits, partial(F.binary_cross_entropy_with_logits, pos_weight=torch.ones(3))])
+bce = F.binary_cross_entropy_with_logits
+@pytest.mark.parametrize('loss', [nn.BCEWithLogitsLoss(), BCEWithLogitsLossFlat(), bce, partial(bce, pos_weight=torch.ones(3))])
 def test_losses_of_several_labels(loss):
     "They are known in each of their forms: MEAL distils several answers, the others refuse in one sentence"
     dls,made = several_labels(),dict(pretrained=False, loss_func=loss)

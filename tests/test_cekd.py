@@ -222,6 +222,23 @@ def test_summed_losses():
         runs.append(g.parts)
     assert {k:v/8 for k,v in runs[1].items()}==pytest.approx(runs[0], rel=1e-5)
 
+@pytest.mark.parametrize('target', TARGETS)
+def test_unmixed_batches_by_hand(target):
+    "A batch that is left unmixed has its labels, once for each branch that learns them, and no cross loss"
+    x,y = toy_dls().one_batch()
+    z = tiny(2).branch_forward(x)[0]
+    parts = first_step(tiny(2), FixedMix(prob=0.), CEKD(target=target)).parts
+    hard = z[:1] if target=='separate' else z
+    assert parts['cross']==0 and parts['ce_mix']==pytest.approx(sum(lf(o, y).item() for o in hard), rel=1e-5)
+    assert parts['ce_clean']==pytest.approx(sum(lf(o, y).item() for o in z), rel=1e-5)
+
+def test_clean_labels_of_the_label_branch():
+    x,y = toy_dls().one_batch()
+    z = tiny(2).branch_forward(x)[0]
+    for where,rows in (('label',z[:1]),('all',z)):
+        parts = first_step(tiny(2), FixedMix(), CEKD(clean_on=where)).parts
+        assert parts['ce_clean']==pytest.approx(sum(lf(o, y).item() for o in rows), rel=1e-5)
+
 def test_peer_that_is_no_peer():
     "With two branches of which one hears the soft target, teacher='peer' would be teacher='branch'"
     with pytest.raises(ValueError, match="is the same as teacher='branch'"): learner(tiny(2), FixedMix(), CEKD(teacher='peer'))
@@ -300,13 +317,19 @@ def test_lr_find_leaves_no_trace(kw, tmp_path):
     quiet(learn, 1)
 
 @pytest.mark.parametrize('kw', variants)
-@pytest.mark.parametrize('prec', ['to_bf16','to_fp16'])
+@pytest.mark.parametrize('prec', ['bf16','fp16'])
 def test_mixed_precision(prec, kw):
     "Trains under the callbacks of mixed precision; losses are float32"
-    learn = learner(tiny(2), FixedMix(), CEKD(**kw), dls=toy_dls(24))
+    seen,kinds = [],set()
+    class See(Callback):
+        order,run_valid = 6,False
+        def after_loss(self): kinds.update(v.dtype for v in self.learn.cekd.parts.values())
+    learn = learner(tiny(2), FixedMix(), CEKD(**kw), HalfPrecision(prec), See(), dls=toy_dls(24))
+    learn.model.trunk[0].register_forward_hook(lambda m,i,o: seen.append(o.dtype))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        quiet(getattr(learn, prec)(), 2)
+        quiet(learn, 2)
+    assert {torch.bfloat16,torch.float16} & set(seen) and kinds=={torch.float32}
     assert all(torch.isfinite(p).all() for p in learn.model.parameters())
 
 def test_maps_of_the_clean_pass_under_autocast():

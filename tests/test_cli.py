@@ -6,9 +6,12 @@ import json,os,re,runpy,shutil,signal,subprocess,sys,warnings
 from pathlib import Path
 from types import SimpleNamespace
 import forks,pytest,torch
+from cekd_fastai.data.loaders import fine_grained_dls
 from cekd_fastai.drawing.dataset import make_birds
 from cekd_fastai.job import with_recipe
+from cekd_fastai.learner import branch_learner
 from cekd_fastai.recipes import PAPER_RUNS
+from cekd_fastai.train import _freeze_trunk
 
 small = '--arch test_resnet --no-pretrained --size 56 --bs 16 --num-workers 0'.split()
 env = os.environ | dict(PYTHONUNBUFFERED='1', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='2')
@@ -339,6 +342,16 @@ def test_real_birds(real_data, tmp_path, here):
     p = here('--data', real_data('CUB_200_2011'), '--weights', weights, *args, '--out', tmp_path/'cub')
     assert p.returncode==0, p.stderr
     assert json.loads((tmp_path/'cub'/'result.json').read_text())['args']['classes']==3
+
+def test_a_frozen_trunk_stays(birds):
+    "Norms of a frozen trunk go on to learn, as everywhere in fastai; all else of it stays, and branches and heads learn"
+    learn = branch_learner(fine_grained_dls(birds, size=32, bs=4, num_workers=0), 'test_resnet', 2, pretrained=False)
+    _freeze_trunk(learn)
+    was = {k:v.clone() for k,v in learn.model.named_parameters()}
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    moved = {k for k,v in learn.model.named_parameters() if not torch.equal(v, was[k])}
+    assert {k for k,v in was.items() if v.ndim>1 and k.startswith('trunk')}.isdisjoint(moved)
+    assert {k for k in was if k.startswith(('branches','heads'))}<=moved
 
 # A run that ends early, and goes on
 

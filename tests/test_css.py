@@ -3,7 +3,7 @@ import math
 from functools import partial
 import numpy as np, forks, pytest, torch, torch.nn.functional as F
 from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CancelBatchException,CancelEpochException,CancelFitException,CancelTrainException,
-    CancelValidException,CrossEntropyLossFlat,DataLoader,DataLoaders,Learner,SGD,accuracy,nn,set_seed,tensor,Tensor)
+    CancelValidException,CrossEntropyLossFlat,DataLoader,DataLoaders,Learner,SGD,accuracy,first,nn,set_seed,tensor,Tensor)
 from fastai.callback.mixup import MixUp as FastaiMixUp
 from cekd_fastai.cam import model_cam
 from cekd_fastai.mix.callback import CutMix,MixUp
@@ -602,7 +602,7 @@ def test_small_maps_say_what_to_do(dls):
     net = css_net(pair, 3, n_branches=2, pretrained=False)
     with pytest.raises(ValueError, match='use larger images'): net(torch.randn(2,3,32,32))
     for kw in (dict(T=0), dict(T=-1), dict(ramp=2), dict(ramp=-.1)):
-        with pytest.raises(ValueError): CSS(**kw)
+        with pytest.raises(ValueError, match=f'`{first(kw)}` is {first(kw.values())}'): CSS(**kw)
 
 def test_no_other_loss_on_joint_labels(dls):
     "A loss of plain labels on joint logits would train without a word on wrong labels."
@@ -610,4 +610,4 @@ def test_no_other_loss_on_joint_labels(dls):
     for cb in (BranchLoss,CEKD):
         with pytest.raises(ValueError, match='have labels of their own'): Learner(dls, net, loss_func=CrossEntropyLossFlat(), splitter=branch_splitter, cbs=cb())
     one = branch_net('test_resnet', 4, pretrained=False)
-    with pytest.raises(ValueError): Learner(dls, one, loss_func=CrossEntropyLossFlat(), cbs=CSS())
+    with pytest.raises(ValueError, match='`CSS` trains two networks'): Learner(dls, one, loss_func=CrossEntropyLossFlat(), cbs=CSS())

@@ -89,8 +89,9 @@ def test_average_not_exported(tmp_path):
 
 def test_validate_ema(tmp_path):
     "The table, SaveModelCallback, predictions and exports see the average; training goes on from the weights of the last step"
-    make = lambda **kw: learner(tiny(2), FixedMix(), CEKD(decay=.95, **kw), path=tmp_path)
-    raw,ema = quiet(make(), 5),quiet(make(validate_ema=True), 5, cbs=SaveModelCallback(every_epoch=True, fname='m'))
+    make = lambda **kw: learner(tiny(2), FixedMix(), CEKD(**kw), path=tmp_path)
+    average = dict(validate_ema=True, decay=.95)
+    raw,ema = quiet(make(), 5),quiet(make(**average), 5, cbs=SaveModelCallback(every_epoch=True, fname='m'))
     avg,shown = ema.model.ema,ema.recorder.values[-1][1]
     assert avg.swapped and shown!=raw.recorder.values[-1][1]
     for k,v in raw.model.state_dict().items(): assert torch.allclose(avg.tensors()[k], v, atol=1e-6), k
@@ -107,7 +108,7 @@ def test_validate_ema(tmp_path):
     for l in (raw,ema): quiet(l, 1)
     ema.cekd.use_ema(False)
     for k,v in raw.model.state_dict().items(): assert torch.allclose(ema.model.state_dict()[k], v, atol=1e-5), k
-    old = make(validate_ema=True)
+    old = make(**average)
     old.load('m_2', with_opt=False)
     assert old.model.ema.swapped and old.model.ema.n==3
 

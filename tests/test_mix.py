@@ -301,8 +301,20 @@ def test_several_targets():
     dls.n_inp = 1
     learn = Learner(dls, net(), loss_func=Two(), cbs=[CutMix(),Steps()])
     quiet(learn, 'fit', 1)
-    p,(a,b),off = torch.randn(6,3),torch.randint(0, 3, (2,6)),MixRecord(torch.arange(6).flip(0), torch.ones(6), torch.zeros(6))
-    assert torch.allclose(mixed_loss(Two(), p, (a,b), off), Two()(p, a, b))
+    p,(a,b),perm,lam = torch.randn(6,3),torch.randint(0, 3, (2,6)),torch.arange(6).roll(1),torch.linspace(.2, .9, 6)
+    two = Two()
+    two.reduction = 'none'
+    want = (lam*two(p, a, b)+(1-lam)*two(p, a[perm], b[perm])).mean()
+    assert torch.allclose(mixed_loss(Two(), p, (a,b), MixRecord(perm, lam, 1-lam)), want)
+
+def test_class_weights():
+    "Each part of the label has the weight of its class, and the mean is over the weights of the hosts, as without a mix"
+    z,y,w = torch.randn(6,3),torch.tensor([0,1,2,2,1,0]),torch.tensor([1.,2.,5.])
+    perm,lam = torch.arange(6).roll(1),torch.linspace(.2, .9, 6)
+    log_p = z.log_softmax(1)
+    each = [-(lam[i]*w[y[i]]*log_p[i,y[i]] + (1-lam[i])*w[y[perm[i]]]*log_p[i,y[perm[i]]]) for i in range(6)]
+    for lf in (nn.CrossEntropyLoss(weight=w),CrossEntropyLossFlat(weight=w)):
+        assert torch.allclose(mixed_loss(lf, z, y, MixRecord(perm, lam, 1-lam)), sum(each)/w[y].sum())
 
 @pytest.mark.parametrize('make', every)
 def test_the_batch_is_not_written(make):
@@ -746,7 +758,11 @@ def test_label_noise(dls):
     assert t.error['right']<1e-6 and t.error['cut']>.1 and not right.learn and set(rows.method)=={'cut','snap','right'}
     cut = rows[(rows.method=='cut')&~rows.same]
     assert t.error['cut']==pytest.approx(np.nanmean(abs(cut.label-cut.oracle))) and t.blank['cut']==pytest.approx(cut.oracle.isna().mean())
-    assert len(plot_label_noise(rows).axes)==3
+    axes = plot_label_noise(rows).axes
+    assert len(axes)==3
+    for ax,name in zip(axes, rows.method.unique()):
+        mine = rows[(rows.method==name)&~rows.same].dropna()
+        assert ax.get_title()==f'{name}: error {t.error[name]:.2f}' and np.allclose(ax.collections[0].get_offsets(), mine[['oracle','label']])
 
 def test_label_noise_on_photographs(real_data):
     "Boxes of real birds: blending keeps all of both birds, pasting does not"

@@ -230,7 +230,9 @@ def test_detach(dls, method, detach):
 
 @pytest.mark.parametrize('detach', [True,False])
 def test_attention_always_learns(dls, detach):
-    "Queries and keys of OKDDip get their gradient with detached targets as well, the branches get none through them"
+    "Queries and keys of OKDDip get their gradient with detached targets as well, the maps of the branches get none through them"
+    feats = grad_of('kd', 'okddip', lambda o, net: list(o.feats[:-1]), dls, detach=detach)
+    assert all(g is not None and g.abs().sum()>0 for g in feats)
     gate = lambda o, net: list(net.gate.parameters())
     gs = [g for g in grad_of('kd', 'okddip', gate, dls, detach=detach) if g is not None]
     assert gs and sum(g.abs().sum() for g in gs)>1e-8

@@ -1,10 +1,11 @@
 "The page and its JSON: the numbers of the file, limits, and what strangers send. All of it over HTTP, in this process."
 import asyncio,base64,io,re,socket,sys,tempfile,zlib
-import pytest
+import numpy as np,pytest,torch
 from PIL import Image
 from fastai.vision.all import set_seed
 from cekd_fastai.all import branch_learner,deploy,fine_grained_dls,make_birds
-from cekd_fastai.explain import add_examples
+from cekd_fastai import explain
+from cekd_fastai.explain import _training,add_examples
 from cekd_fastai.onnx_file import export_onnx
 from cekd_fastai.page import PAGE
 from cekd_fastai.predict import open_net
@@ -106,15 +107,15 @@ def test_a_visitor_who_leaves(client, caplog):
 def test_length_is_counted(file, monkeypatch):
     "A body that does not say its length is cut off as soon as it is too long."
     head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-    read = []
-    def body():
-        yield head
-        for i in range(100):
-            read.append(i)
-            yield bytes(100_000)
-    client = TestClient(serve_app(file, max_total_mb=.5))
-    r = client.post('/predict', content=body(), headers={'content-type': 'multipart/form-data; boundary=x'})
-    assert r.status_code==413
+    read,sent = [],[]
+    async def receive():
+        read.append(len(read))
+        return dict(type='http.request', body=bytes(100_000) if read[-1] else head, more_body=len(read)<100)
+    async def send(o): sent.append(o)
+    scope = dict(type='http', method='POST', path='/predict', raw_path=b'/predict', query_string=b'', root_path='', scheme='http', http_version='1.1',
+        headers=[(b'content-type', b'multipart/form-data; boundary=x'),(b'host', b'127.0.0.1')], server=('127.0.0.1',80), client=('127.0.0.1',1))
+    asyncio.run(serve_app(file, max_total_mb=.5)(scope, receive, send))
+    assert sent[0]['status']==413 and len(read)<10
 
 def test_nothing_is_written(plain, monkeypatch):
     "An upload beyond Starlette's one megabyte in memory makes no file, nor does a name."
@@ -137,6 +138,22 @@ def test_reasons(client, learn, plain):
     without = TestClient(serve_app(plain))
     assert without.get('/model').json()['notes']==['Similar training pictures are not shown: the file has none in it.']
     assert 'similar' not in send(without, (f.name, f.read_bytes()), explain=1)[1]['pictures'][0]
+
+def test_where_and_similar_by_hand(file, learn, monkeypatch):
+    "The glow lies where the map is, and each stored picture is found beside its label"
+    d = open_net(file)
+    ims = list(_training(learn.dls, 2))
+    for im,label in ims:
+        (name,s,picture),*_ = d.similar(im)
+        shown,own = (np.asarray(o.convert('RGB').resize((32,32)), dtype=float) for o in (picture,d.input.open(im)))
+        assert name==label and s>.99 and abs(shown-own).mean()<8
+    corner = torch.zeros(1,2,2)
+    corner[0,0,1] = 1.
+    monkeypatch.setattr(explain, 'model_cam', lambda net, x, y: corner)
+    seen = np.asarray(explain._seen(d, d.input.batch_of([im])), dtype=float)
+    moved = abs(np.asarray(d.where(im), dtype=float)-seen).mean(-1)
+    h = len(moved)//4
+    assert moved[:h,-h:].mean()>10 and moved[-h:,:h].max()<1
 
 def test_onnx(file, learn, tmp_path):
     "An ONNX file answers the same, without maps and examples, and says so."

@@ -22,6 +22,7 @@ from cekd_fastai.meal.callback import MEAL
 from cekd_fastai.meal.heads import held_out,outputs,plain_dl,train_labels
 from cekd_fastai.meal.project import FeatureTap,Projection
 from cekd_fastai.meal.rank import rank_teachers
+from cekd_fastai.meal.several import ensemble_accuracy
 from cekd_fastai.meal.teachers import Teacher,as_teacher
 
 @pytest.fixture(scope='module')
@@ -220,6 +221,25 @@ def test_ranking(dls):
     refit = as_teacher(nets[0], dls=dls) # fitted on all: not what the table has
     assert refit.fitted.accuracy in table.accuracy.tolist()
     with pytest.raises(ValueError, match='There is no teacher to rank'): rank_teachers(dls, [])
+    on_valid = rank_teachers(dls, nets[2], dl=dls.valid)
+    (z,),y = outputs([nets[2]], dls.valid, 'cpu')
+    assert on_valid.accuracy.item()==pytest.approx((z.argmax(1)==y).float().mean().item())
+    assert on_valid.entropy.item()==pytest.approx(torch.distributions.Categorical(logits=z).entropy().mean().item(), abs=1e-5)
+
+class Says(nn.Module):
+    "Logits from a table, by the brightness of the picture"
+    def __init__(self, *rows):
+        super().__init__()
+        self.rows = nn.Parameter(torch.tensor(rows), requires_grad=False)
+    def forward(self, x): return self.rows[x[:,0,0,0].long()]
+
+def test_the_ensemble_is_the_mean_softmax(dls):
+    "Each is right half of the time, as is the mean of their logits; the mean of their probabilities is always right"
+    a,b = Says((0.,10.,9.9), (3.,0.,0.)),Says((1.,-99.,-1.), (0.,1.,0.))
+    x,y = torch.arange(2.)[:,None,None,None].expand(2,3,8,8),torch.tensor([0,0])
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3, 3)), loss_func=CrossEntropyLossFlat())
+    res = ensemble_accuracy([Teacher(o, name) for o,name in ((a,'a'),(b,'b'))], learn, [(x,y)])
+    assert res==dict(teachers=[dict(name='a', accuracy=.5),dict(name='b', accuracy=.5)], ensemble=1.)
 
 def test_ranking_on_other_data(dls, tmp_path):
     "A head that was fitted on other images of the same classes is judged on these"

@@ -26,8 +26,8 @@ class Mix(Callback):
     needs_maps = False # Does it use class activation maps?
     record = None      # How this batch was mixed, None if it was not
     host = None        # The unmixed images of this batch
-    features = None    # From unmixed images to last maps; set by a callback whose step runs that pass anyway
-    _stateattrs = ('record','host','features')
+    lent_maps = None   # From unmixed images to last maps; set by a callback whose step runs that pass anyway
+    _stateattrs = ('record','host','lent_maps')
     def __init__(self,
         alpha:float=1.,   # Parameter of the Beta distribution, above 0: small mixes little, large half and half
         prob:float=1.,    # Share of batches, or of samples, that are mixed, from 0 to 1
@@ -50,7 +50,7 @@ class Mix(Callback):
     def before_fit(self):
         "Start clean, whatever an interrupted run has left, gradients included"
         if is_fit(self.learn): self.check()
-        self.record,self.host,self.features = None,None,None
+        self.record,self.host,self.lent_maps = None,None,None
         self.learn.model.zero_grad()
 
 # %% ../../nbs/29_mix.callback.ipynb #mix-before

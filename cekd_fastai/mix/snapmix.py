@@ -84,9 +84,9 @@ def maps(self:SnapMix,
     with amp_context(self.learn): # a batch is mixed before the step's own autocast begins
         own_pass = partial(model_cam, model, x, y, rectify=self.official)
         if not in_step: return own_pass()
-        if self.features is None: return own_pass(training=self.official)
+        if self.lent_maps is None: return own_pass(training=self.official)
         with class_attention(model):
-            feats = [f.detach() for f in self.features(x)]
+            feats = [f.detach() for f in self.lent_maps(x)]
             if self.official: feats = [f.relu() for f in feats]
             return model.cam(feats, y)
 
@@ -119,7 +119,7 @@ class MixOneOf(Mix):
     "Choose one of several mixes, by weight, for each batch or each sample"
     mixes = ()       # Set in the constructor; fastai reads `learn` before that
     _learn = None    # The learner of this callback and of its mixes
-    _features = None # The clean pass that a distillation lends to all of them
+    _lent_maps = None # The clean pass that a distillation lends to all of them
     def __init__(self,
         mixes:list,        # Mixing callbacks, e.g. `[MixUp(), CutMix()]`
         weights:list=None, # How often each is chosen, up to a factor; None: equally often
@@ -143,11 +143,11 @@ class MixOneOf(Mix):
         for m in self.mixes: m.learn = learn
 
     @property
-    def features(self): return self._features
-    @features.setter
-    def features(self, f):
-        self._features = f
-        for m in self.mixes: m.features = f
+    def lent_maps(self): return self._lent_maps
+    @lent_maps.setter
+    def lent_maps(self, f):
+        self._lent_maps = f
+        for m in self.mixes: m.lent_maps = f
 
 # %% ../../nbs/30_mix.snapmix.ipynb #oneof-mix
 @patch

@@ -20,7 +20,7 @@ from .net import GateNet
 class OnlineKD(Distill):
     "Base class of online distillation among the branches of one network"
     min_branches = 2   # A branch needs a peer to learn from
-    branches = 3       # Number of branches in the paper of the method
+    branches = 3       # Number of branches; each method has its default
     gates = ('mean',)  # Names of the gates that it works with, its own first
     ce_ens = False     # Does the ensemble have a loss of the labels?
     terms = ['kd']     # Names of the terms that `soft` returns
@@ -94,7 +94,7 @@ class DML(OnlineKD):
     def soft(self, z, e, net): return dict(kd=others_mean_kd(z, self.T, self.detach, self.standardise))
 
 class KDCL(OnlineKD):
-    "Every branch learns from the mean of all, itself included: inferred from KDCL (CVPR 2020), its simplest target"
+    "Every branch learns from the mean of all, itself included: our stand-in for the targets of KDCL (CVPR 2020)"
     def __init__(self, w_kd:float=1., T:float=3., ramp:float=.27, standardise:bool=False):
         super().__init__(w_kd, T, ramp, standardise=standardise)
 
@@ -140,7 +140,7 @@ class FFL(OnlineKD):
 
 # %% ../../nbs/58_online.callback.ipynb #dv-cb5
 class FFMCD(OnlineKD):
-    "FFM + CD: the gated ensemble teaches the branches, and their classifiers are kept apart (arXiv 2010.00795)"
+    "FFM + CD: the gated ensemble teaches the branches, and their classifiers are kept apart: reconstructed from arXiv 2010.00795"
     gates = ('ffm','one','fau','mean')
     ce_ens = True
     terms = ['kd','cd']

@@ -31,7 +31,7 @@ def cd_loss(
     weights:list,     # Weights of the classifiers, each of shape (K, C)
     form:str='fro',   # One of `CD_FORMS`: 'fro', 'l1' or 'cos'
 )->Tensor:            # A scalar
-    "Classifier diversification: how much the classifiers of the branches have in common (arXiv 2010.00795)"
+    "Classifier diversification: how much the classifiers of the branches have in common: reconstructed from arXiv 2010.00795"
     one_of('cd_loss', [*CD_FORMS], form=form)
     pairs = list(itertools.combinations(weights, 2))
     in_common = CD_FORMS[form]

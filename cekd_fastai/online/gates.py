@@ -75,7 +75,7 @@ def _fusion(n, c):
     return nn.Sequential(depthwise, nn.BatchNorm2d(n*c), nn.ReLU(), pointwise, nn.BatchNorm2d(c), nn.ReLU())
 
 class FFMGate(MeanGate):
-    "The feature fusion module: weights of the branches from their fused last maps (arXiv 2010.00795)"
+    "The feature fusion module: weights of the branches from their fused last maps: reconstructed from arXiv 2010.00795"
     name = 'ffm'
     def __init__(self, n, c, c_shared, n_out):
         super().__init__()
