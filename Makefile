@@ -10,7 +10,7 @@ export PYTHON
 .PHONY: help install train test test-browser prepare lab edit docs constraints clean
 
 help: ## print the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: ## make .venv with the package and its pinned dependencies
 	@tools/install.sh

@@ -145,6 +145,11 @@ class CEKD(Distill):
         return ('ema',) if self.keeps_ema else ()
 
     @property
+    def clean_learns(self):
+        "Whether the clean pass keeps what its gradient needs: for labels, or for a teacher that is not detached"
+        return self.w_clean>0 or not self.detach
+
+    @property
     def needs_clean(self):
         "Whether a step needs the branches' logits for the unmixed images"
         return self.w_clean>0 or (self.w_cross>0 and self.teacher!='ema')

@@ -27,6 +27,7 @@ class Distill(Callback):
     order = 5           # After the mix, before mixed precision
     run_valid = False   # Validation is the plain task loss of what will be deployed
     one_fit = True      # A validation within a fit does not begin or end it
+    clean_learns = True # Does the loss reach the clean pass?
     loss_rank = 2       # Of several callbacks that write the loss, the one with the highest rank does
     needs_clean = False # Does a step need a pass over the unmixed images?
     min_branches = 1    # Branches that the method needs
@@ -121,9 +122,9 @@ def before_train(self:Distill):
 def clean_pass(self:Distill,
     x:Tensor,  # The unmixed images, shape (B, 3, H, W)
 )->CleanPass:
-    "Branch logits and last maps of the unmixed batch, with gradient, computed once per step"
+    "Branch logits and last maps of the unmixed batch, with gradient if the loss needs one, computed once per step"
     if self.clean is None or self.clean.x is not x:
-        with amp_context(self.learn): self.clean = CleanPass(x, *self.net.branch_forward(x))
+        with amp_context(self.learn), torch.set_grad_enabled(self.clean_learns): self.clean = CleanPass(x, *self.net.branch_forward(x))
     return self.clean
 
 @patch

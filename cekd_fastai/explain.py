@@ -123,8 +123,8 @@ def add_examples(
     labels,features,pictures = [],[],[]
     for im,label in _training(dls, n):
         labels.append(label)
-        features.append(_features(net, d.input.batch_of([im]))[0])
         opened = d.input.open(im, draft=d.input.draft)
+        features.append(_features(net, d.input.batch_of([opened]))[0])
         pictures.append(_jpeg(opened, side))
     examples = dict(labels=labels, features=torch.stack(features).half(), **_packed(pictures))
     save_net(net, file, **info | dict(examples=examples))

@@ -52,7 +52,8 @@ def put_back_unless(
 ):
     "Give tensors their old numbers unless `ok`, without waiting for the device"
     if not tensors: return
-    old = torch._foreach_clone(kept)
+    old = [torch.empty_like(o) for o in kept]
+    torch._foreach_copy_(old, kept) # `_foreach_clone` is newer than the oldest torch that we take
     zero_unless(~ok, old)
     zero_unless(ok, tensors)
     torch._foreach_add_(tensors, old)
@@ -259,15 +260,13 @@ def after_batch(self:Guard):
     if self.ok is not None:
         for cb in methods: _without_bad_parts(cb, self.ok)
         self.last_loss = self.learn.loss
-        return
-    if not self.bad:
-        if self.learn.training: self.last_loss,self.in_row,self.good = self.learn.loss,0,self.good+1
-        return
-    for cb in methods: cb.reset_step()
-    if not self.learn.training: self.learn.yb = () # metrics leave it out
-    elif self.last_loss is not None: self.learn.loss = self.last_loss
-    else: self.learn.loss = torch.zeros((), device=self.batch[0].device)
-    self.batch = None
+    elif self.bad:
+        for cb in methods: cb.reset_step()
+        if not self.learn.training: self.learn.yb = () # metrics leave it out
+        elif self.last_loss is not None: self.learn.loss = self.last_loss
+        else: self.learn.loss = torch.zeros((), device=self.batch[0].device)
+    elif self.learn.training: self.last_loss,self.in_row,self.good = self.learn.loss,0,self.good+1
+    self.batch = self.pixels = self.ok = None # a checkpoint would keep them
 
 @patch
 def after_train(self:Guard):

@@ -77,7 +77,7 @@ def mid_net(
     freeze_bn:bool=False, # Keep the statistics of batch normalisation in training
     **kwargs
 )->MidNet:
-    "A `MidNet` around any convolutional backbone"
+    "A `MidNet` around any backbone that `branch_net` can split"
     if split=='head':
         raise ValueError("A mid-level classifier looks at the map before the last stage, but split='head' leaves none: "
             "leave `split` out, or name an earlier part.")

@@ -42,6 +42,7 @@ def pack(
     if o is None or type(o) in (bool,int,str): return o
     if type(o) in (float,np.float64): return float(o)
     if isinstance(o, Tensor): return _keep(o, tensors, 'tensor')
+    if isinstance(o, np.memmap): raise TypeError('it is a file of its own')
     if isinstance(o, (np.ndarray,np.generic)) and o.dtype!=object: return {'~':'array', 'of':[o.dtype.str,o.tolist()]}
     if type(o) is list: return _keep(torch.stack(o), tensors, 'scalars') if _scalars(o) else each(o)
     if type(o) in _LISTS.values(): return {'~':kind, 'of':pack(list(o), tensors, live)}
@@ -80,7 +81,7 @@ def copy_plain(
 ):
     "A copy of plain data that shares nothing with it"
     tensors = {}
-    return unpack(pack(o, tensors, live), tensors)
+    return unpack(pack(o, tensors, live), tensors, default_device())
 
 # %% ../nbs/68_runstate.ipynb #file-write
 _MAGIC,_VERSION = 'cekd-checkpoint',1

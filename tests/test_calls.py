@@ -4,7 +4,8 @@ from functools import partial
 import numpy as np,pandas as pd,pytest,timm,torch
 import torch.nn.functional as F
 from fastai.callback.preds import FetchPredsCallback
-from fastai.vision.all import BCEWithLogitsLossFlat,CrossEntropyLossFlat,DataLoaders,LabelSmoothingCrossEntropyFlat,TfmdDL,accuracy,get_image_files,nn,set_seed
+from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CrossEntropyLossFlat,DataLoaders,LabelSmoothingCrossEntropyFlat,TfmdDL,
+    accuracy,get_image_files,nn,set_seed)
 from cekd_fastai.all import *
 from cekd_fastai.core import data_stats
 from cekd_fastai.diagnose import Diagnose
@@ -135,3 +136,44 @@ def test_arguments_that_would_do_nothing(make, says):
 def test_teachers_without_a_picture(birds):
     learn = meal_learner(small(birds), 'test_resnet', [timm.create_model('test_resnet', num_classes=3)], pretrained=False)
     with pytest.raises(ValueError, match='nothing to measure'): learn.meal.teacher_accuracy(dl=[])
+
+def test_a_checkpoint_is_small(birds, tmp_path):
+    "Neither the pixels of a batch nor stored answers go into its files, and a resumed run writes on into the file of answers"
+    net = timm.create_model('test_resnet', num_classes=3)
+    def run(*cbs):
+        meal = MEAL(net, taps=0, adversarial=None, cache_targets=True, cache_dir=tmp_path/'answers', views=2)
+        learn = branch_learner(small(birds, size=224, bs=4), 'test_resnet', 1, pretrained=False, cbs=[meal,Guard(),Checkpoint(tmp_path/'c', every=1)])
+        with learn.no_bar(), learn.no_logging(): learn.fit(2, cbs=cbs)
+        return learn
+    class Die(Callback):
+        order,run_valid = 3000,False
+        def after_batch(self):
+            if (self.epoch,self.iter)==(0,1): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): run(Die())
+    net_bytes = 4*sum(p.numel() for p in net.parameters())
+    file = max((tmp_path/'c').glob('*.ckpt'))
+    batch = 4*4*3*224*224
+    assert file.stat().st_size<4*net_bytes+200_000<4*net_bytes+batch
+    learn = run()
+    cache = learn.meal.target_cache
+    assert isinstance(cache.data, np.memmap) and sorted(cache.done)==[0,1]
+
+@pytest.mark.parametrize('kw,learns', [(dict(w_clean=0),False), (dict(w_clean=0, detach=False),True), (dict(),True)])
+def test_a_clean_pass_keeps_what_it_needs(birds, kw, learns):
+    "Activations of the clean pass are for its gradient, where there is one"
+    class See(Callback):
+        order,run_valid,seen = 5.5,False,None
+        def after_pred(self): self.seen = self.learn.cekd.clean.logits.requires_grad
+    learn = branch_learner(small(birds), 'test_resnet', 2, pretrained=False, cbs=[MixUp(),CEKD(**kw)])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=(see := See()))
+    assert see.seen==learns
+
+def test_label_noise_looks_once(birds):
+    "The maps of a batch are the same in all rounds"
+    dls = small(birds)
+    learn,calls = branch_learner(dls, 'test_resnet', 1, pretrained=False),[]
+    learn.model.trunk.register_forward_hook(lambda *a: calls.append(1))
+    label_noise([SnapMix()], dls, learn=learn, rounds=3, n=4)
+    n = len(calls)
+    label_noise([SnapMix()], dls, learn=learn, rounds=6, n=4)
+    assert len(calls)==2*n

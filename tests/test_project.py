@@ -124,7 +124,8 @@ def test_docstrings_fails():
 
 # The name under which pyproject.toml knows what setup.py passes.
 fields = dict(description='description', keywords='keywords', license_expression='license', author='authors', author_email='authors',
-    python_requires='requires-python', install_requires='dependencies', extras_require='optional-dependencies', entry_points='entry-points')
+    python_requires='requires-python', install_requires='dependencies', extras_require='optional-dependencies', entry_points='entry-points',
+    long_description='readme', long_description_content_type='readme')
 
 @pytest.fixture
 def passed(monkeypatch):
@@ -141,6 +142,11 @@ def test_dynamic(passed):
     if 'console_scripts' in passed['entry_points']: names.add('scripts')
     assert set(pyproject['project']['dynamic'])==names
     assert not names & set(pyproject['project']).difference({'dynamic'})
+
+def test_the_page_on_pypi(passed):
+    "PyPI shows no picture and follows no link that is relative"
+    page = passed['long_description']
+    assert not re.findall(r'\]\((?!https?:|#)[^)]+\)', page) and page.count('](https://raw.')==text('README.md').count('.svg)')+text('README.md').count('.png)')-page.count('badge.svg)')
 
 def test_settings(passed):
     "setup.py passes on what settings.ini says, and each key there is used."

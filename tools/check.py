@@ -1,6 +1,6 @@
 """Everything `make test` checks once the package is installed, stopping at the first stage that fails; stages that use one core run side by side.
 Stages named on the command line run without the others, as in `python tools/check.py sync style`."""
-import os,shutil,subprocess,sys,tempfile,time,zipfile
+import os,re,shutil,subprocess,sys,tempfile,time,zipfile
 from concurrent.futures import ThreadPoolExecutor,as_completed
 from email import message_from_string
 from pathlib import Path
@@ -124,6 +124,7 @@ def check_contents(
     if f'{info}/licenses/LICENSE' not in names: raise Failed("The wheel lacks LICENSE.")
     blank = [k for k in ('Version', 'Summary', 'License-Expression', 'Requires-Python', 'Requires-Dist', 'Provides-Extra', 'Keywords') if not meta[k]]
     if blank or not meta.get_payload().strip(): raise Failed(f"The wheel's metadata lacks {blank or 'the text of README.md'}: settings.ini and setup.py provide it.")
+    if near := re.findall(r'\]\((?!https?:|#|mailto:)[^)]+\)', meta.get_payload()): raise Failed(f"PyPI shows no relative links, but the text has {near[:3]}: correct `absolute` in setup.py.")
     return mods
 
 def lend_packages(

@@ -14,6 +14,7 @@ fault() {
     local version
     version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null </dev/null) || { echo "does not run"; return; }
     [[ " $pythons " = *" $version "* ]] || { echo "is Python $version"; return; }
+    [ "$("$1" -c 'import platform; print(platform.python_version())' 2>/dev/null </dev/null)" != 3.14.1 ] || { echo "is Python 3.14.1, which torchvision refuses"; return; }
     "$1" -c 'import venv, ensurepip' 2>/dev/null </dev/null || echo "lacks the modules venv and ensurepip"
 }
 

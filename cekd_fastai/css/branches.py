@@ -88,7 +88,7 @@ def css_branch_net(
     freeze_bn:bool=False, # Keep the statistics of batch normalisation in training
     **kwargs
 )->CSSBranchNet:
-    "One network of CSS around any convolutional backbone"
+    "One network of CSS around any backbone that `branch_net` can split"
     net = branch_net(arch, n_out*n_branches, n_branches, split, freeze_bn, **kwargs)
     if transform is not None and shared_channels(net.trunk) is None: raise no_map(f'The transform {transform!r}')
     return CSSBranchNet(net.trunk, net.branches, net.heads, transform, seed, freeze_bn)

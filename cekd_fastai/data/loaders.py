@@ -125,7 +125,9 @@ class PixelStore:
         self.w = torch.tensor([o.shape[1] for o in ims], device=device)
         n = self.h*self.w
         self.start = n.cumsum(0)-n
-        pixels = np.concatenate([o.reshape(-1, 3) for o in ims])
+        pixels = np.empty((sum(o.shape[0]*o.shape[1] for o in ims),3), np.uint8)
+        for part in np.split(pixels, np.cumsum([o.shape[0]*o.shape[1] for o in ims])[:-1]):
+            part[:] = ims.pop(0).reshape(-1, 3) # let go of each, so that the data is not there twice
         self.pixels = torch.from_numpy(pixels).to(device)
 
     def crops(self,
@@ -188,8 +190,11 @@ class MemoryDL(BalancedDL):
     def create_batches(self, samps):
         if self.store is None: return (yield from super().create_batches(samps))
         train = self.dataset.split_idx==0
-        for rows in chunked(samps, self.bs, self.drop_last):
-            idxs = torch.tensor(rows, device=self.targets.device)
+        order = torch.tensor(list(samps), dtype=torch.long)
+        if self.targets.is_cuda: order = order.pin_memory()
+        order = order.to(self.targets.device, non_blocking=True) # once an epoch, so that no batch waits for it
+        n = len(order)-len(order)%self.bs if self.drop_last else len(order)
+        for idxs in order[:n].split(self.bs) if n else ():
             crops = self.store.crops(idxs, train)
             yield TensorImage(crops),TensorCategory(self.targets[idxs])
 

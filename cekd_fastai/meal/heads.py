@@ -162,7 +162,7 @@ def first_batch(
     dl, # From `plain_dl`
 )->tuple:
     "Its first batch, without augmentation and without disturbing random numbers"
-    with no_random(), _without_tfms(dl): return first(dl)
+    with no_random(), _without_tfms(dl): return dl.one_batch() # without processes, which would load more
 
 # %% ../../nbs/48_meal.heads.ipynb #key-data
 def _labels_of(dl):

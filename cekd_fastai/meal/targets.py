@@ -245,7 +245,9 @@ def read(self:TargetCache,
     prints:Tensor, # Fingerprints of the images, shape (B,)
 )->list:           # Each an `Answer`
     "The answers for a batch, and a note on whether its images are those on disk"
-    saved = torch.from_numpy(np.array(self.data[self.view,rows])).to(prints.device, non_blocking=True)
+    saved = torch.from_numpy(np.array(self.data[self.view,rows]))
+    if prints.is_cuda: saved = saved.pin_memory() # from other memory a copy would wait
+    saved = saved.to(prints.device, non_blocking=True)
     changed = ~_alike(saved[:,-1], prints).all()
     self.changed = changed if self.changed is None else self.changed|changed
     parts = saved[:,:-1].split(self.sizes*self.n_answers, 1)

@@ -11,6 +11,8 @@ __all__ = ['noise_table', 'label_noise', 'plot_label_noise']
 from contextlib import contextmanager
 from fastai.vision.all import *
 from ..figures import shown_once
+from ..cam import semantic_map
+from .snapmix import SnapMix
 from .evidence import evidence_batches,oracle_weights
 
 # %% ../../nbs/32_mix.noise.ipynb #noise-rows
@@ -26,7 +28,11 @@ def _record_rows(rec, y, ev):
 def _mixed_rows(mix, batch, rounds):
     "Rows of the images of a batch that `mix` mixed, in several rounds"
     x,y,ev = batch
-    mixed = [mix.mix(x, y) for _ in range(rounds)]
+    looks = isinstance(mix, SnapMix)
+    if looks: mix.shared = semantic_map(mix.maps(x, y), x.shape[-2:]) # one look for all rounds
+    try: mixed = [mix.mix(x, y) for _ in range(rounds)]
+    finally:
+        if looks: mix.shared = None
     return [_record_rows(o[1], y, ev) for o in mixed if o is not None]
 
 def _joined(name, rows, rounds):
