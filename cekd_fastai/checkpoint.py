@@ -221,7 +221,7 @@ def begin(self:Checkpoint):
     if self.fitting: return
     self.about = run_about(self.learn, self.args)
     self.check_room()
-    if hasattr(self.learn, 'recorder'): lookup('column', self.monitor, dict.fromkeys(self.learn.recorder.metric_names[1:]))
+    if self.monitor!='valid_loss' and hasattr(self.learn, 'recorder'): lookup('column', self.monitor, dict.fromkeys(self.learn.recorder.metric_names[1:]))
     self.state = self.find()
     self.fitting,self.signal,self.is_best,self.skipped = True,None,False,0
     self.written,self.fresh = time.monotonic() if self.state else -math.inf,False # a new run writes after its first batch
