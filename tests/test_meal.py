@@ -99,7 +99,8 @@ def test_gradient_by_hand(dls, modules, mode):
     "The gradient that reaches the student in each mode is that of the formula, sign and size"
     for eta in (1.,3.):
         model,ref = net(freeze_bn=True),net(freeze_bn=True)
-        cb,learn = first_step(dls, MEAL(modules[0], adversarial=mode, lr_disc=0., w_adv=eta), model=model)
+        game = dict(lr_disc=0., w_adv=eta) if mode else {}
+        cb,learn = first_step(dls, MEAL(modules[0], adversarial=mode, **game), model=model)
         ad = model.adversary
         assert learn.meal.sizes==[16,4]
         loss,grads = by_hand(cb.im, ref, modules[0], ad and ad.nets, mode, [16,4], [.01,.05,1.], eta)

@@ -1,7 +1,7 @@
 """What `birds.py` trains: photographs that live on the device, a distillation of its own, and one run.
 
 The loader says in `rows` which rows of the training data its batch holds, where the library's soft labels look for them."""
-import json,math,time
+import json,math,random,time
 from pathlib import Path
 import numpy as np,torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class BirdLoader:
     def __init__(self, ims, y, c, seed=None, last=False, pairs=False):
         self.ims,self.y,self.c,self.seed,self.last,self.pairs = ims,y,c,seed,last,pairs
         self.n,self.bs,self.epoch,self.rows = len(y),c['bs'] if seed is not None else 4*c['bs'],0,None
-        self.device = ims.device
+        self.device,self.rng = ims.device,random.Random(0) # nothing is drawn from it, but stored answers and checkpoints look for it
 
     def __len__(self): return self.n//self.bs if self.seed is not None and self.n>=self.bs else -(-self.n//self.bs)
     def to(self, device): return self

@@ -230,9 +230,9 @@ def _check_loading(table, bs, in_memory, balanced, item_tfms, kwargs):
     if in_memory and item_tfms is not None:
         remedy = 'pass yours as batch_tfms, or leave in_memory out'
         raise ValueError(f"in_memory=True keeps pictures as the recipe's item transforms leave them: {remedy}")
-    if in_memory and not issubclass(kwargs.get('dl_type', MemoryDL), MemoryDL): raise ValueError('in_memory=True has a dl_type of its own: leave one of them out')
     twice = balanced and 'dl_type' in kwargs
     if twice: raise ValueError('balanced=True has a dl_type of its own: leave one of them out')
+    if in_memory and not issubclass(kwargs.get('dl_type', MemoryDL), MemoryDL): raise ValueError('in_memory=True has a dl_type of its own: leave one of them out')
 
 SPREADSHEET = ('fn_col','label_col','valid_col','group_col','folder','suff') # arguments for a table
 
