@@ -182,7 +182,7 @@ def test_heads_train_beside_a_gate_with_a_decay_of_its_own():
 
 @pytest.mark.parametrize('n', [1,3,4])
 def test_channels_are_permuted_in_any_picture(n):
-    "Each branch has a permutation of the channels of its own, of each picture by itself"
+    "Of each picture by itself: nothing of another in the batch gets into it"
     net = css_branch_net('test_resnet', 3, 2, transform='permute', pretrained=False, in_chans=n).eval()
     x = torch.randn(2, n, 64, 64)
     both,alone = net.branch_forward(x)[0],torch.cat([net.branch_forward(o[None])[0] for o in x], 1)

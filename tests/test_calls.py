@@ -7,6 +7,7 @@ from fastai.callback.preds import FetchPredsCallback
 from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CrossEntropyLossFlat,DataLoaders,LabelSmoothingCrossEntropyFlat,TfmdDL,
     accuracy,get_image_files,nn,set_seed)
 from cekd_fastai.all import *
+from cekd_fastai.branches import PeerNet
 from cekd_fastai.core import data_stats
 from cekd_fastai.diagnose import Diagnose
 from cekd_fastai.losses import mixed_loss
@@ -73,7 +74,7 @@ def test_weights_bring_their_statistics(birds, tmp_path):
 def test_recommended_for_peers(birds):
     "Several names are several networks, with the settings of the first"
     learn = recommended(('test_resnet','test_resnet'), pretrained=False).learner(small(birds))
-    assert type(learn.model).__name__=='PeerNet' and len(learn.model.nets if hasattr(learn.model, 'nets') else learn.model.trunk)==2
+    assert isinstance(learn.model, PeerNet) and learn.model.n_branches==2
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1)
 
 def several_labels(n=6):

@@ -125,8 +125,8 @@ class PixelStore:
         self.w = torch.tensor([o.shape[1] for o in ims], device=device)
         n = self.h*self.w
         self.start = n.cumsum(0)-n
-        pixels = np.empty((sum(o.shape[0]*o.shape[1] for o in ims),3), np.uint8)
-        for part in np.split(pixels, np.cumsum([o.shape[0]*o.shape[1] for o in ims])[:-1]):
+        pixels = np.empty((n.sum().item(),3), np.uint8)
+        for part in np.split(pixels, self.start[1:].cpu()):
             part[:] = ims.pop(0).reshape(-1, 3) # let go of each, so that the data is not there twice
         self.pixels = torch.from_numpy(pixels).to(device)
 
