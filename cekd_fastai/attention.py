@@ -48,7 +48,7 @@ class _LastAttention(TorchFunctionMode):
 def _may_read(head):
     "Whether tokens stand in front of the places that a head takes, unless it was found out that it does not read them"
     kind = getattr(head, 'takes', [None])[0] # of a `Mapped`: the number of tokens in front
-    return isinstance(kind, int) and kind>0 and head.reads_front is not False
+    return isinstance(kind, int) and kind>0 and head.notes.get('reads_front') is not False
 
 def reads_class_token(
     head:nn.Module, # From a last map to logits, in evaluation mode
@@ -56,15 +56,15 @@ def reads_class_token(
 )->bool:
     "Does a head read the tokens in front, and no other? Tried once, and noted at the head"
     if not _may_read(head): return False
-    if head.reads_front is not None: return head.reads_front
+    if 'reads_front' in head.notes: return head.notes['reads_front']
     c = feat.shape[1]//(head.takes[0]+1)
     one = feat[:1].detach()
     bare,blind = one.clone(),one.clone()
     bare[:,:c],blind[:,c:] = 0,0
     z = head(one)
     needs_places,needs_front = [not torch.equal(head(o), z) for o in (bare,blind)]
-    if z.isfinite().all() and (needs_places or needs_front): head.reads_front = needs_front and not needs_places
-    return bool(head.reads_front)
+    if z.isfinite().all() and (needs_places or needs_front): head.notes['reads_front'] = needs_front and not needs_places
+    return head.notes.get('reads_front', False)
 
 # %% ../nbs/27_attention.ipynb #att-class
 _attention = ContextVar('attention', default=None) # the `ClassAttention` in whose `with` we are

@@ -107,10 +107,13 @@ def frozen_norm_stats(
     "Batch normalisation in training mode that leaves its running statistics and counters alone, inside the `with`"
     # `data`: what a backward pass has kept of a buffer must not look changed
     stats = [o.data for m in _norms(model) if m.training for o in m.buffers()]
-    before = [o.clone() for o in stats]
+    groups = [[o for o in stats if o.is_floating_point()==f] for f in (True,False)] # numbers, and counters of batches
+    groups = [o for o in groups if o]
+    before = [[torch.empty_like(o) for o in g] for g in groups]
+    for was,now in zip(before, groups): torch._foreach_copy_(was, now)
     try: yield model
     finally:
-        for o,was in zip(stats, before): o.copy_(was)
+        for was,now in zip(before, groups): torch._foreach_copy_(now, was)
 
 @patch
 def run_trunk(self:BranchNet,

@@ -108,14 +108,15 @@ def _tensors(o):
 
 class Mapped(nn.Module):
     "A part of a network that takes maps and gives maps, whatever it computes with"
-    reads_front = None # Of a head: does it read the tokens in front alone? Found out by `reads_class_token`
     def __init__(self,
         body,       # The part, a module or function
         takes:list, # How each of its inputs is laid out, from `map_kind`; None for what is passed as it is
         gives:list, # How each of its outputs is laid out
+        notes=None, # Dict for what is found out about it, such as by `reads_class_token`; None: one of its own
     ):
         super().__init__()
         self.body,self.takes,self.gives = body,list(takes),list(gives)
+        self.notes = {} if notes is None else notes
 
     def forward(self, x):
         xs = x if len(self.takes)>1 else (x,)
@@ -152,7 +153,8 @@ def map_and_head(
     kind = _kind(model, feat, x) if isinstance(feat, Tensor) else None
     if kind is None: return None,None
     if kind=='NCHW': return feat,head
-    return to_map(feat, kind, *x.shape[-2:]),Mapped(head, [kind], [None])
+    notes = vars(model).setdefault('head_notes', {}) # at the model, since this `Mapped` lives for one call
+    return to_map(feat, kind, *x.shape[-2:]),Mapped(head, [kind], [None], notes)
 
 # %% ../nbs/28_cam.ipynb #maps-class
 def _maps_of(model, x):

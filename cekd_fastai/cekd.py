@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from dataclasses import replace
 from fastai.callback.mixup import MixHandler
 from torch.func import functional_call
-from .core import amp_context,check_above,check_not_negative,check_share,eval_mode,one_of,unwrap_model
+from .core import amp_context,check_above,check_not_negative,check_share,eval_mode,is_nested,one_of
 from .steps import step_pct
 from .mix.core import MixRecord,box_mask
 from .losses import cross_target,is_multi,kd_loss,loss_reduction,mixed_loss,ramp_up,soft_probs
@@ -105,11 +105,12 @@ class CEKD(Distill):
     ema_target = None  # Logits of the averaged network for this step's sources, shape (1, B, K), with teacher='ema'
     region = None      # Branch logits (n, B, K) of what this step's images show of their sources, with fuse='maps'
     joined = False     # Whether this step's batch holds the clean images too
-    net_tensors = None # The network's own tensors by name, which the average follows
+    ema_pairs = None # Averages and the network's tensors that they follow
     cancelled = False  # Whether this step was cancelled, so that the average must not move
     show_ema = True    # Whether validation sees the average
+    shown_before = False # Did the network hold it already, before this validation?
     takes_soft = True  # Another callback may soften the labels
-    _stateattrs = Distill._stateattrs + ('ema_target','region','net_tensors')
+    _stateattrs = Distill._stateattrs + ('ema_target','region','ema_pairs')
     def __init__(self,
         w_cross:float=1.,        # Weight of the cross loss, 0 or above
         w_clean:float=1.,        # Weight of the labels of the clean images, 0 or above
@@ -166,7 +167,7 @@ def _check_together(self:CEKD):
     if self.standardise and self.target=='fused':
         raise ValueError("CEKD: `standardise` is for a divergence of two predictions, but with target='fused' labels and target "
             "are one: use target='separate' or 'both'.")
-    if self.joint and not self.needs_clean: raise ValueError("CEKD: with teacher='ema' and `w_clean` 0 no clean images run that could be `joint` with the mixed ones: leave it out.")
+    if self.joint and not self.needs_clean: raise ValueError("CEKD: with this teacher and these weights no clean images run that could be `joint` with the mixed ones: leave it out.")
     if self.decay!=.999 and not (self.teacher=='ema' or self.validate_ema):
         raise ValueError("CEKD: `decay` is of an average of weights, and none is kept: leave it out, or pass teacher='ema' or validate_ema=True.")
     if self.teacher!='ema': return
@@ -182,7 +183,7 @@ def check(self:CEKD):
     if self.needs_clean and hasattr(self.learn.model, '_orig_mod'):
         raise ValueError('`CEKD` runs the parts of the network by themselves, but it is compiled as a whole: '
             'pass `Compile()` in `cbs` instead, which compiles its parts.')
-    n_branches = unwrap_model(self.learn.model).n_branches
+    n_branches = self.net.n_branches
     foreign = first(type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler))
     if foreign:
         raise ValueError(f"`CEKD` needs to know what was mixed with what, but this `{foreign}` is fastai's: "
@@ -276,7 +277,7 @@ def region_logits(
 @patch
 def _region_logits(self:CEKD, feats, rec, size):
     "Branch logits (n, B, K) of what mixed images of height and width `size` show, from last maps of their sources"
-    heads = unwrap_model(self.learn.model).heads
+    heads = self.net.heads
     with torch.set_grad_enabled(not self.detach), eval_mode(heads), amp_context(self.learn):
         return torch.stack([region_logits(h, f, rec, size) for h,f in zip(heads, feats)])
 
@@ -312,10 +313,9 @@ def after_pred(self:CEKD):
 def get_ema(self:CEKD)->ModelEMA:
     "The average inside the network, made where there is none; None if this callback keeps none"
     if not self.keeps_ema: return None
-    net = unwrap_model(self.learn.model)
-    if not isinstance(getattr(net, 'ema', None), ModelEMA): net.ema = ModelEMA(net)
-    net.ema.decay = self.decay
-    return net.ema
+    if not isinstance(getattr(self.net, 'ema', None), ModelEMA): self.net.ema = ModelEMA(self.net)
+    self.net.ema.decay = self.decay
+    return self.net.ema
 
 @patch
 def use_ema(self:CEKD,
@@ -325,14 +325,14 @@ def use_ema(self:CEKD,
     ema = self.get_ema()
     if ema is None: raise ValueError("This `CEKD` keeps no average: pass teacher='ema' or validate_ema=True.")
     self.show_ema = on
-    if ema._buffers and ema.n and ema.swapped!=on: ema.swap(unwrap_model(self.learn.model))
+    if ema._buffers and ema.n and ema.swapped!=on: ema.swap(self.net)
 
 @patch
 def ema_logits(self:CEKD,
     x:Tensor, # Images, shape (B, 3, H, W)
 )->Tensor:    # Shape (B, K)
     "Logits of the averaged network for images"
-    net = unwrap_model(self.learn.model)
+    net = self.net
     in_net = net.ema.swapped or not net.ema.n # the network holds the average, or there is none yet
     with torch.no_grad(), eval_mode(net), amp_context(self.learn):
         return net(x) if in_net else functional_call(net, net.ema.tensors(), (x,))
@@ -353,10 +353,10 @@ def before_train(self:CEKD):
     "Bring back the weights of the last step, and start an average that has not begun"
     Distill.before_train(self)
     if not self.keeps_ema: return
-    net = unwrap_model(self.learn.model)
+    net = self.net
     if net.ema.swapped: net.ema.swap(net)
     if not net.ema.n: net.ema.restart(net)
-    self.net_tensors = ModelEMA.present(net)
+    self.ema_pairs = net.ema.pairs(net)
     self.cancelled,self.show_ema = False,True
 
 # %% ../nbs/43_cekd.ipynb #ema-step
@@ -367,23 +367,29 @@ def after_cancel_step(self:CEKD): self.cancelled = True
 def after_step(self:CEKD):
     "Move the average"
     taken = not self.cancelled and not hasattr(self.learn, 'lr_finder')
-    if self.keeps_ema and taken: unwrap_model(self.learn.model).ema.update(self.net_tensors)
+    if self.keeps_ema and taken: self.net.ema.update(self.ema_pairs)
     self.cancelled = False
 
 @patch
 def after_train(self:CEKD):
     "Agree on running statistics among processes"
     if not self.keeps_ema or not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
-    net = unwrap_model(self.learn.model)
-    statistics = dict(net.named_buffers(remove_duplicate=False))
-    for k,t in net.ema.tensors().items():
+    statistics = dict(self.net.named_buffers(remove_duplicate=False))
+    for k,t in self.net.ema.tensors().items():
         if k in statistics: torch.distributed.broadcast(t, 0)
 
 # %% ../nbs/43_cekd.ipynb #ema-valid
 @patch
 def before_validate(self:CEKD):
     "Let validation see the average"
-    if self.validate_ema and self.show_ema and not hasattr(self.learn, 'lr_finder'): self.use_ema()
+    if not (self.validate_ema and self.show_ema) or hasattr(self.learn, 'lr_finder'): return
+    self.shown_before = self.get_ema().swapped
+    self.use_ema()
+
+@patch
+def after_validate(self:CEKD):
+    "A fit that has only been interrupted by a validation goes on with its weights"
+    if is_nested(self.learn) and self.validate_ema and self.net.ema.swapped and not self.shown_before: self.net.ema.swap(self.net)
 
 @patch
 def after_fit(self:CEKD):

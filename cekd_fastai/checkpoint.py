@@ -95,7 +95,6 @@ class Resume(Callback):
 class Checkpoint(Callback):
     "Writes the whole state of a run, and goes on from it when the same run is started again"
     order = 2000      # After everyone else, so that it sees the end of a batch
-    one_fit = True    # A validation within a fit does not begin or end it
     resumable = False # Its own state is written apart
     fit_no = 0        # Number of this fit among those of the learner that ended
     fitting = False # Is this a fit, and not a validation?

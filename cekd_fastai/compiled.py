@@ -35,7 +35,6 @@ def _several(trunk): return type(trunk) is nn.ModuleList # the trunks of peers
 class Compile(Callback):
     "Compile trunk and branches during a fit"
     order,resumable = -100,False # Before the first forward pass; a resumed run compiles again
-    one_fit = True # A validation within a fit does not begin or end it
     parts = () # What is compiled at the moment
     def __init__(self,
         backend:str='inductor', # As for `torch.compile`

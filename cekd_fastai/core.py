@@ -107,7 +107,7 @@ def is_nested(
     learn:Learner, # Any fastai learner
 )->bool:
     "Whether this is a validation or a prediction that a callback of a running fit has asked for"
-    return getattr(learn, 'in_fit', False) and not is_fit(learn)
+    return bool(getattr(learn, 'hosts', None))
 
 def loss_owner(
     learn:Learner, # Any fastai learner

@@ -15,6 +15,7 @@ from .options import at_home
 from .data.image import ResizeShort,ResizeSquare,check_long,scaling_tfms,open_image,recipe_tfms
 from .data.loaders import OpenImage
 from .data.rows import source_at
+from .losses import is_multi
 from .files import check_info
 from .branches import BranchNet,load_net,save_net
 
@@ -152,7 +153,7 @@ def _activation(learn):
         raise ValueError(f"The loss `{kind}` has an activation that is neither softmax nor sigmoid: use `learn.export`.")
     tls = getattr(learn.dls.valid.dataset, 'tls', [])
     labellers = [o for tl in tls[1:] for o in tl.tfms.fs]
-    several = any(isinstance(o, (MultiCategorize,EncodedMultiCategorize)) for o in labellers)
+    several = is_multi(learn.loss_func) or any(isinstance(o, (MultiCategorize,EncodedMultiCategorize)) for o in labellers)
     return 'sigmoid' if several else 'softmax'
 
 def _info(learn, item):

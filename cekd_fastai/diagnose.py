@@ -10,7 +10,7 @@ __all__ = ['target_angle', 'Diagnose']
 # %% ../nbs/44_diagnose.ipynb #imports
 from fastai.vision.all import *
 from dataclasses import replace
-from .core import eval_mode,is_fit,lookup,unwrap_model
+from .core import eval_mode,is_fit,is_nested,lookup,unwrap_model
 from .mix.core import MixRecord
 from .losses import cross_target,soft_probs,z_scores
 from .mix.evidence import evidence_batches,oracle_weights
@@ -54,11 +54,10 @@ def eval_target(self:CEKD,
     rec:MixRecord, # How they are mixed
 )->Tensor:         # Shape (B, K)
     "The cross target for mixed images, in evaluation mode, the mean over peers"
-    net = unwrap_model(self.learn.model)
     how = dict(T=self.T, standardise=self.standardise)
     if self.teacher=='ema': return cross_target(soft_probs(self.ema_logits(x), **how), rec)
-    with eval_mode(net):
-        z,feats = net.branch_forward(x)
+    with eval_mode(self.net):
+        z,feats = self.net.branch_forward(x)
         if self.fuse=='maps': z = self._region_logits(feats, rec, x.shape[-2:])
     q = soft_probs(teacher_logits(z, self.teacher), **how).mean(0)
     return q if self.fuse=='maps' else cross_target(q, rec)
@@ -87,7 +86,7 @@ def target_noise(self:CEKD,
     batches:list=None # From `evidence_batches`, to use again
 )->dict:              # `label_noise`, `cross_noise`: mean absolute errors of the host's share; number of `images`
     "Error of the mixed label and of the cross target against the evidence that the mixed images show"
-    dev = next(unwrap_model(self.learn.model).parameters()).device
+    dev = next(self.net.parameters()).device
     with no_random(seed): batches = batches or list(evidence_batches(self.learn.dls, kind, n=n, seed=seed))
     rows = []
     with no_random(seed):
@@ -208,6 +207,9 @@ def after_loss(self:Diagnose):
         mixed = [o[-len(cb.record.perm):] for o in grads]
         self._add('trunk_conflict', _angle(*mixed))
 
+@patch
+def after_batch(self:Diagnose): self.trunk_map = None
+
 # %% ../nbs/44_diagnose.ipynb #diag-read
 @patch
 def before_epoch(self:Diagnose): self.sums,self.trained = {},False
@@ -225,7 +227,7 @@ def before_train(self:Diagnose):
 @patch
 def after_validate(self:Diagnose):
     "Read the sums, in training epochs only"
-    self.trunk_map = None
+    if is_nested(self.learn): return
     away = self.shown and not hasattr(self.learn, 'recorder') # while a callback fetches predictions
     if not self.trained or away: return
     res = {k:float(total)/n for k,(total,n) in self.sums.items()}

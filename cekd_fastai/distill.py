@@ -26,7 +26,6 @@ class Distill(Callback):
     "Base class of the distillation callbacks: owns the loss of each training step of a `BranchNet`"
     order = 5           # After the mix, before mixed precision
     run_valid = False   # Validation is the plain task loss of what will be deployed
-    one_fit = True      # A validation within a fit does not begin or end it
     clean_learns = True # Does the loss reach the clean pass?
     loss_rank = 2       # Of several callbacks that write the loss, the one with the highest rank does
     needs_clean = False # Does a step need a pass over the unmixed images?
@@ -239,7 +238,7 @@ class Components(Callback):
         i = len(rec.metric_names) - int(rec.add_time)
         rec.metric_names = rec.metric_names[:i] + L(self.names) + rec.metric_names[i:]
 
-    def before_epoch(self): self.trained = self.trained and is_nested(self.learn)
+    def before_epoch(self): self.trained = False
     def before_train(self): self.trained = True
     def after_validate(self):
         "Add the values after the metrics, in epochs that train"

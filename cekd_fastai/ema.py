@@ -47,26 +47,30 @@ class ModelEMA(nn.Module):
 BranchNet.optional_parts.add('ema')
 
 # %% ../nbs/41_ema.ipynb #ce-ema-up
-def _foreach(f, pairs, *args):
-    "Call `f` with the list of the first and the list of the second of all `pairs`, if there are any"
-    if pairs: f(*map(list, zip(*pairs)), *args)
+@patch
+def pairs(self:ModelEMA,
+    net:nn.Module, # The network that this is a part of
+)->tuple:          # Floating-point numbers, then counters: of each a list of averages and one of the network's tensors
+    "What `update` moves, and towards what"
+    own,now = self.tensors(),self.present(net)
+    def of(is_float):
+        names = [k for k in now if own[k].is_floating_point()==is_float]
+        return [own[k] for k in names],[now[k] for k in names]
+    return of(True),of(False)
 
 @patch
 @torch.no_grad()
 def update(self:ModelEMA,
-    now:dict, # From `present`
+    pairs:tuple, # From `pairs`, which may serve many steps
 ):
-    "Move the average towards the present tensors"
+    "Move the average towards the network's present tensors"
     self.n += 1
     warm_up = (1+self.n)/(10+self.n)
     decay = min(self.decay, warm_up)
-    averages = self.tensors()
-    pairs = [(averages[k],t.detach()) for k,t in now.items()]
-    floats = [o for o in pairs if o[0].is_floating_point()]
-    counters = [o for o in pairs if not o[0].is_floating_point()]
+    (averages,now),(counters,counts) = pairs
     # `lerp` with weight 1-decay is decay*average + (1-decay)*tensor; the foreach form does all tensors in one kernel
-    _foreach(torch._foreach_lerp_, floats, 1-decay)
-    _foreach(torch._foreach_copy_, counters)
+    if averages: torch._foreach_lerp_(averages, now, 1-decay)
+    if counters: torch._foreach_copy_(counters, counts)
 
 # %% ../nbs/41_ema.ipynb #ce-ema-swap
 @patch

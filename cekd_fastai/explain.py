@@ -119,6 +119,7 @@ def add_examples(
 )->Path:
     "Put a few training pictures of each class into a file of `deploy`, for `similar` and the page of `cekd-serve`"
     check_count(n=n, side=side)
+    file = Path(file).expanduser()
     d,(net,info) = Deployed(file),load_net(file)
     labels,features,pictures = [],[],[]
     for im,label in _training(dls, n):
@@ -128,7 +129,7 @@ def add_examples(
         pictures.append(_jpeg(opened, side))
     examples = dict(labels=labels, features=torch.stack(features).half(), **_packed(pictures))
     save_net(net, file, **info | dict(examples=examples))
-    return Path(file)
+    return file
 
 # %% ../nbs/78_explain.ipynb #xp-similar
 def _stored(examples, i):

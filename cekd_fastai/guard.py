@@ -78,20 +78,21 @@ class Diverged(ValueError): "A run whose loss, gradients or pictures are not fin
 class Guard(Callback):
     "Leaves out batches that are not finite, keeps the first few, and stops after several in a row"
     order = -5          # After the model is put into its mode, before anything looks at the batch
-    one_fit = True      # A validation within a fit does not begin or end it
     resumable = True    # Its counts go on with a run
     skipped = 0         # Batches left out in this fit
     in_row = 0          # The last ones of them, without a good one between
     good = 0            # Batches of this epoch that were trained on
     fitting = False     # Is this a fit, and not a validation?
     bad = False         # Is this batch left out?
+    places = ()         # Where the network's running statistics lie
+    params = ()         # The network's weights
     kept = None         # Running statistics before this batch
     last_loss = None    # Of the last good batch
     lazy = None         # Read the answers one batch later? None: on a GPU
     pending = None      # Answers that are not read yet, with their batch and its place
     pixels = None       # Are those of this batch finite? On the device
     ok = None           # Is all of this batch finite? On the device
-    _stateattrs = ('kept','last_loss','pending','pixels','ok')
+    _stateattrs = ('fitting','places','params','kept','last_loss','pending','pixels','ok')
     def __init__(self,
         stop_after:int=5,   # Batches in a row after which the run stops
         folder=None,        # Where batches are kept; None: `not_finite` in the learner's path
@@ -156,9 +157,19 @@ def stop(self:Guard, what, names):
     raise Diverged(f"The run diverged in epoch {self.learn.epoch}: {found}; {rate}: lower it, or look at these pictures.")
 
 # %% ../nbs/70_guard.ipynb #cb-run
-def _statistics(net):
-    "Buffers that a forward pass may change; those of an average of the weights it does not"
-    return [o for k,o in net.named_buffers() if o.is_floating_point() and not k.startswith('ema.')]
+def _places(net):
+    "Where buffers lie that a forward pass may change; those of an average of the weights it does not"
+    places = {}
+    for name,m in net.named_modules():
+        if name=='ema' or name.startswith('ema.'): continue
+        for k,o in m._buffers.items():
+            if o is not None and o.is_floating_point(): places.setdefault(id(o), (m._buffers,k))
+    return list(places.values())
+
+@patch(as_prop=True)
+def statistics(self:Guard):
+    "The buffers, as they are now: a module may have put another in its place"
+    return [buffers[k] for buffers,k in self.places]
 
 @patch
 def before_fit(self:Guard):
@@ -172,6 +183,8 @@ def before_train(self:Guard):
     "An epoch that trains begins"
     self.fitting = not hasattr(self.learn, 'lr_finder')
     self.good = 0
+    self.places = _places(unwrap_model(self.learn.model))
+    self.params = list(self.learn.model.parameters())
 
 # %% ../nbs/70_guard.ipynb #cb-batch
 @patch(as_prop=True)
@@ -202,7 +215,7 @@ def before_batch(self:Guard):
         self.count('The pixels are', self.batch, (self.learn.epoch,self.learn.iter))
         raise CancelBatchException
     if not self.learn.training: return
-    now = _statistics(unwrap_model(self.learn.model))
+    now = self.statistics
     if self.kept is None: self.kept = [torch.empty_like(o) for o in now]
     if now: torch._foreach_copy_(self.kept, now)
 
@@ -217,13 +230,13 @@ def _overflows(scaler):
 def before_step(self:Guard):
     "Leave out a step whose loss or gradients are not finite"
     if not self.fitting: return
-    grads = [p.grad for p in self.learn.model.parameters() if p.grad is not None]
+    grads = [p.grad for p in self.params if p.grad is not None]
     ok = self.pixels & all_finite([self.learn.loss_grad])
     over = _overflows(getattr(self.learn, 'scaler', None))
     if over is not True: ok = ok & (all_finite(grads)|over)
     if self.is_lazy: return self.disarm(ok, grads)
     if on_all(ok): return
-    now = _statistics(unwrap_model(self.learn.model))
+    now = self.statistics
     if now: torch._foreach_copy_(now, self.kept)
     half = first(cb for cb in self.learn.cbs if isinstance(cb, MixedPrecision))
     if half is not None and self.learn.scaler.is_enabled(): self.learn.scaler.unscale_(half) # so that it knows of this step
@@ -239,7 +252,7 @@ def disarm(self:Guard, ok, grads):
     flags = over_all(torch.stack([self.pixels,ok]).int(), 'MIN')
     self.ok = ok = flags[1].bool()
     zero_unless(ok, grads)
-    put_back_unless(ok, _statistics(unwrap_model(self.learn.model)), self.kept)
+    put_back_unless(ok, self.statistics, self.kept)
     good = self.learn.loss.detach().clone()
     self.learn.loss = torch.where(ok, good, torch.zeros_like(good) if self.last_loss is None else self.last_loss)
     self.pending = Later(flags),self.batch,(self.learn.epoch,self.learn.iter)

@@ -28,6 +28,7 @@ from .safely import kept_run
 from .recipes import PAPER_RUNS
 
 # %% ../nbs/90_job.ipynb #recipe-code
+_OF_DISC = ('disc','reduce','lr_disc','w_adv','last_relu') # arguments of MEAL's discriminators
 _HANGS_ON = dict(mix=('mix_args','mix_prob'), schedule=('milestones','warmup','stairs'), method=('method_args','learner_args','teachers','adversarial','trust'))
 
 def with_recipe(
@@ -44,6 +45,7 @@ def with_recipe(
     changed = [k for k in kept if kept[k]!=run[k]]
     idle = {o for k in changed for o in _HANGS_ON.get(k, ())}-given # means nothing for what was chosen instead
     run = {k:v for k,v in run.items() if k not in idle}
+    if kept.get('adversarial')=='none': run['method_args'] = [o for o in run['method_args'] if o.split('=')[0] not in _OF_DISC]
     differs = [f"You have chosen {k}={kept[k]!r}; the recipe has {run[k]!r}." for k in changed]
     return advised(args | run | kept | dict(differs=differs+run['differs']))
 

@@ -44,6 +44,7 @@ def _as_many_rates(learn):
 class BranchLearner(Learner):
     "A `Learner` that names its groups where a list of rates does not fit, lets callbacks go where a fit fails, and gives the file that it exports"
     in_fit = False # Is a fit running?
+    hosts = ()     # Its callbacks, within a validation that one of them has asked for
     @delegates(Learner.fit)
     def fit(self, n_epoch, *args, **kwargs):
         with _as_many_rates(self): return super().fit(n_epoch, *args, **kwargs)
@@ -62,6 +63,7 @@ class BranchLearner(Learner):
             raise
         finally:
             if event_type=='fit': self.in_fit = False
+    def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k not in ('in_fit','hosts')}
     def freeze(self):
         "Freeze all but the heads, with the gate where it is a group of its own"
         self.freeze_to(-2 if self.splitter is gate_apart else -1)
@@ -77,13 +79,36 @@ class BranchLearner(Learner):
 
 # %% ../nbs/64_learner.ipynb #le-nested
 _WHOLE = ('before_fit','before_epoch','after_epoch','after_fit')
+_OF_BATCH = ('dl','iter','n_iter','xb','yb','pred','loss','loss_grad','training')
 
 @patch
 def _call_one(self:BranchLearner, event_name):
-    "As fastai's; a validation within a fit neither begins nor ends that for the callbacks that say so"
-    nested = event_name in _WHOLE and is_nested(self)
+    "As fastai's; a validation within a fit neither begins nor ends anything for the callbacks of that, save for the row of its recorder"
+    if event_name not in _WHOLE or not is_nested(self): return super(BranchLearner, self)._call_one(event_name)
     for cb in self.cbs.sorted('order'):
-        if not (nested and getattr(cb, 'one_fit', False)): cb(event_name)
+        row = isinstance(cb, Recorder) and event_name.endswith('epoch')
+        if row or cb not in self.hosts: cb(event_name)
+
+@patch
+@contextmanager
+def aside(self:BranchLearner):
+    "Inside, a validation within a fit; afterwards the fit is where it was, with the table that it had"
+    rec = getattr(self, 'recorder', None)
+    was = {k:getattr(self, k) for k in _OF_BATCH if hasattr(self, k)}
+    table = {k:copy(v) if is_listy(v) else v for k,v in vars(rec).items()} if rec else {}
+    self.hosts = list(self.cbs)
+    try: yield
+    finally:
+        self.hosts = ()
+        vars(self).update(was)
+        if rec: vars(rec).update(table)
+        if self.training: self.model.train()
+
+@patch
+def validation_context(self:BranchLearner, cbs=None, inner=False):
+    "As fastai's, and `aside` within a fit"
+    context = super(BranchLearner, self).validation_context(cbs, inner)
+    return ContextManagers([self.aside(),context]) if self.in_fit else context
 
 # %% ../nbs/64_learner.ipynb #le-input
 def _shape(dls):
@@ -361,7 +386,6 @@ def css_learner(
 class GradCheckpoint(Callback):
     "Gradient checkpointing: compute the trunk's activations again in the backward pass, which saves memory and costs time"
     run_valid = False
-    one_fit = True # A validation within a fit does not begin or end it
     @property
     def nets(self):
         "All networks with a trunk in the model"

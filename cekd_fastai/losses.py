@@ -189,8 +189,7 @@ def others_mean_kd(
     standardise:bool=False, # Of `z_scores` of the logits
 )->Tensor:            # Summed over the branches, mean over the batch
     "Deep mutual learning (arXiv 1706.00384): every branch towards each of the others, mean over these"
-    n = len(logits)
+    n,log_p = len(logits),soft_log_probs(logits, T, standardise)
+    targets = log_p.detach() if detach else log_p
     pairs = [(i,j) for i in range(n) for j in range(n) if i!=j]
-    kd = partial(kd_loss, T=T, logit_target=True, detach=detach, standardise=standardise)
-    losses = [kd(logits[i], logits[j]) for i,j in pairs]
-    return sum(losses)/(n-1)
+    return sum(soft_kl(log_p[i], targets[j], T) for i,j in pairs)/(n-1)

@@ -93,7 +93,7 @@ def learner(self:Recommended,
 )->Learner:
     "A `branch_learner` with these settings, whose rates are in `learn.lr`, where `fit_one_cycle` looks"
     kw = dict(pretrained=self.pretrained, n_branches=self.n_branches, opt_func=Adam, wd=self.wd, splitter=self.splitter)
-    several = is_multi(getattr(dls.train.dataset, 'loss_func', None)) # whose loss is that of the data
+    several = is_multi(getattr(getattr(dls.train, 'dataset', None), 'loss_func', None)) # whose loss is that of the data
     if not several: kw['loss_func'] = LabelSmoothingCrossEntropyFlat(self.label_smoothing)
     kw |= kwargs
     learned = kw['pretrained'] or kw.get('weights') is not None

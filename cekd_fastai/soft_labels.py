@@ -45,7 +45,6 @@ class SoftLabels(Callback):
     "Base class: a second, soft target for each training image, made from earlier predictions of the network"
     order = 4.5       # After the mix, before distillation
     run_valid = False # Validation is the plain task loss
-    one_fit = True    # A validation within a fit does not begin or end it
     soft = None       # Soft targets of the unmixed images of this step, shape (B, K)
     labels = None     # Classes of the images of this step
     rows = None       # Their rows in the training data

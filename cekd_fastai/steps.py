@@ -14,7 +14,6 @@ from fastai.callback.training import GradientAccumulation
 
 # %% ../nbs/24_steps.ipynb #count
 GradientAccumulation.batches = 0 # in this window, before this batch
-GradientAccumulation.one_fit = True # a validation within a fit does not begin or end it
 
 def _n_images(learn):
     "Images of this batch, the mean over all processes"

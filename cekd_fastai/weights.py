@@ -39,7 +39,8 @@ def stats_in(
     info:dict, # What a file of `deploy` tells beside the weights
 ): # Lists of means and standard deviations of its channels; None if it has none
     "The statistics that the pictures of a network were normalised by"
-    return [torch.as_tensor(info[k]).flatten().tolist() for k in ('mean','std')] if 'mean' in info and 'std' in info else None
+    given = [info.get(k) for k in ('mean','std')]
+    return None if None in given else [torch.as_tensor(o).flatten().tolist() for o in given]
 
 class Saved:
     "The tensors in a checkpoint, and what a file of `deploy` tells beside them"

@@ -28,6 +28,7 @@ KINDS = {o:online(o) for o in ('dml','kdcl','one','ffl','diversity')} | dict(okd
 KINDS |= dict(recommended=plain(), recommended_cekd=plain(cbs=[SnapMix(),CEKD()]), diagnose=two(CutMix, CEKD, Diagnose), guard=two(Guard))
 KINDS |= dict(average=two(CutMix, partial(CEKD, teacher='ema', validate_ema=True)), joint=two(MixUp, partial(CEKD, joint=True)))
 KINDS |= dict(one_of=two(partial(MixOneOf, [MixUp(),CutMix()])), grad_checkpoint=two(GradCheckpoint))
+KINDS |= dict(half=two(CutMix, CEKD, HalfPrecision))
 KINDS |= dict(online_labels=two(OnlineLabelSmoothing), pskd=two(PSKD), stored=two(partial(MixUp, prob=.6), StoredTargets))
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -61,11 +62,22 @@ def test_predicts_at_any_time(dls, kind, tmp_path):
 # A validation within a fit, and a fit after one that was cut off
 
 class Looks(Callback):
-    "Validates by itself after the training part of each epoch"
+    "Validates and predicts by itself after the first batch, or after the training part, of each epoch"
+    def __init__(self, order=0, at='after_train'): self.order,self.at = order,at
+    def look(self):
+        with no_random():
+            self.seen = self.learn.validate()
+            self.learn.get_preds()
+    def after_batch(self):
+        if self.at=='after_batch' and self.training and self.iter==0: self.look()
     def after_train(self):
-        rec = self.learn.recorder.__dict__.copy() # fastai's own recorder begins anew with each validation
-        with self.learn.no_logging(), no_random(): self.learn.validate(dl=self.learn.dls.valid)
-        self.learn.recorder.__dict__.update(rec)
+        if self.at=='after_train': self.look()
+
+class Files(Callback):
+    "Notes the newest checkpoint after each epoch"
+    order = 3000
+    def __init__(self, folder): self.folder,self.names = folder,[]
+    def after_epoch(self): self.names.append(checkpoint_files(self.folder)[-1].name)
 
 def plain_run(make, dls, path, *cbs):
     set_seed(5)
@@ -78,9 +90,11 @@ def plain_run(make, dls, path, *cbs):
 @pytest.mark.parametrize('kind', KINDS)
 def test_validates_within_a_fit(dls, kind, tmp_path):
     "What a callback looks at on the way changes neither the training nor the table"
-    a,b = plain_run(KINDS[kind], dls, tmp_path),plain_run(KINDS[kind], dls, tmp_path, Looks())
+    a,b = plain_run(KINDS[kind], dls, tmp_path),plain_run(KINDS[kind], dls, tmp_path, look := Looks(), Looks(100, 'after_batch'))
     assert all(torch.equal(p, q) for p,q in zip(a.model.parameters(), b.model.parameters()))
-    if kind!='diagnose': assert [row[1:-1] for row in a.recorder.values]==[row[1:-1] for row in b.recorder.values]
+    ours,theirs = ([list(getattr(o.recorder, k)) for k in ('metric_names','values','losses','iters')] for o in (a,b))
+    assert ours==theirs
+    assert list(look.seen)==list(b.recorder.values[-1])[1:1+len(look.seen)]==list(b.recorder.values[-1])[1:2+len(b.metrics)]
 
 def test_validates_within_a_fit_that_is_kept(dls, tmp_path):
     "Files go on to be written, and the next fit of the learner goes on after them"
@@ -88,7 +102,8 @@ def test_validates_within_a_fit_that_is_kept(dls, tmp_path):
     learn.add_cb(Checkpoint(tmp_path/'c', resume=False))
     with learn.no_bar(), learn.no_logging():
         for n in (1,2):
-            learn.fit(2, 1e-3, cbs=Looks())
+            learn.fit(2, 1e-3, cbs=[Looks(),Looks(100, 'after_batch'),files := Files(tmp_path/'c')])
+            assert files.names==[f'checkpoint-{n-1:02}-000{e}-000000.ckpt' for e in (1,2)]
             assert learn.checkpoint.fit_no==n and checkpoint_files(tmp_path/'c')[-1].name==f'checkpoint-{n-1:02}-0002-000000.ckpt'
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -175,3 +190,13 @@ def test_the_model_you_pass_stays_yours(dls):
         assert all(torch.equal(v, was[k]) for k,v in learn.model.trunk.state_dict().items() if k in was)
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
     assert all(torch.equal(v, was[k]) for k,v in model.state_dict().items()) and model.training
+
+def test_exported_within_a_fit(dls, tmp_path):
+    "What is loaded is in no fit: a batch that is not finite is predicted like any other"
+    class Exports(Callback):
+        order = 300
+        def after_epoch(self): self.learn.export('model.pkl')
+    learn = plain_run(two(Guard), dls, tmp_path, Exports())
+    assert torch.equal(dict(learn.model.named_parameters())['heads.0.1.weight'], learn.model.heads[0][1].weight)
+    again = load_learner(tmp_path/'model.pkl')
+    assert not again.in_fit and not again.guard.fitting

@@ -190,7 +190,7 @@ class MemoryDL(BalancedDL):
     def create_batches(self, samps):
         if self.store is None: return (yield from super().create_batches(samps))
         train = self.dataset.split_idx==0
-        order = torch.tensor(list(samps), dtype=torch.long)
+        order = torch.tensor(list(samps), dtype=torch.long, device='cpu')
         if self.targets.is_cuda: order = order.pin_memory()
         order = order.to(self.targets.device, non_blocking=True) # once an epoch, so that no batch waits for it
         n = len(order)-len(order)%self.bs if self.drop_last else len(order)

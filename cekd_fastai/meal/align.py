@@ -90,7 +90,9 @@ class BlockLoss:
         "The weighted similarity of each block to one answer, summed over the branches"
         *answer_maps,answer_z = answer.blocks
         def over_branches(s, t, *args): return sum(similarity(o, t, self.kind, self.T, *args) for o in s)
-        for w,s,t in zip(self.gammas, maps, answer_maps): yield w*over_branches(s, t)
+        for w,s,t in zip(self.gammas, maps, answer_maps):
+            p = None if self.kind in ('l1','l2') else soft_probs(t, self.T) # once for all branches
+            yield w*over_branches(s, t, False, p)
         if self.standardise: z,answer_z = z_scores(z),z_scores(answer_z)
         yield self.gammas[-1]*over_branches(z, answer_z, multi, answer.p)
 
@@ -205,7 +207,7 @@ def hook(self:Taps,
     out               # Its output
 ):
     "Align the output of one module; `ValueError` if it is no map"
-    again = torch._C._current_graph_task_id()!=-1 # in a backward pass: a part that is computed again must save what it saved before
+    again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id()!=-1 # in a backward pass: a part that is computed again must save what it saved before
     if not (self.on or again): return
     if not isinstance(out, Tensor) or not 2<=out.ndim<=4:
         found = f'shape {tuple(out.shape)}' if isinstance(out, Tensor) else f'a {type(out).__name__}'

@@ -366,8 +366,10 @@ def losses(self:MEAL)->dict:
 @patch(cls_method=True)
 def v2(cls:MEAL, teachers, **kwargs):
     "MEAL V2: the mean of the teachers' softmax, final outputs only, one discriminator that reduces by 8"
-    recipe = dict(choose='mean', taps=0, reduce=8)
-    if kwargs.get('disc', 'own')=='own': recipe['lr_disc'] = 1e-4
+    recipe = dict(choose='mean', taps=0)
+    judged = kwargs.get('adversarial', 'joint') not in (None,'none') # are there discriminators?
+    if judged: recipe['reduce'] = 8
+    if judged and kwargs.get('disc', 'own')=='own': recipe['lr_disc'] = 1e-4
     return cls(teachers, **recipe | kwargs)
 
 @patch

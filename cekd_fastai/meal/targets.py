@@ -11,6 +11,7 @@ __all__ = ['unlabeled_dl', 'UnlabeledBatches', 'fingerprint', 'TargetCache']
 import inspect,json,zlib
 from fastai.vision.all import *
 from ..core import write_whole
+from ..options import at_home
 from ..data.folders import FolderTree
 from .heads import checksum
 from .several import Answer
@@ -21,6 +22,7 @@ def unlabeled_dl(
     source,          # Folder with images, or a list of files
 ):                   # A data loader like `dls.train`, without labels
     "Batches of images without labels, with the transforms of training"
+    source = at_home(source)
     is_path = isinstance(source, (str,Path))
     tree = FolderTree(source) if is_path and Path(source).is_dir() else None
     files = L(tree.images() if tree else [] if is_path else source)

@@ -22,7 +22,6 @@ class Mix(Callback):
     "Base class of mixes: mixes each training batch and trains on both labels, unless another callback owns the loss"
     order = 4          # Before distillation, mixed precision and several processes
     run_valid = False  # Nothing is mixed in validation
-    one_fit = True     # A validation within a fit does not begin or end it
     needs_maps = False # Does it use class activation maps?
     record = None      # How this batch was mixed, None if it was not
     host = None        # The unmixed images of this batch
