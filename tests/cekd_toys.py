@@ -39,10 +39,9 @@ def peers(n_out=3):
 class Items(list):
     def new_empty(self): return Items()
 
-def toy_dls(n=8, bs=8, n_out=3, size=16, order=None):
+def toy_dls(n=8, bs=8, n_out=3, size=16):
     g = torch.Generator().manual_seed(3)
     items = Items(zip(torch.randn(n,3,size,size, generator=g), torch.randint(0,n_out,(n,), generator=g)))
-    if order: items = Items(items[i] for i in order)
     dls = DataLoaders.from_dsets(items, items, bs=bs, val_bs=bs, num_workers=0, device='cpu', shuffle=False, drop_last=False)
     dls.c = n_out
     return dls

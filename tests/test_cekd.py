@@ -6,13 +6,14 @@ from fastai.vision.all import (CancelBatchException,CancelFitException,CancelSte
     CrossEntropyLossFlat,DataLoaders,L,Learner,load_learner,nn,set_seed,tensor)
 from cekd_fastai.branches import branch_net,branch_splitter,peer_net
 from cekd_fastai.cekd import CEKD,TARGETS,TEACHERS,cekd_losses,region_logits,teacher_logits
-from cekd_fastai.core import HalfPrecision
+from cekd_fastai.core import HalfPrecision,unwrap_model
 from cekd_fastai.diagnose import Diagnose
 from cekd_fastai.distill import BranchLoss
 from cekd_fastai.losses import cross_target,mixed_loss,soft_probs
 from cekd_fastai.mix.callback import CutMix
 from cekd_fastai.mix.core import MixRecord,mix_pixels
 from cekd_fastai.mix.snapmix import SnapMix
+from cekd_fastai.ranks import own_buffers
 from cekd_toys import lf,FixedMix,BoxMix,tiny,peers,toy_dls,learner,quiet,CatchStep,first_step,flat,Raise
 from forks import one_and_two
 
@@ -396,23 +397,15 @@ def test_the_step_check_bites(): assert asks(CEKD(), Ask())
 class KeepFirst(Callback):
     order,run_valid,grads = 100,False,None
     def before_step(self):
-        self.sent = len(getattr(self.learn.model, 'modules_buffers', ()))
+        self.sent = len(own_buffers(unwrap_model(self.learn.model))),getattr(self.learn.model, 'broadcast_buffers', None)
         if self.grads is None: self.grads = {k:p.grad.clone() for k,p in self.learn.model.named_parameters()}
-
-def to_all(self, t, rank):
-    "fastai's sends through CUDA"
-    t = torch.tensor(t)
-    torch.distributed.broadcast(t, rank)
-    return t.tolist()
 
 def ranked(rank, world):
     "The runs of one process; each of two has one half of every batch"
-    from fastai.distributed import DistributedDL
-    DistributedDL._broadcast,two,res = to_all,world>1,{}
+    two,res = world>1,{}
     for name,(make,mix,kw) in ddp_cases().items():
         net = make()
-        order = None if two else [*range(4),*range(8,12),*range(4,8),*range(12,16)]
-        dls = toy_dls(16, 4 if two else 8, size=64 if 'norm' in name or name=='random' else 16, order=order)
+        dls = toy_dls(16, 4 if two else 8, size=64 if 'norm' in name or name=='random' else 16)
         learn = learner(net, mix(), CEKD(**kw), dls=dls)
         g = KeepFirst()
         if not two: quiet(learn, 2, cbs=g)
@@ -421,7 +414,7 @@ def ranked(rank, world):
                 if name=='random': set_seed(rank)
                 quiet(learn, 2, cbs=g)
         res[name] = dict(sent=g.sent, grads={k.removeprefix('module.'):v for k,v in g.grads.items()}, params=dict(net.named_parameters()),
-            ema=net.ema.tensors() if hasattr(net,'ema') else {})
+            stats=dict(net.named_buffers()), ema=net.ema.tensors() if hasattr(net,'ema') else {})
     return res
 
 def ddp_cases():
@@ -449,11 +442,12 @@ def _same(a, b, tol=0.):
 @pytest.mark.parametrize('name', ddp_cases())
 def test_ranks_agree(two_and_one, name):
     a,b,_ = two_and_one
-    for k in ('grads','params','ema'): _same(a[name][k], b[name][k])
+    for k in ('grads','params','stats','ema'): _same(a[name][k], b[name][k])
 
 def test_average_is_not_sent_each_step(two_and_one):
-    "Each process averages by itself; only the running statistics of the network itself travel with every forward pass"
-    assert two_and_one[0]['random']['sent']==len(list(tiny(2, bn=True).buffers()))
+    "Each process averages by itself; only the running statistics of the network itself travel, once in a step, and none that stand still"
+    assert two_and_one[0]['random']['sent']==(len(list(tiny(2, bn=True).buffers())),False)
+    assert two_and_one[0]['frozen_norm']['sent']==(0,False)
 
 @pytest.mark.parametrize('name', [o for o in ddp_cases() if o not in ('random','soft_only')])
 def test_two_processes_are_one(two_and_one, name):
