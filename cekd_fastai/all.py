@@ -51,8 +51,8 @@ from .css.callback import CSS
 # %% ../nbs/93_all.ipynb #use-names
 # chkstyle: off
 from .recommended import recommended
-from .compiled import Compile
-from .learner import GradCheckpoint,branch_learner,css_learner,meal_learner,online_learner
+from .compiled import Compile,GradCheckpoint
+from .learner import branch_learner,css_learner,meal_learner,online_learner
 from .checkpoint import Checkpoint
 from .guard import Guard
 from .interpret.history import history,plot_components,plot_history,show_mixed

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from fastai.vision.all import *
 from timm.models.resnet import BasicBlock,Bottleneck,downsample_conv
 from .core import eval_mode,lookup,near_hint,one_sentence
-from .hub import is_located,quick_hub
+from .hub import is_located,no_download,quick_hub
 from .weights import classifier_names,load_weights
 
 # %% ../nbs/36_arch.ipynb #chain-children
@@ -352,15 +352,11 @@ def _make(arch, pretrained, **kwargs):
     raise ValueError(f"There is no architecture `{arch}` in timm or torchvision; {near_hint(arch, _all_names())}")
 
 # %% ../nbs/36_arch.ipynb #build-faults
-def _out_of_reach(what, arch, e, remedy):
-    "The error for something that could not be downloaded"
-    return ConnectionError(f"The {what} of `{arch}` could not be downloaded ({type(e).__name__}): {remedy}.")
-
 def _fault(arch, e):
     "The error for a name whose pretrained weights do not come"
     if 'No pretrained weights' in str(e):
         return ValueError(f"There are no pretrained weights for `{arch}`: pass `pretrained=False`, or `weights=` with a local checkpoint.")
-    return _out_of_reach('weights', arch, e, "pass `weights=` with a local checkpoint, or `pretrained=False` to start from random weights")
+    return no_download(arch, e, "pass `weights=` with a local checkpoint, or `pretrained=False` to start from random weights")
 
 def _located_fault(arch, e):
     "The error for a model on the hub or in a folder that cannot be built"
@@ -368,7 +364,7 @@ def _located_fault(arch, e):
     if 'Unknown model' in why: return ValueError(f"`{arch}` is of an architecture that this timm does not know: {why}.")
     if 'state_dict' in str(e): return ValueError(f"The weights in `{arch}` do not fit the architecture in its `config.json` ({why}).")
     if arch.startswith('local-dir:'): return ValueError(f"`{arch}` is no folder with a model of timm ({why}).")
-    return _out_of_reach('description or weights', arch, e, 'pass the name of its architecture in timm, and `weights=` with a local checkpoint')
+    return no_download(arch, e, 'pass the name of its architecture in timm, and `weights=` with a local checkpoint', 'description or weights')
 
 # %% ../nbs/36_arch.ipynb #build-make
 def _note_size(model, size):

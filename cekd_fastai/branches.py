@@ -20,7 +20,7 @@ from .weights import Saved,load_branches
 from .hub import in_registry
 from .arch import make_arch,new_head
 from .graph import divide
-from .tuning import added_params,layer_groups,note_backbone
+from .tuning import added_params,batch_norms,layer_groups,note_backbone
 
 # %% ../nbs/39_branches.ipynb #bn-code
 class BranchNet(nn.Module):
@@ -78,10 +78,8 @@ def train(self:BranchNet, mode=True):
     "Training mode, in which `freeze_bn` leaves batch normalisation in evaluation mode"
     nn.Module.train(self, mode)
     if self.freeze_bn:
-        for m in _norms(self): m.eval()
+        for m in batch_norms(self): m.eval()
     return self
-
-def _norms(model): return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 @patch
 def _load_from_state_dict(self:BranchNet, state_dict, prefix, *args):
@@ -106,7 +104,7 @@ def frozen_norm_stats(
 ):
     "Batch normalisation in training mode that leaves its running statistics and counters alone, inside the `with`"
     # `data`: what a backward pass has kept of a buffer must not look changed
-    stats = [o.data for m in _norms(model) if m.training for o in m.buffers()]
+    stats = [o.data for m in batch_norms(model) if m.training for o in m.buffers()]
     groups = [[o for o in stats if o.is_floating_point()==f] for f in (True,False)] # numbers, and counters of batches
     groups = [o for o in groups if o]
     before = [[torch.empty_like(o) for o in g] for g in groups]

@@ -115,8 +115,7 @@ class Mapped(nn.Module):
         notes=None, # Dict for what is found out about it, such as by `reads_class_token`; None: one of its own
     ):
         super().__init__()
-        self.body,self.takes,self.gives = body,list(takes),list(gives)
-        self.notes = {} if notes is None else notes
+        self.body,self.takes,self.gives,self.notes = body,list(takes),list(gives),{} if notes is None else notes
 
     def forward(self, x):
         xs = x if len(self.takes)>1 else (x,)
@@ -153,8 +152,7 @@ def map_and_head(
     kind = _kind(model, feat, x) if isinstance(feat, Tensor) else None
     if kind is None: return None,None
     if kind=='NCHW': return feat,head
-    notes = vars(model).setdefault('head_notes', {}) # at the model, since this `Mapped` lives for one call
-    return to_map(feat, kind, *x.shape[-2:]),Mapped(head, [kind], [None], notes)
+    return to_map(feat, kind, *x.shape[-2:]),Mapped(head, [kind], [None], vars(model).setdefault('head_notes', {})) # a `Mapped` lives for one call
 
 # %% ../nbs/28_cam.ipynb #maps-class
 def _maps_of(model, x):

@@ -13,7 +13,7 @@ from dataclasses import replace
 from fastai.callback.mixup import MixHandler
 from torch.func import functional_call
 from .core import amp_context,check_above,check_not_negative,check_share,eval_mode,is_nested,one_of
-from .steps import step_pct
+from .steps import step_pct,together
 from .mix.core import MixRecord,box_mask
 from .losses import cross_target,is_multi,kd_loss,loss_reduction,mixed_loss,ramp_up,soft_probs
 from .cam import cam_logits
@@ -373,7 +373,7 @@ def after_step(self:CEKD):
 @patch
 def after_train(self:CEKD):
     "Agree on running statistics among processes"
-    if not self.keeps_ema or not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
+    if not self.keeps_ema or not together(): return
     statistics = dict(self.net.named_buffers(remove_duplicate=False))
     for k,t in self.net.ema.tensors().items():
         if k in statistics: torch.distributed.broadcast(t, 0)
@@ -389,7 +389,8 @@ def before_validate(self:CEKD):
 @patch
 def after_validate(self:CEKD):
     "A fit that has only been interrupted by a validation goes on with its weights"
-    if is_nested(self.learn) and self.validate_ema and self.net.ema.swapped and not self.shown_before: self.net.ema.swap(self.net)
+    shows = is_nested(self.learn) and self.validate_ema and self.net.ema.swapped
+    if shows and not self.shown_before: self.net.ema.swap(self.net)
 
 @patch
 def after_fit(self:CEKD):

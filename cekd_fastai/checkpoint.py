@@ -12,9 +12,10 @@ import hashlib,json,shutil,signal,time
 from contextlib import suppress
 from fastai.vision.all import *
 from .core import check_count,check_not_negative,few,lookup,unwrap_model,write_whole
+from .steps import together
 from .mix.callback import Mix
 from .distill import Distill
-from .ranks import Later,meeting_place,over_all,together
+from .ranks import Later,meeting_place,over_all
 from .runstate import WrongState,check_layout,checkpoint_files,copy_plain,newest_checkpoint,state_bytes,state_of,write_checkpoint
 from .runstate import load_net_state,load_now_state,load_start_state,net_state,now_state,start_state
 

@@ -119,7 +119,7 @@ def _recipe_line(name, run):
 # %% ../nbs/91_cli.ipynb #list-slow
 def _benchmark_lines():
     "The benchmarks, a line each"
-    from cekd_fastai.job import BENCHMARKS
+    from cekd_fastai.data.benchmarks import BENCHMARKS
     return [f'{k:22} {o.title}: {o.n_classes:,} classes, {o.n_train:,} + {o.n_test:,} images' for k,o in BENCHMARKS.items()]
 
 def _backbone_lines():

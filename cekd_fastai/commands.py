@@ -59,13 +59,6 @@ def _print_table(df):
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else 'utf-8', errors='surrogateescape', newline='')
     sys.stdout.write(text)
 
-def _one_folder(source):
-    "The folder among the arguments if it is the only one, else all files"
-    from cekd_fastai.data.folders import FolderTree
-    if len(source)==1: return source[0]
-    def files_of(o): return FolderTree(o).images() if Path(o).is_dir() else [o]
-    return [f for o in source for f in files_of(o)]
-
 @call_parse
 def cekd_predict(
     model:str, # File of `deploy`, `export_onnx` or `export_program`
@@ -86,7 +79,7 @@ def cekd_predict(
         d = open_net(model, device)
         with warnings.catch_warnings(), redirect_stdout(sys.stderr): # the progress bar is no part of the table
             warnings.simplefilter('ignore')
-            df = d.predict_folder(_one_folder(source), csv, top, tta, batch, workers)
+            df = d.predict_folder(source, csv, top, tta, batch, workers)
     for o in df.attrs['broken'].values(): print(f'cekd-predict: skipped {o}', file=sys.stderr)
     if not len(df): sys.exit('cekd-predict: none of the pictures can be read.')
     if csv: print(f'{len(df):,} pictures in {csv}')

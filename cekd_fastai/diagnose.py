@@ -9,13 +9,12 @@ __all__ = ['target_angle', 'Diagnose']
 
 # %% ../nbs/44_diagnose.ipynb #imports
 from fastai.vision.all import *
-from dataclasses import replace
 from .core import eval_mode,is_fit,is_nested,lookup,unwrap_model
 from .mix.core import MixRecord
 from .losses import cross_target,soft_probs,z_scores
 from .mix.evidence import evidence_batches,oracle_weights
 from .branches import PeerNet
-from .distill import Components,log_parts
+from .distill import Components,add_columns,log_parts
 from .cekd import CEKD,_prob_of,label_shares,teacher_logits
 
 # %% ../nbs/44_diagnose.ipynb #angle
@@ -90,9 +89,7 @@ def target_noise(self:CEKD,
     with no_random(seed): batches = batches or list(evidence_batches(self.learn.dls, kind, n=n, seed=seed))
     rows = []
     with no_random(seed):
-        for x,y,ev in batches:
-            ev = replace(ev, rects=ev.rects.to(dev), weights=ev.weights.to(dev))
-            rows.append(self._host_errors(x.to(dev), y.to(dev), ev))
+        for x,y,ev in batches: rows.append(self._host_errors(x.to(dev), y.to(dev), ev.to(dev)))
     rows = torch.cat(rows)
     if not len(rows): raise ValueError(f"`{self.mixer}` left no evidence in its mixes of {n} images: raise `n`.")
     label,cross = rows.mean(0).tolist()
@@ -149,10 +146,7 @@ def before_fit(self:Diagnose):
     self.sums,self.trained,self.started = {},False,False
     if not self.active: return
     if 'trunk' in self.what: self.hook = unwrap_model(self.learn.model).trunk.register_forward_hook(self.keep_trunk_map)
-    if not self.shown: return
-    rec = self.learn.recorder
-    i = len(rec.metric_names)-int(rec.add_time)
-    rec.metric_names = rec.metric_names[:i] + L(self.names) + rec.metric_names[i:]
+    if self.shown: add_columns(self.learn.recorder, self.names)
 
 # %% ../nbs/44_diagnose.ipynb #diag-hook
 @patch
@@ -170,8 +164,8 @@ def unhook(self:Diagnose):
     self.hook = self.trunk_map = None
 
 @patch
-def after_fit(self:Diagnose): self.unhook()
-Diagnose.let_go = Diagnose.after_fit
+def after_batch(self:Diagnose): self.trunk_map = None # a checkpoint would keep it
+Diagnose.after_fit = Diagnose.let_go = Diagnose.unhook
 
 # %% ../nbs/44_diagnose.ipynb #diag-step
 @patch
@@ -206,9 +200,6 @@ def after_loss(self:Diagnose):
         grads = [torch.autograd.grad(cb.parts[k], self.trunk_map, retain_graph=True)[0] for k in ('ce_mix','cross')]
         mixed = [o[-len(cb.record.perm):] for o in grads]
         self._add('trunk_conflict', _angle(*mixed))
-
-@patch
-def after_batch(self:Diagnose): self.trunk_map = None
 
 # %% ../nbs/44_diagnose.ipynb #diag-read
 @patch

@@ -14,9 +14,9 @@ from fastai.callback.fp16 import MixedPrecision
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from .core import check_count,few,unwrap_model
-from .steps import forget_window
+from .steps import forget_window,together
 from .distill import Distill
-from .ranks import Later,over_all,together
+from .ranks import Later,over_all
 
 # %% ../nbs/70_guard.ipynb #finite
 def all_finite(
@@ -127,9 +127,8 @@ def keep_batch(self:Guard, what, names, batch, place):
     return file
 
 # %% ../nbs/70_guard.ipynb #cb-rate
-@property
-def _rate(self): return self.learn.opt.hypers[-1]['lr'] if self.learn.opt else None
-Guard.rate = _rate
+@patch(as_prop=True)
+def rate(self:Guard): return self.learn.opt.hypers[-1]['lr'] if self.learn.opt else None
 
 # %% ../nbs/70_guard.ipynb #cb-count
 @patch
@@ -156,7 +155,7 @@ def stop(self:Guard, what, names):
     rate = f'the learning rate is {self.rate:g}' if self.rate is not None else 'there is no optimiser'
     raise Diverged(f"The run diverged in epoch {self.learn.epoch}: {found}; {rate}: lower it, or look at these pictures.")
 
-# %% ../nbs/70_guard.ipynb #cb-run
+# %% ../nbs/70_guard.ipynb #cb-places
 def _places(net):
     "Where buffers lie that a forward pass may change; those of an average of the weights it does not"
     places = {}
@@ -171,6 +170,7 @@ def statistics(self:Guard):
     "The buffers, as they are now: a module may have put another in its place"
     return [buffers[k] for buffers,k in self.places]
 
+# %% ../nbs/70_guard.ipynb #cb-run
 @patch
 def before_fit(self:Guard):
     "Start clean, whatever an interrupted run has left"

@@ -52,9 +52,10 @@ def no_download(
     what:str,    # The name that was asked for
     e:Exception, # What went wrong
     remedy:str,  # What can be done instead
+    part:str='weights', # What of it
 )->ConnectionError:
-    "The error for weights that could not be downloaded"
-    return ConnectionError(f"The weights of `{what}` could not be downloaded ({type(e).__name__}): {remedy}.")
+    "The error for what could not be downloaded"
+    return ConnectionError(f"The {part} of `{what}` could not be downloaded ({type(e).__name__}): {remedy}.")
 
 # %% ../nbs/34_hub.ipynb #place
 _SOURCES = ('hf-hub:','hf_hub:','local-dir:')

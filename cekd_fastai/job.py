@@ -17,13 +17,11 @@ with warnings.catch_warnings():
 from . import synthetic # chkstyle: ignore
 from .core import lookup
 from .drawing.dataset import make_birds
-from .data.table import RECIPES
-from .data.benchmarks import BENCHMARKS
 from .data.loaders import fine_grained_dls
 from .learner import _takes,branch_learner
 from .deploy import deploy
 from .results import RESULTS
-from .train import advised,check_used,named_values
+from .train import advised,check_used,named_values,size_of
 from .safely import kept_run
 from .recipes import PAPER_RUNS
 
@@ -45,7 +43,7 @@ def with_recipe(
     changed = [k for k in kept if kept[k]!=run[k]]
     idle = {o for k in changed for o in _HANGS_ON.get(k, ())}-given # means nothing for what was chosen instead
     run = {k:v for k,v in run.items() if k not in idle}
-    if kept.get('adversarial')=='none': run['method_args'] = [o for o in run['method_args'] if o.split('=')[0] not in _OF_DISC]
+    if args.get('adversarial')=='none' and 'method_args' in run: run['method_args'] = [o for o in run['method_args'] if o.split('=')[0] not in _OF_DISC]
     differs = [f"You have chosen {k}={kept[k]!r}; the recipe has {run[k]!r}." for k in changed]
     return advised(args | run | kept | dict(differs=differs+run['differs']))
 
@@ -87,9 +85,7 @@ def _stand_ins(args, birds, size, tmp):
 
 def _small_size(args):
     "32 px for an experiment at that size, otherwise 64, or the next size that the backbones take"
-    reader = getattr(BENCHMARKS.get(args['data']), 'reader', None)
-    recipe = getattr(reader, 'keywords', {}).get('recipe', 'crop')
-    if (args['size'] or RECIPES[recipe])==32: return 32
+    if (args['size'] or size_of(args['data']))==32: return 32
     archs = [o for o in args['arch'].split(',') if timm.is_model(o.split('.')[0])]
     made = named_values(args['arch_args'])
     return next((o for o in (64,80,96,128) if all(_takes(a, o, made) for a in archs)), 64)

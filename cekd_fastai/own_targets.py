@@ -10,10 +10,10 @@ __all__ = ['share_rows', 'PSKD', 'StoredTargets']
 # %% ../nbs/46_own_targets.ipynb #imports
 from fastai.vision.all import *
 from .core import check_above,check_not_negative,check_share
-from .steps import step_pct
+from .steps import step_pct,together
 from .data.rows import n_rows
 from .losses import cross_target,kd_loss,ramp_up,soft_probs
-from .soft_labels import SoftLabels,_is_distributed,unmixed
+from .soft_labels import SoftLabels,unmixed
 
 # %% ../nbs/46_own_targets.ipynb #byrow
 class _ByRow(SoftLabels):
@@ -61,7 +61,7 @@ def start_epoch(self:_ByRow): self.memory['seen'].zero_()
 @patch
 def after_train(self:_ByRow):
     "Agree on the predictions among processes"
-    if _is_distributed() and not self.searching: share_rows(self.memory)
+    if together() and not self.searching: share_rows(self.memory)
 
 # %% ../nbs/46_own_targets.ipynb #pskd
 class PSKD(_ByRow):

@@ -112,11 +112,10 @@ def _in_order(path, files, columns, model):
 
 # %% ../nbs/82_predict.ipynb #pf-folder
 def _files(source):
-    "Pictures of a folder in the order of their names, or those of a list"
-    is_path,source = isinstance(source, (str,Path)),at_home(source)
-    if is_path and Path(source).is_dir(): files = FolderTree(source).images()
-    else: files = [Path(o) for o in ([source] if is_path else source)]
-    if not files: raise ValueError("There are no pictures in " + (f"`{source}`." if is_path else "what was given."))
+    "Pictures of folders in the order of their names, and those of a list"
+    given = [Path(at_home(o)) for o in ([source] if isinstance(source, (str,Path)) else source)]
+    files = [f for o in given for f in (FolderTree(o).images() if o.is_dir() else [o])]
+    if not files: raise ValueError(f"There are no pictures in {few(f'`{o}`' for o in given) or 'what was given'}.")
     return list(dict.fromkeys(files))
 
 def _table(columns, rows):
@@ -141,7 +140,7 @@ def _answer(d, todo, row, save, bs, num_workers, tta):
 # %% ../nbs/82_predict.ipynb #pf-method
 @patch
 def predict_folder(self:Deployed,
-    source,               # A folder, searched in depth, or a list of files
+    source,               # A folder, searched in depth, or a list of folders and files
     csv=None,             # Table to write, e.g. 'out.csv'; one that is there goes on
     top:int=3,            # Classes for each picture
     tta:bool=False,       # Average over a picture and its mirror image

@@ -15,7 +15,7 @@ from .core import is_fit,unwrap_model
 from .arch import make_arch,trial_images
 from .losses import is_multi
 from .branches import branch_splitter
-from .tuning import layer_rates,undecayed_params
+from .tuning import batch_norms,layer_rates,undecayed_params
 from .learner import branch_learner
 
 # %% ../nbs/66_recommended.ipynb #decay-code
@@ -53,8 +53,7 @@ def _seen(arch):
         with torch.device('meta'): model,_ = make_arch(arch, pretrained=False)
     except ValueError: raise # there is none of that name
     except Exception: model,_ = make_arch(arch, pretrained=False) # looks at numbers while it is built
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    return max(trial_images(model).shape[-2:]),bool(norms)
+    return max(trial_images(model).shape[-2:]),bool(batch_norms(model))
 
 def recommended(
     arch,                # Name in timm or torchvision, a function that builds a model, or an `nn.Module`; of several, the first counts

@@ -14,7 +14,7 @@ from fastai.vision.all import *
 from importlib.metadata import version
 from . import __version__
 from .core import one_sentence,unwrap_model
-from .mix.callback import Mix
+from .mix.callback import mix_of
 from .branches import branch_accuracy,branch_preds
 from .online.diversity import Diversity
 from .css.net import CSSNet
@@ -108,8 +108,8 @@ def save_run(
     res,z,y = _result(learn, args, seconds, skipped)
     hist = history(learn)
     pairs = confused_pairs(z, y, learn.dls.vocab)
-    mix = next((type(cb).__name__ for cb in learn.cbs if isinstance(cb, Mix)), None)
-    title = f"{args['method']}{f' + {mix}' if mix else ''}: {res['accuracy']:.1%}"
+    mix = mix_of(learn)
+    title = f"{args['method']}{f' + {type(mix).__name__}' if mix else ''}: {res['accuracy']:.1%}"
     with all_or_none(out) as d:
         _draw_report(learn, hist, pairs, title, d/'report.png')
         learn.export((d/'model.pkl').absolute())

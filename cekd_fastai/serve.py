@@ -49,13 +49,13 @@ def _url(jpg):
 def _abilities(d):
     "Can `d` say where it looks, and what is similar; and a sentence for each that it cannot"
     try: _where(d, torch.zeros(1, 3, *d.size, device=d.device), 0)
-    except ValueError as e: looks,notes = False,[f'"Where it looks" is not shown: {_lower(e)}']
+    except ValueError as e:
+        why = str(e).replace('`', '')
+        looks,notes = False,[f'"Where it looks" is not shown: {why}']
     else: looks,notes = True,[]
     similar = hasattr(d, 'net') and 'examples' in d.info
     if not similar: notes.append('Similar training pictures are not shown: the file has none in it.')
     return looks,similar,notes
-
-def _lower(e): return str(e).replace('`', '')
 
 # %% ../nbs/84_serve.ipynb #sv-answer2
 def _reasons(d, x, best, looks, similar):

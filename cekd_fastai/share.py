@@ -179,15 +179,10 @@ def to_hub(
             return str(url)
 
 # %% ../nbs/85_share.ipynb #hu-from
-def _cache():
-    "Where huggingface_hub keeps what it downloads"
-    hub, = _need('huggingface_hub', who='The hub')
-    return hub.constants.HF_HUB_CACHE
-
 def _downloaded(repo, revision, endpoint):
     "The file of a repository, from the hub or from an earlier download"
     hub, = _need('huggingface_hub', who='The hub')
-    get = partial(hub.hf_hub_download, repo, 'model.pt', revision=revision, cache_dir=_cache())
+    get = partial(hub.hf_hub_download, repo, 'model.pt', revision=revision, cache_dir=hub.constants.HF_HUB_CACHE)
     try:
         with _hub(endpoint, 'pass a folder that `to_hub` wrote') as hub: return get(endpoint=endpoint)
     except ConnectionError as e:

@@ -11,9 +11,10 @@ __all__ = ['Remembered', 'remembered_in', 'SoftLabels', 'unmixed', 'OnlineLabelS
 from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
 from .core import check_not_negative,check_share,is_fit,loss_owner,unwrap_model
+from .steps import together
 from .data.rows import BatchRows
 from .losses import is_multi,loss_reduction,soft_log_probs,soft_probs
-from .mix.callback import Mix
+from .mix.callback import mix_of
 
 # %% ../nbs/45_soft_labels.ipynb #keep
 class Remembered(nn.Module):
@@ -62,7 +63,7 @@ class SoftLabels(Callback):
     @property
     def mixer(self):
         "The mixing callback of the learner, None without"
-        return first(cb for cb in self.learn.cbs if isinstance(cb, Mix))
+        return mix_of(self.learn)
 
     @property
     def memory(self):
@@ -234,8 +235,6 @@ class OnlineLabelSmoothing(SoftLabels):
         self.memory['sums'].index_add_(0, self.labels.clamp(min=0), rows)
 
 # %% ../nbs/45_soft_labels.ipynb #ols-end
-def _is_distributed(): return torch.distributed.is_available() and torch.distributed.is_initialized()
-
 @patch
 def start_epoch(self:OnlineLabelSmoothing):
     if not self.searching: self.memory['sums'].zero_()
@@ -245,7 +244,7 @@ def after_train(self:OnlineLabelSmoothing):
     "New soft labels from the predictions of the epoch"
     if self.searching: return
     sums,soft = self.memory['sums'],self.memory['soft']
-    if _is_distributed(): torch.distributed.all_reduce(sums)
+    if together(): torch.distributed.all_reduce(sums)
     n,k = sums[:,-1:],len(soft)
     new = torch.where(n>0, sums[:,:-1]/n.clamp(min=1), 1/k)
     sure = soft.amax(1, keepdim=True)>=self.limit

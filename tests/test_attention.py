@@ -17,7 +17,8 @@ from cekd_fastai.branches import branch_net
 from cekd_fastai.cam import cam,model_cam
 from cekd_fastai.cekd import CEKD
 from cekd_fastai.compiled import heavy_parts
-from cekd_fastai.learner import GradCheckpoint,branch_learner
+from cekd_fastai.compiled import GradCheckpoint
+from cekd_fastai.learner import branch_learner
 from cekd_fastai.mix.snapmix import SnapMix
 
 small = dict(img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2, num_classes=5)

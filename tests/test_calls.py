@@ -1,5 +1,5 @@
 "Calls that a user makes, that were once accepted and went wrong later, or did nothing."
-import subprocess,sys,warnings
+import inspect,subprocess,sys,warnings
 from functools import partial
 import numpy as np,pandas as pd,pytest,timm,torch
 import torch.nn.functional as F
@@ -7,9 +7,11 @@ from fastai.callback.preds import FetchPredsCallback
 from fastai.vision.all import (BCEWithLogitsLossFlat,Callback,CrossEntropyLossFlat,DataLoaders,LabelSmoothingCrossEntropyFlat,TfmdDL,
     accuracy,get_image_files,nn,set_seed)
 from cekd_fastai.all import *
-from cekd_fastai.branches import PeerNet
+from cekd_fastai.branches import PeerNet,save_net
+from cekd_fastai.cli import cekd_train
 from cekd_fastai.core import data_stats
 from cekd_fastai.diagnose import Diagnose
+from cekd_fastai.job import with_recipe
 from cekd_fastai.losses import mixed_loss
 from cekd_fastai.mix.core import MixRecord
 
@@ -178,3 +180,39 @@ def test_label_noise_looks_once(birds):
     n = len(calls)
     label_noise([SnapMix()], dls, learn=learn, rounds=6, n=4)
     assert len(calls)==2*n
+
+@pytest.mark.parametrize('off', [None,'none'])
+def test_recipes_without_their_discriminators(off):
+    "What a recipe says of discriminators goes with them; what you say of them is refused"
+    net = timm.create_model('test_resnet')
+    assert MEAL.v2(net, adversarial=off).reduce==2 and MEAL.v2(net).reduce==8
+    own = {k:v.default for k,v in inspect.signature(cekd_train).parameters.items()}
+    for name in ('meal-v2-imagenet-resnet18','meal-cifar10-vgg19'):
+        args = with_recipe(own|dict(recipe=name, adversarial='none'), own)['method_args']
+        assert not [o for o in args if o.split('=')[0] in ('disc','reduce')] and [o for o in args if o.split('=')[0] in ('taps','choose')]
+    with pytest.raises(ValueError, match='reduce is for discriminators'): MEAL.v2(net, adversarial=off, reduce=4)
+
+def test_loaders_of_your_own(birds):
+    "Loaders need no `dataset` for the recommended settings"
+    dls = small(birds)
+    class Own:
+        def __init__(self, dl): self.dl = dl
+        def __iter__(self): return iter(self.dl)
+        def __len__(self): return len(self.dl)
+    own = DataLoaders(Own(dls.train), Own(dls.valid), device='cpu')
+    own.c = 3
+    quick(recommended('test_resnet', pretrained=False).learner(own))
+
+def test_a_mix_that_never_mixes_is_shown(birds):
+    class Never(MixUp):
+        def mix(self, x, y): return None
+    learn = branch_learner(small(birds), 'test_resnet', 1, pretrained=False, cbs=Never())
+    for show in (learn.never.show, partial(show_mixed, learn)):
+        with pytest.raises(ValueError, match='mixed nothing in 100 draws'): show()
+
+def test_a_file_without_statistics(birds, tmp_path):
+    "Weights are weights, whatever their file does not tell"
+    learn = branch_learner(small(birds), 'test_resnet', 1, pretrained=False)
+    save_net(learn.model, tmp_path/'net.pt', mean=None, std=None)
+    again = branch_learner(small(birds), 'test_resnet', 1, weights=tmp_path/'net.pt')
+    assert all(torch.equal(p, q) for p,q in zip(again.model.trunk.parameters(), learn.model.trunk.parameters()))

@@ -156,9 +156,9 @@ def test_several_classes(photos, tmp_path, thresh):
     assert d.several and d.thresh==thresh and d.classes(d(items[0])[0])==list(names)
 
 @pytest.mark.parametrize('loss,act', [(nn.CrossEntropyLoss(),'softmax'), (LabelSmoothingCrossEntropyFlat(),'softmax'), (FocalLossFlat(),'softmax'),
-    (nn.BCEWithLogitsLoss(),'softmax'), (BCEWithLogitsLossFlat(),'sigmoid')])
+    (nn.BCEWithLogitsLoss(),'sigmoid'), (BCEWithLogitsLossFlat(),'sigmoid')])
 def test_activation_of_the_loss(photos, tmp_path, loss, act):
-    "A loss of torch has no activation: one class for each picture is a softmax."
+    "A loss of torch has no activation: it is a sigmoid for the one that is for several labels, else a softmax."
     assert Deployed(deploy(learner(stock(photos, Resize(48)), loss_func=loss), tmp_path/'x.pt')).info['activation']==act
 
 def test_plain_loss_of_several(photos, tmp_path):

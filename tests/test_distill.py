@@ -5,7 +5,8 @@ from fastai.vision.all import Callback,CrossEntropyLossFlat,DataLoaders,L,Learne
 from cekd_fastai.branches import branch_net,branch_splitter
 from cekd_fastai.distill import BranchLoss,CleanPass,Components,Distill
 from cekd_fastai.ema import ModelEMA
-from cekd_fastai.learner import GradCheckpoint,branch_learner,css_learner,meal_learner,online_learner
+from cekd_fastai.compiled import GradCheckpoint
+from cekd_fastai.learner import branch_learner,css_learner,meal_learner,online_learner
 from cekd_fastai.mix.callback import CutMix
 from cekd_fastai.mix.snapmix import SnapMix
 

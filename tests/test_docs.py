@@ -149,6 +149,7 @@ def test_markdown(project):
     page = build(project)
     core,first = page('core.html.md'),page('course/first.html.md')
     for o in ('# Core', '`Pot`', '```python\ndef double(', '```text\nseen\n```', '*Picture drawn by draw(1)*', '```python\ndf\n```'): assert o in core, o
+    assert '```text\n```' not in core and core.count('```')%2==0
     assert not [o for o in ('secret', 'unseen', 'warned', 'dropped', '<details', 'default_exp') if o in core]
     assert '[core](../core.html)' in first
 

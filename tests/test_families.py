@@ -17,7 +17,8 @@ from cekd_fastai.cam import from_map,map_kind,model_cam,to_map
 from cekd_fastai.cekd import CEKD
 from cekd_fastai.css.branches import css_branch_net
 from cekd_fastai.graph import divide,trace
-from cekd_fastai.learner import GradCheckpoint,branch_learner
+from cekd_fastai.compiled import GradCheckpoint
+from cekd_fastai.learner import branch_learner
 from cekd_fastai.midlevel import mid_net
 from cekd_fastai.mix.snapmix import SnapMix
 from cekd_fastai.online.net import gate_net

@@ -56,7 +56,7 @@ def test_predicts_at_any_time(dls, kind, tmp_path):
     file = dls.valid_ds.items[0]
     with again.no_bar():
         name,i,probs = again.predict(file)
-        assert torch.allclose(probs, after[0], atol=1e-4) and name==dls.vocab[i]
+        assert torch.allclose(probs, after[0], atol=1e-2 if kind=='half' else 1e-4) and name==dls.vocab[i]
         looked_at(again)
 
 # A validation within a fit, and a fit after one that was cut off

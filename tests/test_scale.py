@@ -13,7 +13,8 @@ from cekd_fastai.cekd import CEKD
 from cekd_fastai.checkpoint import Checkpoint
 from cekd_fastai.guard import Guard
 from cekd_fastai.compiled import Compile
-from cekd_fastai.learner import GradCheckpoint,branch_learner,css_learner,meal_learner,online_learner
+from cekd_fastai.compiled import GradCheckpoint
+from cekd_fastai.learner import branch_learner,css_learner,meal_learner,online_learner
 from cekd_fastai.mix.callback import CutMix
 from cekd_fastai.mix.snapmix import SnapMix
 from cekd_fastai.online.callback import ONLINE

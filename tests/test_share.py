@@ -72,7 +72,6 @@ def test_download(learn, folder, tmp_path, monkeypatch):
     "From a server; a second time from what was downloaded, with a warning, when it is gone; a name that is not there is one sentence."
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
-    monkeypatch.setattr('cekd_fastai.share._cache', lambda: str(tmp_path))
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     server.file = (folder/'model.pt').read_bytes()
     threading.Thread(target=server.serve_forever, daemon=True).start()

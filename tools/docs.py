@@ -287,7 +287,7 @@ class Page:
             data = _data(o)
             if any(t.startswith('image/') for t in data): yield f'*{_words(cell)}*'
             elif 'text/markdown' in data: yield data['text/markdown']
-            elif said := _text(''.join(o.get('text', '')) or data.get('text/plain', '')): yield f'```text\n{said.strip(chr(10))}\n```'
+            elif said := _text(''.join(o.get('text', '')) or data.get('text/plain', '')): yield said
 
     def plain(self):
         "The page in Markdown for programs that read it: words, code and what it printed"

@@ -13,7 +13,7 @@ from fastai.callback.mixup import MixHandler
 from ..core import check_above,check_share
 from ..steps import step_pct
 from ..mix.core import MixRecord
-from ..losses import _setting,in_all,is_multi,mixed_loss,ramp_up,soft_kl,soft_log_probs
+from ..losses import _inner,_setting,in_all,is_multi,mixed_loss,ramp_up,soft_kl,soft_log_probs
 from ..distill import Distill
 from .labels import joint_label
 from .net import CSSNet
@@ -24,13 +24,12 @@ def joint_loss(
     n:int,     # Number of branches of a network
 ):
     "`loss_func` for joint labels: class weights, where it has some, are repeated for each branch"
-    if isinstance(loss_func, partial):
-        weight = loss_func.keywords.get('weight')
-        return loss_func if weight is None else partial(loss_func, weight=weight.repeat_interleave(n))
-    weight = getattr(getattr(loss_func, 'func', loss_func), 'weight', None)
+    weight = _setting(loss_func, 'weight')
     if weight is None: return loss_func
+    weight = weight.repeat_interleave(n)
+    if isinstance(loss_func, partial): return partial(loss_func, weight=weight)
     res = deepcopy(loss_func)
-    getattr(res, 'func', res).weight = weight.repeat_interleave(n) # fastai's losses hold torch's as `func`
+    _inner(res).weight = weight # fastai's losses hold torch's as `func`
     return res
 
 # %% ../../nbs/63_css.callback.ipynb #cs-loss

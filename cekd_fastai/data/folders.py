@@ -188,13 +188,9 @@ def _find_parts(tree, path):
     return res
 
 # %% ../../nbs/16_data.folders.ipynb #flat
-def _is_flat(tree, path):
-    "Whether a folder holds pictures and no folder of pictures"
-    return not tree.filled(path)
-
 def _check_flat(tree, path, parts):
     "The parts that hold class folders; refuse a set that cannot be trained on without labels"
-    flat = {part:o for part,o in parts.items() if _is_flat(tree, o)}
+    flat = {part:o for part,o in parts.items() if not tree.filled(o)}
     if not flat: return parts
     names = few(o.name for o in flat.values())
     what = f'{names} of {path} hold{"s"[len(flat)>1:]} images and no class folders'

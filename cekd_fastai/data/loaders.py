@@ -294,7 +294,8 @@ def fine_grained_dls(
     columns = {k: kwargs.pop(k) for k in SPREADSHEET if k in kwargs}
     t = read_table(source, classes, valid_pct, seed, verify, root, per_class, **columns)
     _check_loading(t, bs, in_memory, balanced, item_tfms, kwargs)
-    block = fine_grained_block(t, size, item_tfms, batch_tfms, recipe, _stats_of(stats, arch), crop_to_box)
+    given = _stats_of(stats, arch)
+    block = fine_grained_block(t, size, item_tfms, batch_tfms, recipe, given, crop_to_box)
     if in_memory:
         kwargs.setdefault('dl_type', MemoryDL)
         num_workers = 0 # Processes would each copy the store
@@ -304,7 +305,7 @@ def fine_grained_dls(
     recipe = recipe or t.recipe
     if in_memory: _fill(dls, size or RECIPES[recipe], recipe, block.boxes)
     if balanced: _balance(dls.train, t, seed)
-    dls.open_stats = isinstance(stats, str) and stats=='auto' and _stats_of(stats, arch) is None
+    dls.open_stats = isinstance(stats, str) and stats=='auto' and given is None
     return dls
 
 # %% ../../nbs/19_data.loaders.ipynb #official

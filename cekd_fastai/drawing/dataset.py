@@ -51,14 +51,9 @@ def _context():
 
 def _workers(n):
     "The checked number of processes: one for each CPU, up to 8, if `n` is None"
-    if n is None: return min(8, _cpus())
+    if n is None: return min(8, num_cpus())
     if not isinstance(n, int) or n < 0: raise ValueError(f'n_workers is {n!r}: pass 0 or more processes, or None')
     return n
-
-def _cpus():
-    "CPUs that this process may use"
-    if hasattr(os, 'sched_getaffinity'): return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 # %% ../../nbs/10_drawing.dataset.ipynb #draw-all
 _DEAD = "a drawing process died; in a script, call make_birds under `if __name__ == '__main__':`, or pass n_workers=0"

@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
 from ..core import data_vocab,decode_images,loss_owner,show_panel
 from ..mix.core import box_share
-from ..mix.callback import Mix
+from ..mix.callback import drawn_mix,mix_of
 
 # %% ../../nbs/71_interpret.history.ipynb #hist-code
 def _weights_of(owner):
@@ -121,7 +121,7 @@ def _labels(learn, y):
 # %% ../../nbs/71_interpret.history.ipynb #mixed-code
 def _the_mix(learn):
     "The mixing callback of `learn`; one sentence if there is none"
-    mix = first(o for o in learn.cbs if isinstance(o, Mix))
+    mix = mix_of(learn)
     if mix is not None: return mix
     stock = first(o for o in learn.cbs if isinstance(o, MixHandler))
     if stock:
@@ -129,16 +129,11 @@ def _the_mix(learn):
             "use `MixUp` or `CutMix` of cekd_fastai to show mixed images.")
     raise ValueError("Nothing mixes here: none of the learner's callbacks is a mix. Pass one, e.g. `cbs=CutMix()`.")
 
-def _mixed_batch(learn, dl):
-    "A batch of `dl` mixed by the learner's mix: mixed images, their record, and the classes before"
-    mix = _the_mix(learn)
-    device = next(learn.model.parameters()).device
-    batch = to_device(dl.one_batch()[:2], device)
-    x,y = [o.as_subclass(Tensor) for o in batch]
-    draws = (mix.mix(x, y) for _ in range(100)) # a mix may leave a batch as it is
-    drawn = first(o for o in draws if o is not None)
-    if drawn is None: raise ValueError(f"`{mix}` mixed nothing in 100 draws: raise its `alpha`.")
-    return *drawn,y
+def _mixed_batch(mix, dl):
+    "A mixed batch of `dl`: mixed images, their record, and the classes before"
+    device = next(mix.learn.model.parameters()).device
+    x,y = [o.as_subclass(Tensor) for o in to_device(dl.one_batch()[:2], device)]
+    return *drawn_mix(mix, x, y),y
 
 def _mixed_table(learn, rec, y, size, n):
     "Host, donor, their weights and the share of the box, of the first `n` images"
@@ -178,9 +173,9 @@ def show_mixed(
 )->pd.DataFrame:        # `host`, `donor`, `weight_host`, `weight_donor`, `box`
     "Draw mixed training images with the classes and label weights of both sources"
     if n<1: raise ValueError(f"`n` is {n}, but at least one image is to be shown.")
-    _the_mix(learn) # refused before a batch is read
+    mix = _the_mix(learn) # refused before a batch is read
     dl = learn.dls.train.new(num_workers=0)
-    mixed,rec,y = _mixed_batch(learn, dl)
+    mixed,rec,y = _mixed_batch(mix, dl)
     df = _mixed_table(learn, rec, y, mixed.shape[-2:], n)
     ims = _pictures(dl, mixed)
     axs = _grid(len(df), figsize)

@@ -11,7 +11,7 @@ __all__ = ['DISC_STYLES', 'discriminator', 'disc_bce', 'disc_loss', 'DiscStyle',
 from typing import NamedTuple
 from fastai.vision.all import *
 from ..core import one_of
-from ..steps import StepShare
+from ..steps import StepShare,together
 
 # %% ../../nbs/51_meal.adversary.ipynb #dis-code
 def discriminator(
@@ -160,7 +160,7 @@ def opt_step(self:Aside,
         g = torch.where(ok, at.share*g, 0.)
         p.grad = g if at.first or p.grad is None else p.grad+g
     if not at.last: return
-    if num_distrib()>1:
+    if together():
         for p in self.nets.parameters(): torch.distributed.all_reduce(p.grad.div_(num_distrib()))
     self.opt.step()
     self.opt.zero_grad()
@@ -168,7 +168,7 @@ def opt_step(self:Aside,
 @patch
 def share(self:Aside):
     "Give all processes the networks of the first"
-    if num_distrib()<2: return
+    if not together(): return
     for p in self.nets.parameters(): torch.distributed.broadcast(p.data, 0)
 
 # %% ../../nbs/51_meal.adversary.ipynb #adv-step

@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from ..core import amp_context,check_count,check_not_negative,data_stats,data_vocab,eval_mode,few,one_of
 from ..steps import step_share
 from ..data.rows import batch_places
-from ..losses import in_all,is_multi,mixed_loss
+from ..losses import in_all,is_multi
 from ..branches import PeerNet
 from ..distill import Distill
 from .align import BlockLoss,Taps,_check_len,map_sizes,pick_taps
@@ -339,14 +339,6 @@ def after_batch(self:MEAL):
 
 # %% ../../nbs/54_meal.callback.ipynb #mc-loss-sums
 @patch
-def label_loss(self:MEAL, z):
-    "The learner's own loss of the labelled images, mixed or not, summed over the branches"
-    y,rec = self.learn.yb[0],self.record
-    z = z[:,:find_bs(self.learn.yb)]
-    if rec is None: return sum(self.learn.loss_func(o, y) for o in z)
-    return sum(mixed_loss(self.learn.loss_func, o, y, rec) for o in z)
-
-@patch
 def losses(self:MEAL)->dict:
     "Parts of the loss of this step, each a scalar summed over the branches"
     z = self.net.class_logits(self.logits).float()
@@ -356,7 +348,7 @@ def losses(self:MEAL)->dict:
         answered = [torch.stack(o) for o in zip(*[t.blocks for t in self.targets])]
         self.net.adversary.follow(self.learn.opt.hypers[-1]['lr']) # the rate that the recorder writes down
         parts['adv'],parts['disc'] = self.net.adversary.update([*maps,z], answered, self.adversarial, self.w_adv, step_share(self.learn))
-    if self.w_hard: parts['hard'] = self.label_loss(z)
+    if self.w_hard: parts['hard'] = sum(self.label_loss(o) for o in z[:,:find_bs(self.learn.yb)])
     if self.w_feat:
         self.net.projection.follow(self.learn.opt.hypers[-1]['lr'])
         parts['feat'] = self.net.projection.update(self.student_feat.read(), [o for a in self.targets for o in a.feats], step_share(self.learn))

@@ -13,6 +13,7 @@ from fastai.vision.all import *
 from contextlib import nullcontext
 from ..core import amp_context
 from ..losses import soft_probs
+from ..tuning import batch_norms
 from ..branches import frozen_norm_stats
 from .align import Taps,pick_taps
 from .teachers import check_teacher,place_teachers
@@ -37,7 +38,7 @@ def batch_statistics(
     model:nn.Module, # In evaluation mode
 ):
     "Batch normalisation by the statistics of the batch, which leaves the running ones alone, inside the `with`"
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = batch_norms(model)
     for m in norms: m.train()
     try:
         with frozen_norm_stats(model): yield model

@@ -11,7 +11,7 @@ __all__ = ['ONLINE', 'OnlineKD', 'DML', 'KDCL', 'ONE', 'OKDDip', 'FFL', 'FFMCD']
 from fastai.vision.all import *
 from ..core import check_above,check_not_negative,check_share,one_of
 from ..steps import step_pct
-from ..losses import in_all,is_multi,kd_loss,mixed_loss,others_mean_kd,ramp_up
+from ..losses import in_all,is_multi,kd_loss,others_mean_kd,ramp_up
 from ..distill import Distill
 from .cd import CD_FORMS,cd_loss,classifier_weight
 from .net import GateNet
@@ -41,15 +41,10 @@ class OnlineKD(Distill):
     def losses(self):
         "The loss of the labels, summed over the branches, and the terms of the method"
         z,e = self.logits.float(),self.learn.pred.float()
-        parts = dict(ce=sum(self.hard(o) for o in z))
-        if self.ce_ens: parts['ce_ens'] = self.hard(e)
+        parts = dict(ce=sum(self.label_loss(o) for o in z))
+        if self.ce_ens: parts['ce_ens'] = self.label_loss(e)
         soft = self.soft(z, e, self.net)
         return parts | {k:in_all(v, self.learn.loss_func, z.shape[1]) for k,v in soft.items()}
-
-    def hard(self, z):
-        "The learner's own loss of the logits `z`, of both labels where the batch is mixed"
-        loss_func,y,rec = self.learn.loss_func,self.learn.yb[0],self.record
-        return loss_func(z, y) if rec is None else mixed_loss(loss_func, z, y, rec)
 
     def kd(self, z, target):
         "Distillation of `z` towards the logits `target`"
