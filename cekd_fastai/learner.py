@@ -94,16 +94,16 @@ _OF_BATCH = ('dl','iter','n_iter','xb','yb','pred','loss','loss_grad','training'
 @patch
 @contextmanager
 def aside(self:BranchLearner):
-    "Inside, a validation within a fit; afterwards the fit is where it was, with the table that it had"
-    rec = getattr(self, 'recorder', None)
+    "Inside, a validation within a fit; afterwards the fit is where it was, with the table and the bar that it had"
+    shows = [getattr(self, o) for o in ('recorder','progress') if hasattr(self, o)]
     was = {k:getattr(self, k) for k in _OF_BATCH if hasattr(self, k)}
-    table = {k:copy(v) if is_listy(v) else v for k,v in vars(rec).items()} if rec else {}
+    shown = [{k:copy(v) if is_listy(v) else v for k,v in vars(cb).items()} for cb in shows]
     self.hosts = list(self.cbs)
     try: yield
     finally:
         self.hosts = ()
         vars(self).update(was)
-        if rec: vars(rec).update(table)
+        for cb,o in zip(shows, shown): vars(cb).update(o)
         if self.training: self.model.train()
 
 @patch

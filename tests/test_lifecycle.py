@@ -96,6 +96,17 @@ def test_validates_within_a_fit(dls, kind, tmp_path):
     assert ours==theirs
     assert list(look.seen)==list(b.recorder.values[-1])[1:1+len(look.seen)]==list(b.recorder.values[-1])[1:2+len(b.metrics)]
 
+def test_the_bar_goes_on(dls):
+    "A validation in the middle of an epoch has a bar of its own"
+    class See(Callback):
+        order = 200
+        def __init__(self): self.seen = []
+        def after_batch(self):
+            if self.training: self.seen.append((self.learn.progress.pbar.total,self.iter))
+    learn = branches(dls)
+    with learn.no_logging(): learn.fit(1, 1e-3, cbs=[Looks(100, 'after_batch'),see := See()])
+    assert len(see.seen)==len(dls.train) and all(n==len(dls.train) and i<n for n,i in see.seen)
+
 def test_validates_within_a_fit_that_is_kept(dls, tmp_path):
     "Files go on to be written, and the next fit of the learner goes on after them"
     learn = plain_run(partial(branches), dls, tmp_path, Looks())
