@@ -111,7 +111,7 @@ def test_every_form_is_defined_and_trains_for_as_many_passes():
     assert {j['mix'] for j in todo if j['mix']}<=set(c['mixes'])
 
 def test_the_best_forms_go_on():
-    "Eight, then four, then two, beside the rivals; none of them before all of a block has been run"
+    "Eight, then four, then two, beside the rivals, and one of them on the test part; none before all of a block has been run"
     c = birds_plan.read_config('birds_search')
     rows,done = c['final'][0]['rows'],{}
     def go(n):
@@ -122,7 +122,8 @@ def test_the_best_forms_go_on():
     go(1)
     assert [j['row'] for j in birds_plan.jobs(c, 20, done)]==[*rows[:3],*rows[:-9:-1]] and {j['seed'] for j in go(11)}=={1}
     assert [j['row'] for j in birds_plan.jobs(c, 20, done)]==[*rows[:3],*rows[:-5:-1]] and {j['seed'] for j in go(7)}=={2}
-    assert [(j['row'],j['seed']) for j in go(99)]==[(o,s) for s in (3,4) for o in (*rows[:3],rows[-1],rows[-2])]
+    assert [(j['row'],j['seed']) for j in go(10)]==[(o,s) for s in (3,4) for o in (*rows[:3],rows[-1],rows[-2])]
+    assert [(j['stage'],j['row'],j['seed']) for j in go(99)]==[('final',o,s) for s in range(5, 10) for o in (*rows[:3],rows[-1])]
     assert not birds_plan.jobs(c, 20, done)
 
 def test_the_table_holds_each_form_against_its_rivals():

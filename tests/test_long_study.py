@@ -1,5 +1,5 @@
 "The studies of long runs: what is done to labels and pictures by hand-worked numbers, a run of each kind, and one queue for several studies."
-import json,re,shutil,sys,time
+import itertools,json,re,shutil,sys,time
 from pathlib import Path
 import numpy as np,pytest,torch
 
@@ -167,6 +167,18 @@ def test_the_first_block_of_each_study_comes_first():
     assert {j['lr'] for j in then if j['study'] not in ('birds160','birds200')}=={.3}
     n = len(c['studies']['meal50']['final'][0]['rows'])
     assert [j['study'] for j in then[:n]]==['meal50']*n and not {birds_plan.key(j) for j in then}&done.keys()
+
+def test_a_queue_may_say_which_of_its_studies_wait():
+    "The search goes on first, since its blocks wait for each other"
+    c = birds_plan.read_config('seeds')
+    rows = birds_queue.known_rows(c, repo/'benchmarks'/'cekd'/'results', Path('none'))
+    done = {birds_plan.key(r):r for r in rows if 'stage' in r and (r['stage']=='select' and r['study']!='birds_search')}
+    order = [k for k,_ in itertools.groupby(j['study'] for j in birds_plan.jobs(c, None, done))]
+    assert order[:2]==['birds_search','meal50'] and set(order)==set(c['studies'])
+
+def test_a_row_says_how_it_was_computed_where_its_study_does():
+    c = dict(studies=dict(a=dict(precision='bf16', folded=True), b={}))
+    assert birds_queue.way_of(c, dict(study='a'))==dict(precision='bf16', folded=True) and birds_queue.way_of(c, dict(study='b'))=={}
 
 class Conn:
     def send(self, msg): self.sent = msg[1]

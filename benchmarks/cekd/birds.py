@@ -39,7 +39,7 @@ def main(
     classes:int=None, # Fewer classes, to try it out
     epochs:int=None, # These epochs, to try it out
     precision:str=None, # bf16: mixed precision; without, TF32 on a GPU and full precision on processors
-    config:str='birds', # The study: birds, birds_search, birds160, birds200, birds_random, meal50, cifar, or long for all but the first two
+    config:str='birds', # The study: birds, birds_search, birds160, birds200, birds_random, meal50, cifar, or several in one queue: long, seeds
 ):
     "Prepare, run or show the study on real birds"
     if precision not in (None,'bf16'): sys.exit(f'birds: --precision is {precision!r}, but it is bf16 or left out.')

@@ -7,7 +7,7 @@ from birds_plan import each_study
 
 here = Path(__file__).resolve().parent
 
-CONFIGS = ('birds','birds_search','long','meal50','cifar','birds_random','birds200','birds160','birds_cpu')
+CONFIGS = ('birds','birds_search','long','seeds','meal50','cifar','birds_random','birds200','birds160','birds_cpu')
 FILES = ('birds.py','birds_plan.py','birds_bundle.py','birds_pool.py','birds_queue.py','birds_tables.py','birds_train.py','variants.py','folded.py','long_train.py','goes_on.py','graphed.py','graph_check.py',*[f'{o}.json' for o in CONFIGS]) # What a machine needs of this folder
 
 def unpack(file, to):

@@ -87,7 +87,8 @@ def ranked_in(c, name, done):
     "The same of one study of several: its jobs bear its name"
     one,mine = c['studies'][name],[r for r in done.values() if r.get('study')==name]
     own = {key({k:v for k,v in r.items() if k!='study'}):r for r in mine}
-    return [(rank+one.get('later', 0),j|dict(study=name)) for rank,j in ranked(one, one['epochs']['from'], own)]
+    later = one.get('later', 0)+c.get('later', {}).get(name, 0)
+    return [(rank+later,j|dict(study=name)) for rank,j in ranked(one, one['epochs']['from'], own)]
 
 def looks(c, j):
     "What SnapMix's look at the clean images, for its maps, adds to a pass; CEKD looks at them anyway"

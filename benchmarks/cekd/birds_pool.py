@@ -108,7 +108,7 @@ class Pool:
 
     def answers(self, conns, until):
         "What these workers say, as it comes: `(conn, what, value)`; `failed` for one that ended"
-        for conn in wait(conns, max(0, until-time.time())):
+        for conn in wait(conns, min(max(0, until-time.time()), 1e6)): # longer waits overflow
             try: what,value = conn.recv()
             except (EOFError,OSError): what,value = 'failed','the process ended'
             yield conn,what,value

@@ -60,16 +60,21 @@ def serve(pool, c, epochs, rows, file, deadline, n, rate, about):
             if what=='failed':
                 value = dict(error=value)
                 pool.drop(conn)
-                if deadline-time.time()>60 or about.get('device')=='cpu': pool.add()
+                if deadline-time.time()>60: pool.add()
             if value is None: continue
             if 'error' in value: failed[key(j)] = j|dict(accuracy=0.) # not chosen, and nothing waits for it
             else:
                 done[key(j)] = j|value
                 spent.append((cost(c, j, n),time.time()-start))
-            row,kept = j|value|about,value.get('kept')
+            row,kept = j|value|about|way_of(c, j),value.get('kept')
             add_row(own_file(file, j), {k:v for k,v in row.items() if k not in ('study','kept')})
             if kept: shutil.rmtree(kept, ignore_errors=True) # not before its row is written
             print(f'{deadline-time.time():4.0f} s left | {said(row)}', flush=True)
+
+def way_of(c, j):
+    "How a run was computed, where its study says it"
+    own = c['studies'][j['study']] if 'study' in j else c
+    return {k:own[k] for k in ('precision','folded','autotune') if k in own}
 
 def own_file(file, j):
     "Where a row belongs: of several studies each has its file"

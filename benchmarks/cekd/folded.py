@@ -1,4 +1,4 @@
-"""Frozen batch normalisation within the convolution before it, on processors: $\\gamma(w*x-\\mu)/\\sigma+\\beta = (w\\gamma/\\sigma)*x + \\beta-\\mu\\gamma/\\sigma$.
+"""Frozen batch normalisation within the convolution before it: $\\gamma(w*x-\\mu)/\\sigma+\\beta = (w\\gamma/\\sigma)*x + \\beta-\\mu\\gamma/\\sigma$.
 
 The same function of the same parameters, so the gradients are the same too but for rounding, and a step passes over its maps fewer times."""
 import torch,torch.nn.functional as F
@@ -13,7 +13,7 @@ class Folded:
         scale = norm.weight*(norm.running_var+norm.eps).rsqrt()
         bias,pad = norm.bias-norm.running_mean*scale,self.padding
         if isinstance(self, Conv2dSame): x,pad = pad_same(x, self.kernel_size, self.stride, self.dilation),0
-        conv = Narrow.apply if is_wide_depthwise(self) else F.conv2d
+        conv = Narrow.apply if x.device.type=='cpu' and is_wide_depthwise(self) else F.conv2d
         return conv(x, self.weight*scale[:,None,None,None], bias, self.stride, pad, self.dilation, self.groups)
 
 def is_wide_depthwise(m):
