@@ -344,6 +344,9 @@ def test_runs_on_a_gpu_and_on_processors():
     half = cpu|dict(precision='bf16')
     assert birds_tables.where([gpu,cpu,half])==', on one NVIDIA H200, 2 of 3 runs on processors (1 of them in bfloat16)'
     assert birds_tables.where([gpu,half])==', on one NVIDIA H200, 1 of 2 runs on processors in bfloat16'
+    fast = gpu|dict(precision='bf16')
+    assert birds_tables.where([fast,cpu])==', on one NVIDIA H200 in bfloat16, 1 of 2 runs on processors'
+    assert birds_tables.where([gpu,fast,gpu])==', on one NVIDIA H200, 3 runs (1 of them in bfloat16)'
     assert birds_tables.seconds_of([gpu,cpu])==10 and birds_tables.seconds_of([cpu])==1000
 
 def test_recorded_rows_are_not_run_again():

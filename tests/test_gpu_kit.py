@@ -1,5 +1,5 @@
 "Every mix and every method trains a step on a GPU that knows shapes only, which no step may wait for."
-import ast,sys
+import ast,json,sys
 from pathlib import Path
 import pytest,torch
 from torch import nn
@@ -82,3 +82,13 @@ def test_tests_for_a_gpu_are_found(tmp_path):
     assert cuda_tests(repo/'tests')
     (tmp_path/'test_a.py').write_text("@pytest.mark.skipif(not torch.cuda.is_available(), reason='')\ndef test_x(): pass\ndef test_y(): pass\n")
     assert cuda_tests(tmp_path)==['test_a.py::test_x']
+
+def test_what_failed_on_a_card_runs_first(tmp_path, monkeypatch):
+    "By the last line of an item, whatever its stage writes before the name"
+    import checks
+    (tmp_path/'results').mkdir()
+    lines = [('compiled','compile: c',False),('compiled','compile: b',False),('compiled','compile: b',True),('sync','a',False)]
+    (tmp_path/'results'/'card.jsonl').write_text(''.join(json.dumps(dict(stage=s, item=i, ok=ok))+'\n' for s,i,ok in lines))
+    monkeypatch.setattr(checks, 'here', tmp_path)
+    assert list(checks.Run('compiled', tmp_path, 9, True).each('abcd'))==['c','a','b','d']
+    assert list(checks.Run('sync', tmp_path, 9, True).each('cba'))==['a','c','b']

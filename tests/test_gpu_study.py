@@ -59,8 +59,8 @@ rows200 = list(dict.fromkeys(o['row'] for o in birds_plan.jobs(birds_plan.read_c
 
 def test_the_study_has_one_seed_of_all_first_and_chooses_nothing():
     jobs = birds_plan.jobs(birds_plan.read_config('birds200'), 20, {})
-    assert {(j['stage'],j['lr']) for j in jobs}=={('final',.0012)} and [j['seed'] for j in jobs[:14]]==[0]*14
-    assert {j['seed'] for j in jobs[14:]}=={1,2} and {j['row'] for j in jobs[14:]}<=set(rows200)
+    assert {(j['stage'],j['lr']) for j in jobs}=={('final',.0012)} and [j['seed'] for j in jobs[:15]]==[0]*15
+    assert {j['seed'] for j in jobs[15:]}=={1,2} and {j['row'] for j in jobs[15:]}<=set(rows200)
     assert {j['epochs']*j['passes'] for j in jobs}=={20}
     assert {'plain','label smoothing','2 branches, label smoothing','CEKD + SnapMix','CEKD + SnapMix, label smoothing'}<=set(rows200)
 
@@ -84,7 +84,7 @@ def test_the_step_of_the_kit_goes_on_where_it_ended(tmp_path, monkeypatch):
         if len(calls)==1: birds_queue.add_row(file, todo[2]|dict(error='RuntimeError: out of memory'))
     monkeypatch.setattr(birds_queue, 'run', made)
     for _ in range(3): checks.study(checks.Run('study', tmp_path, 50, True))
-    assert calls==[(34,'cpu'),(32,'cpu')]
+    assert calls==[(37,'cpu'),(35,'cpu')]
     rows = checks.done_rows(tmp_path)
     assert [(r['item'],r['ok']) for r in rows[:3]]==[(rows200[0],True),(rows200[1],True),(rows200[2],False)]
     assert rows[3]['item']=='(rest)' and rows[3]['ok'] is None and 'start again' in rows[3]['note']

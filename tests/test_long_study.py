@@ -292,3 +292,7 @@ def test_files_for_another_machine_bring_what_they_import():
         needs = set().union(*(imported(o) for o in files if o.endswith('.py')))
         assert {f'{o}.py' for o in needs}<=set(files)
     assert {f'{o}.json' for o in birds_plan.read_config('long')['studies']}<=set(birds_bundle.FILES)
+
+def test_single_rows_may_be_asked_for():
+    c = birds_plan.read_config('birds200')|dict(only=['2 branches','no such row'])
+    assert [(j['row'],j['seed']) for j in birds_plan.jobs(c, 20, {})]==[('2 branches',o) for o in (0,1,2)]

@@ -39,6 +39,7 @@ def main(
     classes:int=None, # Fewer classes, to try it out
     epochs:int=None, # These epochs, to try it out
     precision:str=None, # bf16: mixed precision; without, TF32 on a GPU and full precision on processors
+    only:str=None, # Rows of the stage `final`, separated by semicolons; all if None
     config:str='birds', # The study: birds, birds_search, birds160, birds200, birds_random, meal50, cifar, or several in one queue: long, seeds
 ):
     "Prepare, run or show the study on real birds"
@@ -46,6 +47,7 @@ def main(
     begin,c = time.time(),read_config(config)
     for o in each_study(c).values():
         if precision: o['precision'] = c['precision'] = precision
+        if only: o['only'] = only.split(';')
         if classes: o['classes'] = classes
         if epochs: o['epochs'] = o['epochs']|{'from':epochs,'to':epochs}
     bundle,out = Path(bundle),Path(out)

@@ -71,6 +71,7 @@ def ranked(c, epochs, done):
             for name in rows:
                 if lr is None or 'BEST' in name and best is None: continue
                 row = name.replace('BEST', best or '')
+                if row not in c.get('only', [row]): continue
                 if target is None and 'cekd' in c['rows'][row].get('methods', []): continue
                 todo.append((i+1,run(block, row, seed)))
     return todo

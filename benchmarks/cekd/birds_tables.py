@@ -58,11 +58,14 @@ def seconds_of(rs):
 
 def where(rows):
     "In words, which runs were made on a GPU, and which were not"
-    gpus,others = list(filter(None, map(gpu_of, rows))),[r for r in rows if gpu_of(r) is None]
-    if not gpus: return ''
-    half = sum(r.get('precision')=='bf16' for r in others)
-    more = '' if not half else ' in bfloat16' if half==len(others) else f' ({half} of them in bfloat16)'
-    return f', on one {gpus[-1]}' + (f", {len(others)} of {len(rows)} runs on processors{more}" if others else '')
+    there,others = [r for r in rows if gpu_of(r)],[r for r in rows if not gpu_of(r)]
+    if not there: return ''
+    def in_half(part):
+        half = sum(r.get('precision')=='bf16' for r in part)
+        return '' if not half else ' in bfloat16' if half==len(part) else f' ({half} of them in bfloat16)'
+    of = f', {len(others)} of {len(rows)} runs on processors{in_half(others)}' if others else ''
+    many = f', {len(there)} runs' if 0<sum(r.get('precision')=='bf16' for r in there)<len(there) else ''
+    return f', on one {gpu_of(there[-1])}{many}{in_half(there)}{of}'
 
 def final_table(rows, gmacs, c=config):
     "One line for each method and budget: level, calibration, and paired differences from the two rows that all are held against"
@@ -141,7 +144,8 @@ def table(c, out, whole=None):
     for part,(what,text) in tables.items():
         if text.count('\n')<2: continue # nothing was chosen, or has been read of the test part
         of = [r for r in full if r['stage']==part]
-        res = dict(title=f"{c['title']}: {what}{where(of)}", command='python benchmarks/cekd/birds.py run' + f' --config {whole}'*(name!='birds'), **info, table=text)
+        half = all(r.get('precision')=='bf16' for r in of)
+        res = dict(title=f"{c['title']}: {what}{where(of)}", command='python benchmarks/cekd/birds.py run' + f' --config {whole}'*(name!='birds') + ' --precision bf16'*half, **info, table=text)
         res |= dict(rows=f'benchmarks/cekd/results/{name}.jsonl')
         (here.parent/'results'/f"{c.get('result', f'cekd_{name}')}_{part}.json").write_text(json.dumps(res, indent=1)+'\n')
         print(text, end='\n\n')

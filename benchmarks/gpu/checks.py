@@ -33,6 +33,8 @@ class Run:
         self.begun = self.out/f'{stage}.begun' # names the item that runs now
         if self.begun.exists(): self.died()
         rows = done_rows(self.out)
+        last = {r['item']:r for r in rows_of(*(here/'results').glob('*.jsonl')) if r['stage']==stage}
+        self.failed = {k.rpartition(': ')[2] for k,r in last.items() if r.get('ok') is False} # when the kit last ran on a card
         self.done = {r['item'] for r in rows if r['stage']==stage and (r.get('ok') is not False or r.get('died'))}
 
     def died(self):
@@ -46,8 +48,8 @@ class Run:
         with open(self.out/'results.jsonl', 'a') as f: f.write(line)
 
     def each(self, items):
-        "Items that are not done, while there is time"
-        for o in items:
+        "Items that are not done, while there is time; those that failed last time come first"
+        for o in sorted(items, key=lambda o: o not in self.failed):
             if o in self.done: continue
             if time.time()>self.end: return self.note('(rest)', ok=None, note=f'no time left, first not run: {o}')
             yield o
@@ -61,10 +63,12 @@ class Run:
         self.begun.unlink(missing_ok=True)
         self.note(item, **(dict(ok=True)|(row or {})), seconds=round(time.time()-start, 2))
 
-def done_rows(out):
-    "Results of earlier calls; a line that was cut off is left out"
+def done_rows(out): return rows_of(Path(out, 'results.jsonl'))
+
+def rows_of(*files):
+    "Results in these files, as far as they exist; a line that was cut off is left out"
     rows = []
-    for o in Path(out, 'results.jsonl').read_text().splitlines() if Path(out, 'results.jsonl').exists() else []:
+    for o in (o for f in files if f.exists() for o in f.read_text().splitlines()):
         try: rows.append(json.loads(o))
         except ValueError: continue
     return rows
