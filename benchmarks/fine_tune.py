@@ -28,7 +28,7 @@ sets = dict(flowers=dict(data='oxford-flowers17-12classes', classes=None, epochs
 
 # What is compared. `recommended` is two branches with label smoothing as `recommended(arch).learner(dls)` gives them. `fastai` says which part of the recipe a fastai user's code has taken over
 methods = {'fine_tune': dict(fastai=()), 'recommended': dict(branches=2, recommended=True),
-    'recommended, norms trained': dict(branches=2, recommended=True, freeze_bn=False), 'fine_tune, rate chosen': dict(fastai=(), chosen=True),
+    'recommended, norms trained': dict(branches=2, recommended=True, freeze_bn=False), 'recommended, stored targets': dict(branches=2, recommended=True, stored=True), 'fine_tune, rate chosen': dict(fastai=(), chosen=True),
     'plain': dict(branches=1), 'label smoothing': dict(branches=1, smooth=.1),
     '2 branches': dict(branches=2), '2 branches, label smoothing': dict(branches=2, smooth=.1),
     'SnapMix': dict(branches=1, mix=True, passes=7/6), 'CEKD + SnapMix, label smoothing': dict(branches=2, smooth=.1, mix=True, cekd=True, passes=1.5)}
@@ -83,7 +83,8 @@ def make(s, m, seed, folder, held_out):
     set_seed(seed)
     if 'recommended' in m:
         freeze = m.get('freeze_bn', True)
-        return recommended(arch).learner(dls, pretrained=False, weights=weights, freeze_bn=freeze, metrics=accuracy, cbs=ChannelsLast())
+        cbs = [ChannelsLast()]+[MixUp(prob=.6),StoredTargets()]*('stored' in m)
+        return recommended(arch).learner(dls, pretrained=False, weights=weights, freeze_bn=freeze, metrics=accuracy, cbs=cbs)
     if own is None:
         loss = CrossEntropyLossFlat() if not m.get('smooth') else LabelSmoothingCrossEntropyFlat(eps=m['smooth'])
         return branch_learner(dls, arch, m['branches'], pretrained=False, weights=weights, freeze_bn=True, loss_func=loss,
@@ -233,7 +234,7 @@ def main(
     if stage=='time': return times(data_dir, rounds)
     if stage=='select':
         for lr in user_rates: run('fine_tune', methods['fine_tune'], 'birds50', 0, lr, True)
-        for o in ('recommended','recommended, norms trained'): run(o, methods[o], 'birds50', 0, rate, True)
+        for o in ('recommended','recommended, norms trained','recommended, stored targets'): run(o, methods[o], 'birds50', 0, rate, True)
     if stage=='final':
         for key in which.split(','):
             for seed in range(first, seeds):

@@ -28,7 +28,10 @@ _METHODS = dict(plain='no distillation',
     okddip='peers learn from mixtures of their own, a leader from all peers: OKDDip (arXiv 1912.00350)',
     ffl='two branches and a fused classifier teach each other: FFL (arXiv 1904.09058)',
     dml='every branch learns from each of the others: DML (arXiv 1706.00384)',
-    kdcl='every branch learns from the mean of all: KDCL (CVPR 2020)')
+    kdcl='every branch learns from the mean of all: KDCL (CVPR 2020)',
+    ols='the mean prediction for a class softens its labels: online label smoothing (arXiv 2011.12562)',
+    pskd='the last prediction for an image softens its label: PS-KD (arXiv 2006.12000)',
+    stored='what was predicted for unmixed images is a target of their mixes, which needs no second pass')
 _MIXES = dict(none='images as they are',
     mixup='two images blended pixel by pixel (arXiv 1710.09412)',
     cutmix='a box of another image at the same place (arXiv 1905.04899)',
@@ -279,8 +282,8 @@ def cekd_train(
     teachers:Annotated[str,dict(nargs='+')]=(), # Of meal: files of `deploy` or `export`, or names in timm
     adversarial:str='joint',    # Of meal: joint, grl, alternate or none
     trust:bool=False, # Of meal: unpickle exported teachers, which may run code
-    mix:str=None,               # How images are mixed (--list mixes); by default snapmix for cekd, none for the others
-    mix_prob:float=1.,          # Share of batches that are mixed
+    mix:str=None,               # How images are mixed (--list mixes); by default snapmix for cekd, mixup for stored, none for the others
+    mix_prob:float=None,        # Share of batches that are mixed, by default 1, or 0.6 for ols, pskd and stored
     mix_args:Annotated[str,dict(nargs='+')]=(), # Further arguments of the mix: --mix-args alpha=3 stop_at=.8
     arch:str='resnet18',        # Backbone (--list backbones); two with a comma for css, or several for peers of cekd, dml and kdcl
     arch_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the backbone: --arch-args pad_type=same
@@ -294,7 +297,7 @@ def cekd_train(
     bs:int=32,                  # Images in a batch
     lr:float=None,              # Largest learning rate, by default as recommended for the backbone; more for heads, see --head-lr
     head_lr:float=None,         # How many times faster the heads of a pretrained network learn, by default 10
-    label_smoothing:float=None, # Share of a label that goes to all classes, by default 0.1; 0 for meal, css and recipes
+    label_smoothing:float=None, # Share of a label that goes to all classes, by default 0.1; 0 for meal, css, ols, pskd and recipes
     wd:float=None,              # Weight decay, by default 0.01, or 0.05 for a backbone without batch normalisation
     opt:str=None,               # adam (the default), sgd (with momentum 0.9) or nesterov
     schedule:str='one-cycle',   # one-cycle, or steps: a tenth of the rate after each milestone

@@ -119,9 +119,9 @@ def rehearsal(
 
 # %% ../nbs/90_job.ipynb #job-both
 def _check_mixed(args):
-    "Refuse CEKD without a mix, in the words of the command"
-    if args['method']!='cekd' or args['mix']!='none': return
-    raise ValueError("CEKD distils from clean to mixed images: leave out --mix none, or pass another --method.")
+    "Refuse CEKD and stored targets without a mix, in the words of the command"
+    why = dict(cekd='CEKD distils from clean to mixed images', stored='Stored targets teach about mixed images').get(args['method'])
+    if why and args['mix']=='none': raise ValueError(f"{why}: leave out --mix none, or pass another --method.")
 
 def experiment(
     args:dict, # Arguments of `cekd_train`

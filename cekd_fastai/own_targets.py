@@ -89,7 +89,7 @@ class StoredTargets(_ByRow):
     known = None # Which images of this step have a prediction, shape (B,)
     _stateattrs = SoftLabels._stateattrs + ('known',)
     def __init__(self,
-        weight:float=1., # Of the stored targets, 0 or above
+        weight:float=3., # Of the stored targets, 0 or above
         T:float=3.,      # Their temperature, above 0
         keep:float=.5,   # Share of the average that an epoch keeps
         ramp:float=.3,   # Share of the run over which the weight rises; 0: no ramp

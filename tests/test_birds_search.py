@@ -139,7 +139,7 @@ def test_the_table_holds_each_form_against_its_rivals():
 
 def test_stored_targets_for_unmixed_images():
     "The answers of epoch 1 at T = 2 are the target of epoch 2, in which the network answers otherwise"
-    T,cb,losses = 2.,variants.StoredForAll(T=2., ramp=0.),[]
+    T,cb,losses = 2.,variants.StoredForAll(1., T=2., ramp=0.),[]
     class Spy(Callback):
         order = 10
         def after_loss(self): losses.append(self.learn.loss_grad.item())

@@ -20,7 +20,7 @@ from cekd_fastai.own_targets import PSKD,StoredTargets
 from cekd_toys import Items,Raise,learner,quiet,tiny,toy_dls
 from forks import one_and_two
 
-METHODS = dict(online=OnlineLabelSmoothing, pskd=PSKD, stored=partial(StoredTargets, ramp=0))
+METHODS = dict(online=OnlineLabelSmoothing, pskd=PSKD, stored=partial(StoredTargets, weight=1., ramp=0))
 each_method = pytest.mark.parametrize('make', METHODS.values(), ids=METHODS)
 
 class Alternate(Mix):

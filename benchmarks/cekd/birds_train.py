@@ -108,7 +108,7 @@ class MixSKDLogits(Distill):
         hard = sum(mixed_loss(lf, o, y, rec) for o in z)
         return dict(ce_mix=hard, ce_clean=sum(lf(o, y) for o in clean), mutual=mutual)
 
-METHODS = dict(online=OnlineLabelSmoothing, progressive=PSKD, stored=StoredTargets, stored_for_all=StoredForAll,
+METHODS = dict(online=OnlineLabelSmoothing, progressive=PSKD, stored=partial(StoredTargets, weight=1.), stored_for_all=partial(StoredForAll, weight=1.),
     mixskd=MixSKDLogits, two_mixes=TwoMixes)
 FORMS = dict(cekd=CEKD, class_means=ClassMeans, last_third=LastThird, annealed=Annealed, whole_pictures=WholePictures) # of CEKD
 
