@@ -1,6 +1,6 @@
 """The recommended recipe beside fastai's `fine_tune`: the same network, weights, statistics and picture size, at equal compute.
 
-    python benchmarks/fine_tune.py --data-dir DIR --stage select # learning rate of `fine_tune`, and frozen norms, on a fifth of 50 birds' training images
+    python benchmarks/fine_tune.py --data-dir DIR --stage select # learning rate of `fine_tune`, frozen norms and stored targets, on a fifth of 50 birds' training images
     python benchmarks/fine_tune.py --data-dir DIR --which flowers # 12 flowers; also birds50 and birds200
     python benchmarks/fine_tune.py --data-dir DIR --stage time   # steps of both sides in turns, and how pictures are loaded
     python benchmarks/fine_tune.py --stage table
@@ -24,7 +24,8 @@ trunk,branch = 44.7,25.9 # million multiply-adds of a forward pass at 96 pixels
 # Epochs of `fine_tune` after the frozen one, and classes
 sets = dict(flowers=dict(data='oxford-flowers17-12classes', classes=None, epochs=5, title='12 flowers'),
     birds50=dict(data='CUB_200_2011', classes=50, epochs=8, title='50 birds'),
-    birds200=dict(data='CUB_200_2011', classes=None, epochs=5, title='200 birds'))
+    birds200=dict(data='CUB_200_2011', classes=None, epochs=5, title='200 birds'),
+    birds50_long=dict(data='CUB_200_2011', classes=50, epochs=27, title='50 birds, long'))
 
 # What is compared. `recommended` is two branches with label smoothing as `recommended(arch).learner(dls)` gives them. `fastai` says which part of the recipe a fastai user's code has taken over
 methods = {'fine_tune': dict(fastai=()), 'recommended': dict(branches=2, recommended=True),
@@ -137,8 +138,12 @@ def best(rows):
     return max(runs, key=runs.get) if runs else user_rates[0]
 
 def select_table(rows):
-    lines = ['| 50 birds, held-out fifth of train | rate | accuracy % |','|---|---|---|']
-    return lines + [f"| {r['method']} | {r['rate']:g} | {100*r['accuracy']:.1f} |" for r in rows if r['stage']=='select']
+    "One line a method, rate and number of epochs, with every fifth that was held out"
+    got = {}
+    for r in rows:
+        if r['stage']=='select': got.setdefault((r['method'],r['rate'],r['epochs']), {})[r['seed']] = f"{100*r['accuracy']:.1f}"
+    lines = ['| 50 birds, held-out fifth of train | rate | epochs | accuracy % |','|---|---|---|---|']
+    return lines + [f"| {m} | {lr:g} | {n} | {', '.join(d[o] for o in sorted(d))} |" for (m,lr,n),d in got.items()]
 
 def final_table(rows):
     "One line a set and method, with every seed and the difference from `fine_tune` of the same seed"
@@ -161,13 +166,13 @@ def time_table(rows):
     lines = ['| a step of | ms of training | ms with loading | over fine_tune |','|---|---|---|---|']
     return lines + [f"| {r['step']} | {r['train']:.0f} | {r['all']:.0f} | {r['share']:.2f} |" for r in rows]
 
-def write_tables(rows):
-    "The result files of what has been run"
+def write_tables(rows, stage):
+    "The result file of a stage; with `table`, of both"
     what = 'EfficientNet-Lite0 from ImageNet weights, 96 px'
     chosen,final = ([r for r in rows if r['stage']==o] for o in ('select','final'))
     command = 'python benchmarks/fine_tune.py'
-    if chosen: write_result('fine_tune_select', f'Learning rate of fine_tune: {what}', f'{command} --stage select', chosen, select_table(rows))
-    if not final: return
+    if chosen and stage!='final': write_result('fine_tune_select', f'Learning rate of fine_tune: {what}', f'{command} --stage select', chosen, select_table(rows))
+    if not final or stage=='select': return
     had = ','.join(k for k in sets if any(r['set']==k for r in final))
     command += f" --which {had} --seeds {1+max(r['seed'] for r in final)}" + ' --stair'*any(r['method'] in stairs for r in final)
     write_result('fine_tune', f'The recipe beside fine_tune at equal compute, official test parts: {what}', command, final, final_table(rows))
@@ -229,12 +234,14 @@ def main(
         if (key,'select' if held_out else 'final',name,seed,lr) in done or time.time()-begin>60*minutes: return
         row = one_run(name, m, key, seed, data_dir, lr, held_out)
         rows.append(row)
-        write_tables(rows)
+        write_tables(rows, stage)
         print(f"{key}, {name}, seed {seed}, rate {lr:g}: {row['accuracy']:.1%} in {row['seconds']:.0f} s", flush=True)
     if stage=='time': return times(data_dir, rounds)
     if stage=='select':
         for lr in user_rates: run('fine_tune', methods['fine_tune'], 'birds50', 0, lr, True)
         for o in ('recommended','recommended, norms trained','recommended, stored targets'): run(o, methods[o], 'birds50', 0, rate, True)
+        for seed in range(first, seeds):
+            for o in ('recommended, stored targets','recommended'): run(o, methods[o], 'birds50_long', seed, rate, True)
     if stage=='final':
         for key in which.split(','):
             for seed in range(first, seeds):
@@ -245,5 +252,5 @@ def main(
                     lr = best(rows) if m.get('chosen') else user_rates[0]
                     if m.get('chosen') and lr==user_rates[0]: continue # it is the default
                     run(name, m, key, seed, rate if own is None or 'whole' in own else lr)
-    write_tables(rows)
+    write_tables(rows, stage)
     print('\n'.join([*select_table(rows),'',*final_table(rows)]))
