@@ -15,6 +15,7 @@ from .core import check_count,check_not_negative,few,lookup,unwrap_model,write_w
 from .steps import together
 from .mix.callback import Mix
 from .distill import Distill
+from .soft_labels import Remembered,SoftLabels
 from .ranks import Later,meeting_place,over_all
 from .runstate import WrongState,check_layout,checkpoint_files,copy_plain,newest_checkpoint,state_bytes,state_of,write_checkpoint
 from .runstate import load_net_state,load_now_state,load_start_state,net_state,now_state,start_state
@@ -27,8 +28,8 @@ def _short(o):
 def _cb_args(cb):
     "Plain arguments of a callback"
     res = {}
-    for k in getattr(cb, '__stored_args__', ()):
-        with suppress(TypeError): res[k] = copy_plain(getattr(cb, k))
+    for k,v in init_args(cb).items():
+        with suppress(TypeError): res[k] = copy_plain(v)
     return res
 
 def _schedule(learn):
@@ -44,7 +45,7 @@ def run_about(
     "What makes a run this run, in plain data"
     dl = learn.dls.train
     net = {k:list(v.shape) for k,v in unwrap_model(learn.model).state_dict().items() if isinstance(v, Tensor)}
-    cbs = {type(cb).__name__:_cb_args(cb) for cb in learn.cbs if isinstance(cb, (Mix,Distill))}
+    cbs = {type(cb).__name__:_cb_args(cb) for cb in learn.cbs if isinstance(cb, (Mix,Distill,SoftLabels))}
     vocab = [str(o) for o in L(getattr(learn.dls, 'vocab', None))]
     res = dict(epochs=learn.n_epoch, batches=len(dl), bs=dl.bs, images=dl.n, classes=_short(vocab), network=_short(net))
     res |= dict(rates=[float(h['lr']) for h in learn.opt.hypers], schedule=_short(_schedule(learn)), args=args or {})
@@ -140,7 +141,10 @@ def check_room(self:Checkpoint):
     except OSError as e: raise OSError(f"`{self.folder}` cannot be written to ({e.strerror or e}): choose another folder.") from e
     for o in ('.checkpoint-*.ckpt','.best-*.ckpt','..can-write-*'): # what a kill within a write has left
         for f in self.folder.glob(o): f.unlink()
-    one = 3*sum(t.numel()*t.element_size() for t in unwrap_model(self.learn.model).state_dict().values())
+    net = unwrap_model(self.learn.model)
+    kept = [t for m in net.modules() if isinstance(m, Remembered) for t in m.tensors.values()] # once: no optimiser has it
+    size = lambda ts: sum(t.numel()*t.element_size() for t in ts)
+    one = 3*size(net.state_dict().values())+size(kept)
     need,free = one*(self.keep+2),shutil.disk_usage(self.folder).free
     if free>need: return
     found = f"`{self.folder}` has {free/2**30:.1f} GiB free, but its checkpoints may need {need/2**30:.1f}"

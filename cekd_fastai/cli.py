@@ -31,7 +31,7 @@ _METHODS = dict(plain='no distillation',
     kdcl='every branch learns from the mean of all: KDCL (CVPR 2020)',
     ols='the mean prediction for a class softens its labels: online label smoothing (arXiv 2011.12562)',
     pskd='the last prediction for an image softens its label: PS-KD (arXiv 2006.12000)',
-    stored='what was predicted for unmixed images is a target of their mixes, which needs no second pass')
+    stored='what was predicted for unmixed images is a target of their mixes: CEKD without a second pass, for twenty epochs or more')
 _MIXES = dict(none='images as they are',
     mixup='two images blended pixel by pixel (arXiv 1710.09412)',
     cutmix='a box of another image at the same place (arXiv 1905.04899)',
@@ -211,7 +211,7 @@ def _start(args, said):
     from cekd_fastai.job import experiment
     from cekd_fastai.core import one_sentence
     from cekd_fastai.data.loaders import SPREADSHEET
-    columns = {o:f'table-args {o}=' for o in SPREADSHEET}
+    columns = {o:f'table-args {o}=' for o in SPREADSHEET} | dict(prob='mix-prob')
     try: experiment(args, _defaults(), said)
     except (ValueError,OSError) as e: _leave(f'cekd-train: {as_options(one_sentence(e), _defaults(), **columns)}')
 
@@ -285,7 +285,7 @@ def cekd_train(
     mix:str=None,               # How images are mixed (--list mixes); by default snapmix for cekd, mixup for stored, none for the others
     mix_prob:float=None,        # Share of batches that are mixed, by default 1, or 0.6 for ols, pskd and stored
     mix_args:Annotated[str,dict(nargs='+')]=(), # Further arguments of the mix: --mix-args alpha=3 stop_at=.8
-    arch:str='resnet18',        # Backbone (--list backbones); two with a comma for css, or several for peers of cekd, dml and kdcl
+    arch:str='resnet18',        # Backbone (--list backbones); two with a comma for css, or several for peers of cekd, dml, kdcl, ols, pskd and stored
     arch_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the backbone: --arch-args pad_type=same
     split:str=None,             # Part after which branches are private, or head; by default before the last stage
     weights:str=None,           # Local checkpoint with pretrained weights

@@ -7,7 +7,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/core.html.md"""
 # %% auto #0
 __all__ = ['unwrap_model', 'eval_mode', 'amp_context', 'HalfPrecision', 'is_fit', 'is_nested', 'loss_owner', 'write_whole',
            'whole_folder', 'few', 'near_hint', 'lookup', 'one_sentence', 'one_of', 'check_above', 'check_not_negative',
-           'check_share', 'check_count', 'data_stats', 'data_vocab', 'decode_images', 'show_panel']
+           'check_share', 'check_count', 'data_stats', 'data_vocab', 'class_count', 'decode_images', 'show_panel']
 
 # %% ../nbs/00_core.ipynb #imports
 import tempfile,shutil
@@ -258,6 +258,14 @@ def data_vocab(
     "Names of the classes of `dls`, None if they have none"
     vocab = getattr(dls, 'vocab', None)
     return None if vocab is None else [str(o) for o in vocab]
+
+def class_count(
+    dls, # `DataLoaders`
+)->int:
+    "Number of classes of `dls`"
+    n = get_c(dls)
+    if not n: raise ValueError("The number of classes cannot be told from `dls`: set `dls.c` to it.")
+    return n
 
 # %% ../nbs/00_core.ipynb #decode
 def decode_images(

@@ -100,6 +100,7 @@ def rehearse(
     res = args | dict.fromkeys(('weights','classes','valid_pct','per_class','root'))
     res |= dict(data=birds, size=small, bs=8//max(num_distrib(), 1), grad_accum=1, num_workers=0, crop_to_box=False, out=tmp/'run', resume=False)
     res |= dict(table_args=[], epochs=1, milestones=[], warmup=0., stairs=False, no_pretrained=True, head_lr=10.)
+    if args['mix_prob'] not in (None,1): res['mix_prob'] = 1-1e-6 # so that the one step mixes
     res['learner_args'] = [o for o in args['learner_args'] if not o.startswith('keep_head')]
     if args['method']=='meal': res['teachers'] = _stand_ins(args, birds, small, tmp)
     return res
@@ -114,14 +115,16 @@ def rehearsal(
         small = rehearse(args, Path(tmp))
         kept_run(small)
     if rank_distrib(): return
-    plan = {k:args[k] for k in 'data arch method mix size bs epochs lr wd label_smoothing freeze_bn opt schedule milestones'.split()}
+    plan = {k:args[k] for k in 'data arch method mix mix_prob size bs epochs lr wd label_smoothing freeze_bn opt schedule milestones'.split()}
     print(f"dry run done, nothing is kept; the experiment: {plan}, published: {args.get('published')}")
 
 # %% ../nbs/90_job.ipynb #job-both
 def _check_mixed(args):
     "Refuse CEKD and stored targets without a mix, in the words of the command"
     why = dict(cekd='CEKD distils from clean to mixed images', stored='Stored targets teach about mixed images').get(args['method'])
-    if why and args['mix']=='none': raise ValueError(f"{why}: leave out --mix none, or pass another --method.")
+    if not why or args['mix']!='none': return
+    brought = PAPER_RUNS.get(args['recipe'], {}).get('mix')=='none' # by the recipe
+    raise ValueError(f"{why}: {'add --mix mixup' if brought else 'leave out --mix none'}, or pass another --method.")
 
 def experiment(
     args:dict, # Arguments of `cekd_train`

@@ -10,7 +10,7 @@ __all__ = ['BranchLearner', 'branch_learner', 'meal_learner', 'online_learner', 
 # %% ../nbs/64_learner.ipynb #imports
 import inspect,timm
 from fastai.vision.all import *
-from .core import data_stats,data_vocab,eval_mode,few,is_nested,lookup,unwrap_model
+from .core import class_count,data_stats,data_vocab,eval_mode,few,is_nested,lookup,unwrap_model
 from .data.loaders import with_stats
 from .tuning import trunks_of
 from .branches import branch_net,branch_splitter,peer_net
@@ -233,12 +233,6 @@ def _normalised(dls, net, pretrained):
     return dls
 
 # %% ../nbs/64_learner.ipynb #le-shared
-def _n_classes(dls):
-    "Number of classes of the data"
-    n_out = get_c(dls)
-    if not n_out: raise ValueError("The number of classes cannot be told from `dls`: set `dls.c` to it.")
-    return n_out
-
 def _learner(dls, net, shape, method, cbs, splitter, freeze_bn, kwargs, pretrained=True):
     "A `Learner` of `net` with the callback `method` first; what the user passes in `kwargs` has priority"
     _check_taken(net, shape)
@@ -272,7 +266,7 @@ def branch_learner(
     **kwargs
 )->Learner:
     "A `Learner` of a `BranchNet` around any backbone, or of peers"
-    n_out,shape = _n_classes(dls),_shape(dls)
+    n_out,shape = class_count(dls),_shape(dls)
     kw = dict(split=split, freeze_bn=freeze_bn, pretrained=pretrained, weights=weights)
     learned = pretrained or weights is not None
     if is_listy(arch):
@@ -342,7 +336,7 @@ def online_learner(
 )->Learner:
     "A `Learner` of online distillation among the branches of any backbone"
     method = _online_method(method)
-    n_out,shape,splitter = _n_classes(dls),_shape(dls),branch_splitter
+    n_out,shape,splitter = class_count(dls),_shape(dls),branch_splitter
     kw = dict(split=split, freeze_bn=freeze_bn, pretrained=pretrained, weights=weights)
     learned = pretrained or weights is not None
     if is_listy(arch):
@@ -379,7 +373,7 @@ def css_learner(
     "A `Learner` of the two networks of CSS"
     shape = _shape(dls)
     if is_listy(archs): arch_args = _each_args(archs, shape, arch_args)
-    net = css_net(archs, _n_classes(dls), n_branches, split, transform, seed, freeze_bn, pretrained, weights, arch_args,
+    net = css_net(archs, class_count(dls), n_branches, split, transform, seed, freeze_bn, pretrained, weights, arch_args,
         own_start=own_start)
     given = any(cb is CSS or isinstance(cb, CSS) for cb in L(cbs)) # fastai takes classes of callbacks too
     method = [] if given else CSS()

@@ -9,7 +9,7 @@ __all__ = ['share_rows', 'PSKD', 'StoredTargets']
 
 # %% ../nbs/46_own_targets.ipynb #imports
 from fastai.vision.all import *
-from .core import check_above,check_not_negative,check_share
+from .core import check_above,check_not_negative,check_share,loss_owner
 from .steps import step_pct,together
 from .data.rows import n_rows
 from .losses import cross_target,kd_loss,ramp_up,soft_probs
@@ -22,7 +22,10 @@ class _ByRow(SoftLabels):
     def fresh(self, k):
         "No predictions yet; the class of each image that has one, else -1"
         n = n_rows(self.learn.dls.train)
-        return dict(probs=torch.zeros(n, k), classes=torch.full((n,), -1), seen=torch.zeros(n, dtype=torch.bool))
+        of = {self.whose():torch.zeros(0)} # so that no other method takes them for its own
+        return dict(probs=torch.zeros(n, k), classes=torch.full((n,), -1), seen=torch.zeros(n, dtype=torch.bool)) | of
+
+    def whose(self): return type(self).__name__
 
     def stored(self):
         "The predictions for the images of this step (B, K), and which have one (B,)"
@@ -100,6 +103,7 @@ class StoredTargets(_ByRow):
         check_share('StoredTargets', ramp=ramp)
         store_attr()
 
+    def whose(self): return f'StoredTargets, T={self.T}'
     def shares(self): return 1.,self.weight*ramp_up(step_pct(self.learn), self.ramp)
     def targets(self, y):
         p,self.known = self.stored()
@@ -122,9 +126,13 @@ class StoredTargets(_ByRow):
 def check(self:StoredTargets):
     "Refuse a learner that mixes nothing, and what no learner can be softened with"
     SoftLabels.check(self)
-    if self.mixer is not None: return
-    raise ValueError("`StoredTargets` teaches about mixed images, but nothing mixes: "
-        "add `MixUp(prob=.6)`, say, to `cbs`.")
+    mix = self.mixer
+    if mix is None or not mix.prob or not mix.stop_at:
+        raise ValueError("`StoredTargets` teaches about mixed images, but nothing mixes: "
+            "add `MixUp(prob=.6)`, say, to `cbs`.")
+    if mix.prob<1 or getattr(loss_owner(self.learn), 'needs_clean', False): return
+    raise ValueError(f"`StoredTargets` learns from unmixed images in between, but `{mix}` mixes all before it ends: "
+        "give it `prob=.6`, say, which leaves some batches alone.")
 
 @patch
 def after_batch(self:StoredTargets):

@@ -10,7 +10,7 @@ __all__ = ['Remembered', 'remembered_in', 'SoftLabels', 'unmixed', 'OnlineLabelS
 # %% ../nbs/45_soft_labels.ipynb #imports
 from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
-from .core import check_not_negative,check_share,is_fit,loss_owner,unwrap_model
+from .core import check_not_negative,check_share,class_count,is_fit,loss_owner,unwrap_model
 from .steps import together
 from .data.rows import BatchRows
 from .losses import is_multi,loss_reduction,soft_log_probs,soft_probs
@@ -191,12 +191,13 @@ def _check_unmixed(self:SoftLabels, owner):
 @patch
 def remember(self:SoftLabels):
     "Bring what a checkpoint or an earlier run has left to the device, or start anew if it does not fit"
-    net = unwrap_model(self.learn.model)
-    self.kept,new = remembered_in(net),self.fresh(get_c(self.learn.dls))
-    device = next(net.parameters()).device
+    net,k = unwrap_model(self.learn.model),class_count(self.learn.dls)
+    self.kept,device = remembered_in(net),next(net.parameters()).device
     shapes = lambda ts: {k:v.shape for k,v in ts.items()}
-    if shapes(self.kept.tensors)!=shapes(new): self.kept.tensors = new
-    self.kept.tensors = {k:v.to(device) for k,v in self.kept.tensors.items()}
+    with torch.device('meta'): want = shapes(self.fresh(k)) # which takes no memory
+    if shapes(self.kept.tensors)==want: self.kept.tensors = {k:v.to(device) for k,v in self.kept.tensors.items()}
+    else:
+        with torch.device(device): self.kept.tensors = self.fresh(k)
 
 @patch
 def after_create(self:SoftLabels):

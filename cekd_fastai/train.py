@@ -268,7 +268,7 @@ def check_used(
 ):
     "Refuse options that would do nothing"
     if _mix_of(a) is None:
-        given = a.mix_args or a.mix_prob!=1
+        given = a.mix_args or a.mix_prob not in (None,1)
         _unused(given, '--mix-args and --mix-prob are for a mix, but none is used: add --mix')
     if a.schedule!='steps':
         given = a.milestones or a.warmup

@@ -11,6 +11,8 @@ from cekd_fastai.data.loaders import fine_grained_dls
 from cekd_fastai.learner import branch_learner,meal_learner
 from cekd_fastai.mix.callback import CutMix
 from cekd_fastai.mix.snapmix import SnapMix
+from cekd_fastai.own_targets import PSKD
+from cekd_fastai.soft_labels import OnlineLabelSmoothing
 from cekd_fastai.core import one_sentence
 from cekd_fastai.runstate import WrongState,check_layout,checkpoint_files,newest_checkpoint,read_checkpoint,write_checkpoint
 from cekd_fastai.synthetic import make_birds
@@ -251,6 +253,17 @@ def test_other_run(tmp_path):
         with pytest.raises(ValueError, match=what): fit(lambda: branch_learner(toy(), arch, **kw), Checkpoint(tmp_path, signals=False), **change)
     with pytest.raises(ValueError, match='`CutMix` was None'):
         fit(lambda: branch_learner(toy(), arch, cbs=CutMix(), **kw), Checkpoint(tmp_path, signals=False))
+
+@pytest.mark.parametrize('cb,others', [(lambda: [PSKD(.5)], {"`PSKD` was .*'alpha': 0.5":lambda: [PSKD()], '`OnlineLabelSmoothing` was None':lambda: [OnlineLabelSmoothing()], '`PSKD` was':list}),
+    (lambda: [CutMix(1.)], {"`CutMix` was .*'alpha': 1.0":lambda: [CutMix(3.)], "`CutMix` was .*'prob': 1.0":lambda: [CutMix(prob=.5)]}),
+    (lambda: [CutMix(),CEKD()], {"`CEKD` was .*'w_cross': 1.0":lambda: [CutMix(),CEKD(w_cross=2.)], "`CEKD` was .*'teacher'":lambda: [CutMix(),CEKD(teacher='ema')]})])
+def test_other_arguments_are_another_run(tmp_path, cb, others):
+    "Of a mix, a distillation or soft labels"
+    def go_on(cbs): return fit(lambda: branch_learner(toy(), arch, cbs=cbs(), **kw), Checkpoint(tmp_path, signals=False))
+    go_on(cb)
+    for what,other in others.items():
+        with pytest.raises(ValueError, match=what): go_on(other)
+    go_on(cb)
 
 def test_full_disk(tmp_path, monkeypatch):
     "A disk that fills up costs a checkpoint, not the run; one that is full is said before the first step."

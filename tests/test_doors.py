@@ -48,7 +48,8 @@ def test_a_resumed_run_counts_the_images_of_its_seconds(birds, tmp_path):
     whole,rest = save_run(learn, tmp_path, args, 2.), save_run(learn, tmp_path, args, 2., 3)
     assert whole['images_per_s']==4*rest['images_per_s'] and rest['epochs_before']==3 and 'epochs_before' not in whole
 
-@pytest.mark.parametrize('name,own', [('snapmix-cub-resnet50',dict(mix='none')), ('cekd-cub-resnet101',dict(schedule='one-cycle')), ('meal-cifar10-vgg19',dict(method='plain'))])
+@pytest.mark.parametrize('name,own', [('snapmix-cub-resnet50',dict(mix='none')), ('cekd-cub-resnet101',dict(schedule='one-cycle')), ('meal-cifar10-vgg19',dict(method='plain')),
+    ('snapmix-cub-resnet18-scratch',dict(mix_prob=1.)), ('snapmix-cub-resnet18-scratch',dict(mix='mixup')), ('snapmix-cub-resnet18',dict(method='stored'))])
 def test_options_beside_a_recipe_win(name, own):
     "With what hangs on the recipe's own choice"
     from types import SimpleNamespace
@@ -56,6 +57,7 @@ def test_options_beside_a_recipe_win(name, own):
     args = with_recipe(_defaults()|dict(recipe=name)|own, _defaults(), own)
     check_used(SimpleNamespace(**args))
     assert all(args[k]==v for k,v in own.items())
+    assert args['mix_prob']==(.6 if own.get('method')=='stored' else 1.)
 
 def test_a_refused_run_leaves_the_unfinished_one(birds, tmp_path):
     kw = dict(data=str(birds), method='plain', arch='test_resnet', no_pretrained=True, size=56, bs=8, num_workers=0, epochs=1, out=str(tmp_path/'run'))

@@ -3,7 +3,7 @@ import sys
 import pytest,torch
 from torch import nn
 from fastai.vision.all import set_seed
-from cekd_fastai.all import CEKD,SnapMix,branch_learner,fine_grained_dls,make_birds,meal_learner,online_learner
+from cekd_fastai.all import CEKD,MixUp,SnapMix,StoredTargets,branch_learner,fine_grained_dls,make_birds,meal_learner,online_learner
 from cekd_fastai.deploy import deploy
 from cekd_fastai.onnx_file import OnnxNet,export_onnx
 from cekd_fastai.predict import open_net,predict_folder
@@ -36,7 +36,7 @@ def check(learn, tmp_path, program=True):
 
 # ONNX of CSS, of peers and of every gate is in test_deploy.
 METHODS = dict(cekd=lambda d: learner(d, cbs=[SnapMix(),CEKD()]), meal=lambda d: meal_learner(d, 'test_resnet', [learner(d, 'test_resnet', 1)], 1, pretrained=False),
-    gates=lambda d: online_learner(d, 'test_resnet', 'diversity', pretrained=False))
+    gates=lambda d: online_learner(d, 'test_resnet', 'diversity', pretrained=False), stored=lambda d: learner(d, cbs=[MixUp(prob=.6),StoredTargets()]))
 
 @pytest.mark.parametrize('method', METHODS)
 def test_methods(dls, tmp_path, method): check(METHODS[method](dls), tmp_path, method=='gates')

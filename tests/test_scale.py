@@ -72,7 +72,7 @@ def soft(cb):
 
 METHODS = dict(plain=plain, cekd=cekd, cekd_maps=cekd_maps, meal=meal, grl=lambda d,*cbs,**k: meal(d, *cbs, mode='grl', **k))
 METHODS |= dict(smoothing=soft(lambda: [OnlineLabelSmoothing()]),
-    pskd=soft(lambda: [PSKD()]), stored=soft(lambda: [LateMix(stop_at=.999),StoredTargets(ramp=1.)]))
+    pskd=soft(lambda: [PSKD()]), stored=soft(lambda: [LateMix(prob=1-1e-6),StoredTargets(ramp=1.)]))
 METHODS |= {o: (lambda d,*cbs,o=o,**k: online_learner(d, arch, ONLINE[o](**({} if o=='dml' else dict(ramp=1.))), cbs=cbs, **kw|k)) for o in ONLINE}
 def css(d, *cbs, **k): return css_learner(d, (arch,arch), 2, cbs=cbs, **kw|k)
 

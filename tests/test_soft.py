@@ -284,7 +284,7 @@ def test_added_late_and_by_fit():
     assert cb.memory['soft'].std()>0
     learn.add_cb(PSKD()) # other tensors take the place
     quiet(learn, 1)
-    assert set(learn.pskd.memory)=={'probs','classes','seen'}
+    assert set(learn.pskd.memory)=={'probs','classes','seen','PSKD'}
 
 def test_second_fit_goes_on():
     "Predictions of the last epoch of one fit are those of the epoch before the next"
@@ -365,3 +365,39 @@ def test_two_processes(tmp_path):
     for one,a,b in zip(*(o.values() for o in one_and_two(ranked, tmp_path))):
         for u,v,w in zip(one[1], a[1], b[1]): assert torch.allclose(u, v, atol=1e-5) and torch.allclose(v, w, atol=1e-6)
         for k in set(one[0])-{'seen'}: assert torch.allclose(one[0][k], a[0][k], atol=1e-5) and torch.allclose(a[0][k], b[0][k], atol=1e-6)
+
+@pytest.mark.parametrize('first,then', [(PSKD,partial(StoredTargets, ramp=0)), (partial(StoredTargets, T=3.),partial(StoredTargets, T=1.)), (StoredTargets,PSKD)])
+def test_what_another_method_remembers_is_not_taken(first, then):
+    "Nor what the same method did at another temperature: predictions of other kinds would be targets at once"
+    learn = quiet(learner(tiny(2), Alternate(), first()), 2)
+    learn.remove_cb(soft_of(learn))
+    learn.add_cb(cb := then())
+    known = []
+    class Look(Callback):
+        order,run_valid = 10,False
+        def before_batch(self): known.append(bool((cb.memory['classes']>=0).any()))
+    quiet(learn, 2, cbs=Look())
+    assert known==[False,True]
+
+@pytest.mark.parametrize('mix', [dict(prob=1.), dict(prob=1., stop_at=.5), dict(prob=0.), dict(prob=.5, stop_at=0.)], ids=str)
+def test_stored_targets_that_would_teach_nothing(mix):
+    "Everything is mixed while anything is, or nothing is"
+    with pytest.raises(ValueError, match='`prob=.6`|nothing mixes'): learner(tiny(2), MixUp(**mix), StoredTargets())
+
+@pytest.mark.parametrize('make', [OnlineLabelSmoothing,PSKD,lambda: [Alternate(),StoredTargets()]])
+def test_data_that_do_not_tell_their_classes(make):
+    dls = toy_dls(8, 4)
+    del dls.c
+    with pytest.raises(ValueError, match='set `dls.c`'): Learner(dls, ordinary(), loss_func=CrossEntropyLossFlat(), cbs=make())
+
+def test_what_is_remembered_is_made_once():
+    "Memory for all images is not taken to compare sizes with"
+    from torch.utils._python_dispatch import TorchDispatchMode
+    learn,made = quiet(learner(tiny(2), PSKD()), 1),[]
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            res = f(*args, **(kwargs or {}))
+            if isinstance(res, torch.Tensor) and res.shape==learn.pskd.memory['probs'].shape and res.device.type!='meta': made.append(str(f))
+            return res
+    with Watch(): learn.pskd.remember()
+    assert not [o for o in made if 'zeros' in o or 'empty' in o]

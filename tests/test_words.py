@@ -47,6 +47,10 @@ def test_values_of_a_method(birds, method):
     arch = 'test_resnet,test_resnet' if method=='css' else 'test_resnet'
     with pytest.raises(ValueError, match="`T` is 'abc', but it is a number"): build(options(birds, method=method, method_args=['T=abc'], arch=arch, **kw))
 
+@pytest.mark.parametrize('method,name', [('stored','T'), ('stored','weight'), ('pskd','alpha'), ('ols','limit')])
+def test_values_of_soft_labels(birds, method, name):
+    with pytest.raises(ValueError, match=f"`{name}` is 'abc', but it is a number"): build(options(birds, method=method, method_args=[f'{name}=abc']))
+
 # Folders that are nearly there
 
 @pytest.mark.parametrize('path,near', [('bird','birds'), ('birds/image','images'), ('birds/images/001.Common_Finc','001.Common_Finch'), ('birdz/images','birds'),
@@ -79,6 +83,11 @@ def test_options_of_the_command():
     (dict(n_branches=1), 'pass --n-branches 2'),
     (dict(root='images'), '--root .* is for a named benchmark'),
     (dict(mix='none'), 'leave out --mix none'),
+    (dict(mix='none', method='stored'), 'leave out --mix none'),
+    (dict(mix='cutmix', method='ols', mix_prob=1.), 'give it --mix-prob .6'),
+    (dict(method='stored', mix_prob=0.), 'but nothing mixes'),
+    (dict(method='stored', mix_prob=1., mix_args=['stop_at=.8']), 'give it --mix-prob .6'),
+    (dict(method='stored', recipe='plain-cub-resnet18'), 'add --mix mixup, or pass another --method'),
     (dict(table_args=['foldr=x']), "^cekd-train: There is no argument of a table 'foldr'; did you mean 'folder'"),
     (dict(table_args=['suff=.jpg']), '^cekd-train: suff is for a DataFrame or a CSV file'),
     (dict(data='cut'), 'leave such files out with --verify')])
