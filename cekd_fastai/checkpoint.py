@@ -9,15 +9,15 @@ __all__ = ['run_about', 'run_difference', 'Resume', 'Checkpoint']
 
 # %% ../nbs/69_checkpoint.ipynb #imports
 import hashlib,json,shutil,signal,time
-from contextlib import suppress
 from fastai.vision.all import *
 from .core import check_count,check_not_negative,few,lookup,unwrap_model,write_whole
 from .steps import together
 from .mix.callback import Mix
 from .distill import Distill
 from .soft_labels import Remembered,SoftLabels
+from .meal.targets import made_with
 from .ranks import Later,meeting_place,over_all
-from .runstate import WrongState,check_layout,checkpoint_files,copy_plain,newest_checkpoint,state_bytes,state_of,write_checkpoint
+from .runstate import WrongState,check_layout,checkpoint_files,newest_checkpoint,state_bytes,state_of,write_checkpoint
 from .runstate import load_net_state,load_now_state,load_start_state,net_state,now_state,start_state
 
 # %% ../nbs/69_checkpoint.ipynb #about
@@ -26,11 +26,8 @@ def _short(o):
     return hashlib.sha256(json.dumps(o, default=str).encode()).hexdigest()[:12]
 
 def _cb_args(cb):
-    "Plain arguments of a callback"
-    res = {}
-    for k,v in init_args(cb).items():
-        with suppress(TypeError): res[k] = copy_plain(v)
-    return res
+    "Plain arguments of a callback, of long ones a few letters"
+    return {k:v if len(str(v))<1000 else _short(v) for k,v in made_with(cb).items()}
 
 def _schedule(learn):
     "Values of all schedules at a few places of the run"
@@ -58,7 +55,7 @@ def run_difference(
 )->list:
     "What differs between two runs, in words"
     old,new = ({**o, **o['args']} for o in (old,new))
-    names = [k for k in {**old, **new} if k!='args' and old.get(k)!=new.get(k)]
+    names = [k for k in {**old, **new} if k!='args' and old.get(k)!=new.get(k) and (k[0]!='`' or old.get(k)!={})] # {}: of an older version
     return [f'{k} was {old.get(k)} and is {new.get(k)}' for k in names]
 
 # %% ../nbs/69_checkpoint.ipynb #resume

@@ -13,6 +13,7 @@ from fastai.vision.all import *
 from .core import is_fit,unwrap_model
 from .tuning import trunks_of
 from .branches import BranchNet
+from .meal.callback import MEAL
 
 # %% ../nbs/67_compiled.ipynb #apart
 def _apart():
@@ -62,8 +63,8 @@ class GradCheckpoint(Callback):
         return [m for m in model.modules() if isinstance(m, BranchNet)]
 
     def _taps_trunk(self):
-        paths = getattr(getattr(self.learn, 'meal', None), 'paths', None) or ()
-        return any('trunk' in o.split('.') for tap in paths for o in tap)
+        taps = [tap for cb in self.learn.cbs if isinstance(cb, MEAL) for tap in getattr(cb, 'paths', None) or ()]
+        return any('trunk' in o.split('.') for tap in taps for o in tap)
 
     def before_fit(self):
         "Switch it on; refuse a model without a trunk"
@@ -74,7 +75,7 @@ class GradCheckpoint(Callback):
                 "build the learner with `branch_learner`.")
         if hasattr(self.learn.model, '_orig_mod'): raise ValueError('`GradCheckpoint` wraps the trunk in contexts that torch cannot compile, '
             'but the network is compiled as a whole: pass `Compile()` in `cbs` instead, which compiles its parts.')
-        is_compiled = any(cb.name=='compile' for cb in self.learn.cbs)
+        is_compiled = any(isinstance(cb, Compile) for cb in self.learn.cbs)
         if is_compiled and self._taps_trunk(): raise ValueError('MEAL reads maps of the trunk, which a compiled trunk that is '
             'computed again does not give: leave out `Compile` or `GradCheckpoint`, or pass `taps=1`.')
         for m in self.nets: m.grad_checkpoint = True

@@ -41,7 +41,7 @@ def amp_context(
     learn:Learner, # Any fastai learner
 ):
     "The autocast of the learner's mixed precision, for a pass outside the training step; does nothing without it"
-    mp = getattr(learn, 'mixed_precision', None)
+    mp = first(cb for cb in learn.cbs if isinstance(cb, MixedPrecision)) # by its class: one of the user's has another name
     if mp is None: return nullcontext()
     device = getattr(getattr(mp, 'autocast', None), 'device', 'cuda')
     if device=='cuda' and not torch.cuda.is_available(): return nullcontext()

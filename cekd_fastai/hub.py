@@ -38,13 +38,15 @@ def quick_hub(
     timeout:float=5., # Seconds to wait for an answer
 ):
     "Downloads that give up in seconds, inside the `with`; without an answer of the hub, its cached files are used"
-    was,limit = constants.HF_HUB_OFFLINE,socket.getdefaulttimeout()
+    was = {o:getattr(constants, o) for o in ('HF_HUB_OFFLINE','HF_HUB_ETAG_TIMEOUT','HF_HUB_DOWNLOAD_TIMEOUT')}
+    limit = socket.getdefaulttimeout() # of `torch.hub`; the hub's client has its own
     socket.setdefaulttimeout(timeout)
     try:
-        constants.HF_HUB_OFFLINE = was or not hub_answers(timeout)
+        for o in list(was)[1:]: setattr(constants, o, timeout)
+        constants.HF_HUB_OFFLINE = was['HF_HUB_OFFLINE'] or not hub_answers(timeout)
         yield
     finally:
-        constants.HF_HUB_OFFLINE = was
+        for o,v in was.items(): setattr(constants, o, v)
         socket.setdefaulttimeout(limit)
 
 # %% ../nbs/34_hub.ipynb #word

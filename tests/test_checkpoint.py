@@ -6,11 +6,11 @@ from fastai.vision.all import (Adam,Callback,CrossEntropyLossFlat,DataLoaders,Ea
     GradientAccumulation,L,OptimWrapper,RandomResizedCrop,SGD,accuracy,aug_transforms,random,set_seed)
 from cekd_fastai.branches import branch_net
 from cekd_fastai.cekd import CEKD
-from cekd_fastai.checkpoint import Checkpoint,Resume
+from cekd_fastai.checkpoint import Checkpoint,Resume,run_about,run_difference
 from cekd_fastai.data.loaders import fine_grained_dls
 from cekd_fastai.learner import branch_learner,meal_learner
-from cekd_fastai.mix.callback import CutMix
-from cekd_fastai.mix.snapmix import SnapMix
+from cekd_fastai.mix.callback import CutMix,MixUp
+from cekd_fastai.mix.snapmix import MixOneOf,SnapMix
 from cekd_fastai.own_targets import PSKD
 from cekd_fastai.soft_labels import OnlineLabelSmoothing
 from cekd_fastai.core import one_sentence
@@ -296,7 +296,7 @@ import os,signal,sys,torch
 from fastai.vision.all import *
 from cekd_fastai.checkpoint import Checkpoint
 from cekd_fastai.learner import branch_learner
-from cekd_fastai.mix.callback import CutMix
+from cekd_fastai.mix.callback import CutMix,MixUp
 folder,what = sys.argv[1],sys.argv[2]
 class Act(Callback):
     run_valid = False
@@ -327,3 +327,33 @@ def test_signals(tmp_path):
         assert run(str(n), '0').stdout==whole.stdout
     res = run('twice', '2+2')
     assert res.returncode==130 and checkpoint_files(tmp_path/'twice')[-1].name=='checkpoint-00-0001-000000.ckpt'
+
+def test_parts_of_arguments_are_another_run(tmp_path):
+    "The mixes of a choice, the folder of unlabelled pictures, the weights of a teacher, and what a subclass passes on"
+    class Own(CEKD):
+        def __init__(self, mine=1, **kwargs):
+            super().__init__(**kwargs)
+            self.mine = mine
+    def net(seed):
+        set_seed(seed)
+        return branch_net(arch, 3, 1, pretrained=False).eval()
+    def about(*cbs):
+        learn = branch_learner(toy(), arch, cbs=cbs, **kw)
+        learn.create_opt()
+        learn.n_epoch = 1
+        return run_about(learn)
+    def differs(a, b): return run_difference(about(*a), about(*b))
+    assert differs([MixOneOf([MixUp(),CutMix()])], [MixOneOf([MixUp(9.),CutMix()])]) and not differs([MixOneOf([MixUp(),CutMix()])], [MixOneOf([MixUp(),CutMix()])])
+    assert differs([CutMix(),Own(T=3.)], [CutMix(),Own(T=5.)]) and not differs([CutMix(),Own(2)], [CutMix(),Own(2)])
+    def taught(n):
+        learn = meal_learner(toy(), arch, [net(n)], 1, **kw)
+        learn.create_opt()
+        learn.n_epoch = 1
+        return run_about(learn)
+    assert run_difference(taught(1), taught(2)) and not run_difference(taught(1), taught(1))
+
+def test_a_checkpoint_of_an_older_version_goes_on():
+    "Whose callbacks had no arguments in it"
+    new = {'epochs':4, 'args':{}, '`CutMix`':dict(alpha=1.), '`CEKD`':dict(T=3.)}
+    assert not run_difference(new|{'`CutMix`':{}, '`CEKD`':{}}, new)
+    assert len(run_difference({k:v for k,v in new.items() if k!='`CEKD`'}, new))==1

@@ -152,9 +152,10 @@ def test_branches_start_apart(tiny):
 
 # --- one queue
 
-def test_rows_exist():
-    for name,c in birds_plan.read_config('long')['studies'].items():
-        asked = {o.replace('BEST', b) for block in c['final'] for o in block['rows'] for b in c['select']['best']['rows']}
+@pytest.mark.parametrize('queue', ['long','seeds'])
+def test_rows_exist(queue):
+    for name,c in birds_plan.read_config(queue)['studies'].items():
+        asked = {o.replace('BEST', b) for block in c['final'] for o in block.get('rows', block.get('with')) for b in c['select']['best']['rows']}
         assert asked<=set(c['rows']), name
 
 def test_the_first_block_of_each_study_comes_first():

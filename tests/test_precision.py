@@ -84,3 +84,13 @@ def test_no_warning_and_a_file(mode, dtype, scale):
     next(m for m in loaded.model.modules() if isinstance(m, torch.nn.Conv2d)).register_forward_hook(lambda m,i,o: seen.add(o.dtype))
     with loaded.no_bar(): p,_ = loaded.get_preds()
     assert seen=={dtype} and p.dtype==torch.float32 and len(p)==4
+
+def test_mixed_precision_of_the_users_own():
+    "A subclass has another name; passes outside the step are in its precision all the same"
+    class MyAMP(HalfPrecision): name = 'my_amp'
+    learn = cekd(CutMix(), MyAMP('bf16'))
+    seen,net = [],learn.model.trunk
+    hook = net.register_forward_hook(lambda m,x,y: seen.append(y.dtype))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    hook.remove()
+    assert seen and set(seen[:2])=={torch.bfloat16} # the mixed and the clean pass of a step

@@ -165,7 +165,10 @@ def test_the_hub_comes_back(no_network):
         raise KeyError
     assert not constants.HF_HUB_OFFLINE
     hub._asked[constants.ENDPOINT] = time.monotonic(),True
+    was = constants.HF_HUB_ETAG_TIMEOUT,constants.HF_HUB_DOWNLOAD_TIMEOUT
     with hub.quick_hub(): assert not constants.HF_HUB_OFFLINE
+    with hub.quick_hub(2.): assert (constants.HF_HUB_ETAG_TIMEOUT,constants.HF_HUB_DOWNLOAD_TIMEOUT)==(2.,2.) # the client does not look at the socket's
+    assert (constants.HF_HUB_ETAG_TIMEOUT,constants.HF_HUB_DOWNLOAD_TIMEOUT)==was
 
 def test_names_of_torchvision_and_timm(monkeypatch):
     "A name with a prefix is no file, and a network of torchvision has ImageNet's statistics"
