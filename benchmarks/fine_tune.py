@@ -22,10 +22,9 @@ from common import here,write_result # after fastai
 arch,size,bs = 'tf_efficientnet_lite0',96,32
 trunk,branch = 44.7,25.9 # million multiply-adds of a forward pass at 96 pixels
 # Epochs of `fine_tune` after the frozen one, and classes
-sets = dict(flowers=dict(data='oxford-flowers17-12classes', classes=None, epochs=5, title='12 flowers'),
-    birds50=dict(data='CUB_200_2011', classes=50, epochs=8, title='50 birds'),
-    birds200=dict(data='CUB_200_2011', classes=None, epochs=5, title='200 birds'),
-    birds50_long=dict(data='CUB_200_2011', classes=50, epochs=27, title='50 birds, long'))
+birds = dict(data='CUB_200_2011', classes=50, epochs=8, title='50 birds')
+sets = dict(flowers=dict(data='oxford-flowers17-12classes', classes=None, epochs=5, title='12 flowers'), birds50=birds,
+    birds200=birds|dict(classes=None, epochs=5, title='200 birds'), birds50_long=birds|dict(epochs=27, title='50 birds, long'))
 
 # What is compared. `recommended` is two branches with label smoothing as `recommended(arch).learner(dls)` gives them. `fastai` says which part of the recipe a fastai user's code has taken over
 methods = {'fine_tune': dict(fastai=()), 'recommended': dict(branches=2, recommended=True),

@@ -31,7 +31,7 @@ _METHODS = dict(plain='no distillation',
     kdcl='every branch learns from the mean of all: KDCL (CVPR 2020)',
     ols='the mean prediction for a class softens its labels: online label smoothing (arXiv 2011.12562)',
     pskd='the last prediction for an image softens its label: PS-KD (arXiv 2006.12000)',
-    stored='what was predicted for unmixed images is a target of their mixes: CEKD without a second pass, for twenty epochs or more')
+    stored='earlier predictions for unmixed images are a target of their mixes: CEKD without a second pass')
 _MIXES = dict(none='images as they are',
     mixup='two images blended pixel by pixel (arXiv 1710.09412)',
     cutmix='a box of another image at the same place (arXiv 1905.04899)',

@@ -121,7 +121,8 @@ def rehearsal(
 # %% ../nbs/90_job.ipynb #job-both
 def _check_mixed(args):
     "Refuse CEKD and stored targets without a mix, in the words of the command"
-    why = dict(cekd='CEKD distils from clean to mixed images', stored='Stored targets teach about mixed images').get(args['method'])
+    why = dict(cekd='CEKD distils from clean to mixed images', stored='Stored targets teach about mixed images')
+    why = why.get(args['method'])
     if not why or args['mix']!='none': return
     brought = PAPER_RUNS.get(args['recipe'], {}).get('mix')=='none' # by the recipe
     raise ValueError(f"{why}: {'add --mix mixup' if brought else 'leave out --mix none'}, or pass another --method.")

@@ -80,7 +80,8 @@ def advised(
 )->dict:
     "The arguments with what is recommended where they have None"
     if args.get('recipe'): args = args | {k:v for k,v in _PAPERS.items() if args.get(k, v) is None}
-    elif args.get('method') in _OWN_LABELS and args.get('label_smoothing', 0) is None: args = args | dict(label_smoothing=0.)
+    elif args.get('method') in _OWN_LABELS:
+        if args.get('label_smoothing', 0) is None: args = args | dict(label_smoothing=0.)
     if args.get('mix_prob', 1) is None: args = args | dict(mix_prob=_mixed_share(SimpleNamespace(**args)))
     names = [k for k in _ADVISED if k in args and args[k] is None]
     if not names: return args
@@ -106,10 +107,6 @@ def _mix_of(a):
     default = dict(cekd='snapmix', stored='mixup').get(a.method, 'none')
     return lookup('mix', a.mix or default, MIXES)
 
-def _mixed_share(a):
-    "The share of batches to mix where none was given; soft labels are learned from the others"
-    return .6 if a.method in SOFT and _mix_of(a) else 1.
-
 def _make_mix(mix, a):
     "The mix with its arguments"
     kw = named_values(a.mix_args, 'of a mix')
@@ -129,6 +126,11 @@ def _callbacks(a):
         cbs.append(half(a.precision))
     if mix := _mix_of(a): cbs.append(_make_mix(mix, a))
     return cbs
+
+# %% ../nbs/86_train.ipynb #build-share
+def _mixed_share(a):
+    "The share of batches to mix where none was given; soft labels are learned from the others"
+    return .6 if a.method in SOFT and _mix_of(a) else 1.
 
 # %% ../nbs/86_train.ipynb #build-code
 def _make(a, n, dls, opts, cbs, **kw):
