@@ -74,7 +74,7 @@ def serve(pool, c, epochs, rows, file, deadline, n, rate, about):
 def way_of(c, j):
     "How a run was computed, where its study says it"
     own = c['studies'][j['study']] if 'study' in j else c
-    return {k:own[k] for k in ('precision','folded','autotune') if k in own}
+    return {k:own[k] for k in ('precision','folded') if k in own}
 
 def own_file(file, j):
     "Where a row belongs: of several studies each has its file"

@@ -138,6 +138,7 @@ class Bench:
     "Pictures and weights on one device, and what can be done with them"
     def __init__(self, bundle, pixels, label, test, c, device):
         torch.set_num_threads(1)
+        torch.backends.cudnn.benchmark = False
         torch.set_float32_matmul_precision('high') # TF32 in products and convolutions alike
         torch.backends.cudnn.allow_tf32 = True
         self.c,self.device,self.weights = c,torch.device(device),bundle/c['weights']
@@ -171,7 +172,6 @@ class Bench:
 
     def set_up(self, learn, half=True):
         "Put a learner on the device, and take away what waits for it; in half precision if that was asked for"
-        torch.backends.cudnn.benchmark = self.c.get('autotune', False)
         learn.remove_cb(learn.recorder)
         if half and self.c.get('precision')=='bf16': learn.add_cb(HalfPrecision())
         learn.model.to(self.device)
