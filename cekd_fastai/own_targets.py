@@ -36,11 +36,13 @@ class _ByRow(SoftLabels):
         p:Tensor,  # Predictions, shape (B, K)
         ok:Tensor, # Which of them to take, shape (B,)
     ):
-        "Remember predictions for the images of this step"
+        "Remember predictions for the images of this step; of an image that is in it twice, the first to take"
         m,rows = self.memory,self.rows
-        m['probs'][rows] = torch.where(ok[:,None], p, m['probs'][rows])
-        m['classes'][rows] = torch.where(ok, self.labels, m['classes'][rows])
-        m['seen'][rows] |= ok
+        takes,first_of = ((rows[:,None]==rows)&ok).int().max(1)
+        takes = takes.bool()
+        m['probs'][rows] = torch.where(takes[:,None], p[first_of], m['probs'][rows])
+        m['classes'][rows] = torch.where(takes, self.labels[first_of], m['classes'][rows])
+        m['seen'][rows] |= takes
 
 # %% ../nbs/46_own_targets.ipynb #byrow-end
 def share_rows(
@@ -89,6 +91,7 @@ class PSKD(_ByRow):
 # %% ../nbs/46_own_targets.ipynb #stored
 class StoredTargets(_ByRow):
     "Predictions for unmixed images, averaged over epochs, are the soft target of their mixes; no clean pass"
+    unmixed_first = True
     known = None # Which images of this step have a prediction, shape (B,)
     _stateattrs = SoftLabels._stateattrs + ('known',)
     def __init__(self,
@@ -127,12 +130,9 @@ def check(self:StoredTargets):
     "Refuse a learner that mixes nothing, and what no learner can be softened with"
     SoftLabels.check(self)
     mix = self.mixer
-    if mix is None or not mix.prob or not mix.stop_at:
-        raise ValueError("`StoredTargets` teaches about mixed images, but nothing mixes: "
-            "add `MixUp(prob=.6)`, say, to `cbs`.")
-    if mix.prob<1 or getattr(loss_owner(self.learn), 'needs_clean', False): return
-    raise ValueError(f"`StoredTargets` learns from unmixed images in between, but `{mix}` mixes all before it ends: "
-        "give it `prob=.6`, say, which leaves some batches alone.")
+    if mix is not None and mix.prob and mix.stop_at: return
+    raise ValueError("`StoredTargets` teaches about mixed images, but nothing mixes: "
+        "add `MixUp(prob=.6)`, say, to `cbs`.")
 
 @patch
 def after_batch(self:StoredTargets):

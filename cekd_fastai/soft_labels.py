@@ -53,6 +53,7 @@ class SoftLabels(Callback):
     rows_of = None    # From a step to the rows of its batch
     at_epoch = None   # Epoch that what is gathered belongs to
     by_row = False    # Does the method remember something for each image?
+    unmixed_first = False # Does it need unmixed images before its mix ends?
     _stateattrs = ('soft','labels','rows','rows_of')
 
     @property
@@ -181,10 +182,11 @@ def check(self:SoftLabels):
 
 @patch
 def _check_unmixed(self:SoftLabels, owner):
-    "Refuse a learner that never looks at an unmixed image"
+    "Refuse a learner that never looks at an unmixed image, or does so too late"
     mix,has_clean = self.mixer,getattr(owner, 'needs_clean', False)
-    if mix is None or has_clean or mix.prob<1 or mix.stop_at<1: return
-    raise ValueError(f"`{self}` learns from unmixed images, but `{mix}` mixes all: "
+    if mix is None or has_clean or mix.prob<1: return
+    if mix.stop_at<1 and not self.unmixed_first: return
+    raise ValueError(f"`{self}` learns from unmixed images, but `{mix}` mixes all{' until it ends' if mix.stop_at<1 else ''}: "
         "give it `prob=.6`, say, which leaves some batches alone.")
 
 # %% ../nbs/45_soft_labels.ipynb #base-fit

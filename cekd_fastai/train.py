@@ -73,6 +73,7 @@ def size_of(
 
 _ADVISED = 'lr head_lr wd opt size freeze_bn label_smoothing'.split()
 _PAPERS = dict(freeze_bn=False, label_smoothing=0.) # what no published experiment here has
+_OWN_MIX = dict(cekd='snapmix', stored='mixup') # of methods that are about mixed images
 _OWN_LABELS = ('css','meal','ols','pskd') # which have labels of their own, or none
 
 def advised(
@@ -82,6 +83,7 @@ def advised(
     if args.get('recipe'): args = args | {k:v for k,v in _PAPERS.items() if args.get(k, v) is None}
     elif args.get('method') in _OWN_LABELS:
         if args.get('label_smoothing', 0) is None: args = args | dict(label_smoothing=0.)
+    if args.get('mix', 'none') is None: args = args | dict(mix=_OWN_MIX.get(args['method'], 'none'))
     if args.get('mix_prob', 1) is None: args = args | dict(mix_prob=_mixed_share(SimpleNamespace(**args)))
     names = [k for k in _ADVISED if k in args and args[k] is None]
     if not names: return args
@@ -104,8 +106,7 @@ def make_data(
 # %% ../nbs/86_train.ipynb #build-mix
 def _mix_of(a):
     "The class of the mix, None without one"
-    default = dict(cekd='snapmix', stored='mixup').get(a.method, 'none')
-    return lookup('mix', a.mix or default, MIXES)
+    return lookup('mix', a.mix, MIXES)
 
 def _make_mix(mix, a):
     "The mix with its arguments"
