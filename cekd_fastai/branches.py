@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from torch.utils.checkpoint import checkpoint
 from .core import eval_mode,unwrap_model,write_whole
 from .cam import cam
-from .files import bounded_build,fill,net_sum,read_saved
+from .files import _LEADS_OUT,bounded_build,fill,net_sum,read_saved
 from .weights import Saved,load_branches
 from .hub import in_registry
 from .arch import make_arch,new_head
@@ -167,13 +167,13 @@ def _arguments(f, *args, **kwargs):
     return res
 
 def register_builder(
-    f, # A function that returns a `BranchNet`; its arguments `pretrained`, `weights` and `vocab` are not part of the recipe
+    f, # A function that returns a `BranchNet`; `vocab`, and arguments that say where weights come from, are not part of the recipe
 ):
     "Register `f` by its name for `load_net`, and store its arguments in each network that it returns as `net.recipe`"
     @functools.wraps(f)
     def _f(*args, **kwargs):
         net = f(*args, **kwargs)
-        kw = {k:v for k,v in _arguments(f, *args, **kwargs).items() if k not in ('pretrained','weights','vocab')}
+        kw = {k:v for k,v in _arguments(f, *args, **kwargs).items() if k not in {'vocab',*_LEADS_OUT}}
         try: net.recipe = dict(build=f.__name__, **_plain(in_registry(kw)))
         except ValueError: net.recipe = None
         return net

@@ -45,7 +45,10 @@ def _sentences(name, args, after='', **renamed):
     except (ValueError,OSError,ImportError) as e:
         from cekd_fastai.core import one_sentence
         sys.exit(f'{name}: {as_options(one_sentence(e), args, **renamed)}')
-    except RuntimeError as e:
+    except (RuntimeError,MemoryError) as e:
+        if isinstance(e, MemoryError) or 'out of memory' in str(e) or "can't allocate memory" in str(e):
+            remedy = 'pass a smaller --batch' if 'batch' in args else 'take a smaller network'
+            sys.exit(f'{name}: the memory is too small{after}: {remedy}.')
         if 'DataLoader worker' not in str(e): raise
         sys.exit(f'{name}: a process that reads pictures was ended, perhaps for want of memory{after}: pass fewer --workers.')
     except KeyboardInterrupt:
@@ -61,7 +64,7 @@ def _print_table(df):
 
 @call_parse
 def cekd_predict(
-    model:str, # File of `deploy`, `export_onnx` or `export_program`
+    model:str, # File of `deploy`, `export_onnx` or `export_program`; a .pt2 may run code, so take it from somebody you trust
     source:Annotated[str,dict(nargs='+')], # A folder, or several, or pictures
     csv:str=None, # Table to write, which goes on if it is there; the terminal by default
     top:int=3, # Classes for each picture
@@ -80,7 +83,7 @@ def cekd_predict(
         with warnings.catch_warnings(), redirect_stdout(sys.stderr): # the progress bar is no part of the table
             warnings.simplefilter('ignore')
             df = d.predict_folder(source, csv, top, tta, batch, workers)
-    for o in df.attrs['broken'].values(): print(f'cekd-predict: skipped {o}', file=sys.stderr)
+    for o in [*df.attrs['left_out'],*(f'skipped {o}' for o in df.attrs['broken'].values())]: print(f'cekd-predict: {o}', file=sys.stderr)
     if not len(df): sys.exit('cekd-predict: none of the pictures can be read.')
     if csv: print(f'{len(df):,} pictures in {csv}')
     else: _print_table(df.drop(columns='model'))
@@ -88,7 +91,7 @@ def cekd_predict(
 # %% ../nbs/92_commands.ipynb #serve
 @call_parse
 def cekd_serve(
-    model:str, # File of `deploy`, `export_onnx` or `export_program`
+    model:str, # File of `deploy`, `export_onnx` or `export_program`; a .pt2 may run code, so take it from somebody you trust
     host:str='127.0.0.1', # Interface to listen at; 0.0.0.0 for everybody in the network
     port:int=8000, # Port, 0 for a free one
     top:int=3, # Classes for each picture

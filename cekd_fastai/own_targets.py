@@ -9,7 +9,7 @@ __all__ = ['share_rows', 'PSKD', 'StoredTargets']
 
 # %% ../nbs/46_own_targets.ipynb #imports
 from fastai.vision.all import *
-from .core import check_above,check_not_negative,check_share,loss_owner
+from .core import check_above,check_not_negative,check_share
 from .steps import step_pct,together
 from .data.rows import n_rows
 from .losses import cross_target,kd_loss,ramp_up,soft_probs

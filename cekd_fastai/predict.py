@@ -112,11 +112,14 @@ def _in_order(path, files, columns, model):
 
 # %% ../nbs/82_predict.ipynb #pf-folder
 def _files(source):
-    "Pictures of folders in the order of their names, and those of a list"
+    "Pictures of folders in the order of their names, and those of a list; and what was left out, in sentences"
     given = [Path(at_home(o)) for o in ([source] if isinstance(source, (str,Path)) else source)]
-    files = [f for o in given for f in (FolderTree(o).images() if o.is_dir() else [o])]
-    if not files: raise ValueError(f"There are no pictures in {few(f'`{o}`' for o in given) or 'what was given'}.")
-    return list(dict.fromkeys(files))
+    trees = {o:FolderTree(o) for o in given if o.is_dir()}
+    files = [f for o in given for f in (trees[o].images() if o in trees else [o])]
+    left_out = [o for tree in trees.values() for o in tree.left_out(in_root=True)]
+    if files: return list(dict.fromkeys(files)),left_out
+    where = few(f'`{o}`' for o in given) or 'what was given'
+    raise ValueError(f"There are no pictures in {where}{': ' if left_out else ''}{'; '.join(left_out)}.")
 
 def _table(columns, rows):
     "Rows as a `DataFrame`"
@@ -146,11 +149,12 @@ def predict_folder(self:Deployed,
     tta:bool=False,       # Average over a picture and its mirror image
     bs:int=64,            # Pictures in a batch
     num_workers:int=None, # Processes that read pictures; by default one for each CPU, 0 for a few pictures
-)->pd.DataFrame:          # A row for each picture that can be read, in the order of the files; `attrs['broken']` has the others
+)->pd.DataFrame:          # A row for each picture that can be read, in the order of the files; `attrs['broken']` has the others, and `attrs['left_out']` what is no picture
     "What the network says to every picture of a folder"
     check_count(top=top, bs=bs)
     top = min(top, len(self.vocab))
-    files = _files(source)
+    files,left_out = _files(source)
+    for o in left_out: warnings.warn(o)
     columns,model = _columns(self, top),_model_name(self, tta)
     path = None if csv is None else Path(csv).expanduser()
     done = _read_rows(path, columns, model) if path else {}
@@ -166,16 +170,17 @@ def predict_folder(self:Deployed,
     rows = done | rows
     found = [rows[str(o)] for o in files if str(o) in rows]
     res = _table(columns, found)
-    res.attrs['broken'] = broken
+    res.attrs |= dict(broken=broken, left_out=left_out)
     return res
 
 # %% ../nbs/82_predict.ipynb #pf-fn
 def open_net(
-    file,         # Written by `deploy`, `export_onnx` or `export_program`
+    file,         # Written by `deploy`, `export_onnx` or `export_program`; a .pt2 of the last may run code when it is opened
     device='cpu', # Where a network of PyTorch runs; onnxruntime has the CPU
 )->Deployed:
     "A network from its file, in PyTorch or in onnxruntime"
     kind = Path(file).suffix.lower()
+    if kind=='.onnx' and str(device)!='cpu': raise ValueError(f"`{file}` runs on the CPU, in onnxruntime: leave out device={device!r}, or take a file of `deploy`.")
     if kind=='.onnx': return OnnxNet(file)
     if kind=='.pt2': return ProgramNet(file, device)
     return Deployed(file, device)

@@ -109,7 +109,8 @@ def quantize_onnx(
         y = _as_in_file(old, pictures.vocab, y)
     else:
         pictures = images_of(pictures) if isinstance(pictures, (str,Path)) else list(pictures)
-        fit,shown,y = pictures[:n],pictures[:n_valid],None
+        fit,shown = ([pictures[i] for i in _spread(len(pictures), o)] for o in (n,n_valid))
+        y = None
     if not fit: raise ValueError('`quantize_onnx` needs a few pictures to calibrate with.')
     write_whole(dest, partial(_write_int8, d=old, pictures=fit, per_channel=per_channel))
     table = _compared(old, OnnxNet(dest), shown, y)

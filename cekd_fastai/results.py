@@ -73,9 +73,24 @@ def all_or_none(
     tmp = Path(tempfile.mkdtemp(prefix='.unfinished-', dir=out))
     try:
         yield tmp
-        for n in RESULTS: (out/n).unlink(missing_ok=True)
-        for f in sorted(tmp.iterdir(), key=lambda o: o.name=='result.json'): os.replace(f, out/f.name)
+        new = sorted(tmp.iterdir(), key=lambda o: o.name=='result.json')
+        for f in new: os.replace(f, out/f.name)
+        for n in {*RESULTS}-{f.name for f in new}: (out/n).unlink(missing_ok=True) # not before the new ones are there
     finally: shutil.rmtree(tmp, ignore_errors=True)
+
+# %% ../nbs/87_results.ipynb #save-parts
+def _draw_report(learn, hist, pairs, title, file):
+    "Draw the report, or warn that it cannot be drawn"
+    try: FigureCanvasAgg(report(learn, hist, pairs, title)).print_png(file) # draws once, where `savefig` draws twice
+    except Exception as e:
+        why = one_sentence(e)
+        warnings.warn(f"There is no report.png, since it could not be drawn ({why}).")
+
+def _deploy(learn, file):
+    "Write the file that runs no code, or warn that this network cannot be in one; a full disk stops the run"
+    if not unwrap_model(learn.model).recipe: return
+    try: deploy(learn, file)
+    except ValueError as e: warnings.warn(f"There is no model.pt, since the network does not go into one; model.pkl has it ({one_sentence(e)}).")
 
 # %% ../nbs/87_results.ipynb #save-code
 def _result(learn, args, seconds, skipped):
@@ -89,13 +104,6 @@ def _result(learn, args, seconds, skipped):
     if skipped: res['epochs_before'] = skipped # of an earlier start, which are not in the seconds
     res['peak_memory_gb'] = peak_memory()
     return res|about(args),z,y
-
-def _draw_report(learn, hist, pairs, title, file):
-    "Draw the report, or warn that it cannot be drawn"
-    try: FigureCanvasAgg(report(learn, hist, pairs, title)).print_png(file) # draws once, where `savefig` draws twice
-    except Exception as e:
-        why = one_sentence(e)
-        warnings.warn(f"There is no report.png, since it could not be drawn ({why}).")
 
 def save_run(
     learn:Learner,  # A trained learner
@@ -113,7 +121,7 @@ def save_run(
     with all_or_none(out) as d:
         _draw_report(learn, hist, pairs, title, d/'report.png')
         learn.export((d/'model.pkl').absolute())
-        if unwrap_model(learn.model).recipe: deploy(learn, d/'model.pt')
+        _deploy(learn, d/'model.pt')
         hist.to_csv(d/'history.csv', index=False)
         (d/'result.json').write_text(json.dumps(res, indent=1, default=str)+'\n')
     return res

@@ -143,6 +143,7 @@ def read_checkpoint(
     "The state in a file, without running any code of it; `ValueError` says what is wrong with a bad one"
     body = _body(file)
     try: return state_of(body, device)
+    except (MemoryError,torch.OutOfMemoryError,torch.AcceleratorError): raise # the file may be good
     except Exception as e: raise ValueError(f"`{file}` is no checkpoint of this library ({type(e).__name__}: {e}).") from e
 
 # %% ../nbs/68_runstate.ipynb #layout

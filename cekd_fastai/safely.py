@@ -14,7 +14,7 @@ from .core import one_sentence
 from .runstate import checkpoint_files
 from .checkpoint import Checkpoint
 from .guard import Diverged,Guard
-from .results import about,all_or_none,out_folder,save_run
+from .results import RESULTS,about,all_or_none,out_folder,save_run
 from .train import build,train
 
 # %% ../nbs/88_safely.ipynb #lock
@@ -107,7 +107,8 @@ def write_diverged(
     args:dict,  # Arguments of `cekd_train`
     e:Exception,# `Diverged`
 ):
-    "`result.json` of a run that diverged, without a model"
+    "`result.json` of a run that diverged, without a model; results of an earlier run stay as they are"
+    if any((out/n).exists() for n in RESULTS): return
     res = dict(diverged=True, error=one_sentence(e)) | about(args)
     with all_or_none(out) as d: (d/'result.json').write_text(json.dumps(res, indent=1, default=str)+'\n')
 
@@ -132,6 +133,7 @@ def kept_run(
     "Train, evaluate and write the results into the folder `out`; a run that was killed can go on"
     if rank_distrib():
         with named_faults(): return _trained(args, Path(args['out']))
-    with out_folder(args['out'], args['force']) as out, lock_folder(out), named_faults():
+    begun = checkpoint_files(Path(args['out'])/'checkpoints') # it has results, and a run that was to replace them was killed
+    with out_folder(args['out'], args['force'] or begun) as out, lock_folder(out), named_faults():
         check_unfinished(out, args)
         return _trained(args, out)

@@ -13,20 +13,22 @@ from fastai.vision.all import *
 from .core import check_above,check_count
 from .onnx_file import _need
 from .explain import _jpeg,_seen,_similar,_where
+from .data.image import IMAGE_SUFFIXES
 from .page import PAGE,SCRIPT,STYLE
 from .predict import open_net
 
 # %% ../nbs/84_serve.ipynb #sv-open
-_FORMATS = 'JPEG PNG WEBP GIF BMP TIFF AVIF HEIF'.split()
+def _formats():
+    "The formats of Pillow that training and predicting read too; HEIF comes with pillow-heif"
+    Image.init()
+    return sorted({Image.EXTENSION[o] for o in IMAGE_SUFFIXES if o in Image.EXTENSION})
 
 def _opened(data, max_pixels):
     "The picture in `data`, not decoded yet; `ValueError` if it is none, or too large"
-    Image.init()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # Pillow warns of sizes that are looked at right here
-            formats = [o for o in _FORMATS if o in Image.OPEN] # HEIF comes with pillow-heif
-            im = Image.open(io.BytesIO(data), formats=formats)
+            im = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError as e: raise ValueError(f'The picture has more than {max_pixels:,} pixels.') from e
     except Exception as e: raise ValueError('This is not a picture, or it is broken.') from e
     w,h = im.size
@@ -169,6 +171,8 @@ def serve_app(
 ): # A `Starlette` application
     "The web application that `cekd-serve` runs"
     check_count(top=top, max_pixels=max_pixels, max_files=max_files)
+    most = 2*(Image.MAX_IMAGE_PIXELS or math.inf) # beyond which Pillow opens none
+    if max_pixels>most: raise ValueError(f"max_pixels is {max_pixels:,}, but Pillow opens no picture of more than {most:,}: pass less, or set `Image.MAX_IMAGE_PIXELS`.")
     max_total_mb = ifnone(max_total_mb, max(60, max_mb+1))
     check_above('serve_app', max_mb=max_mb, max_total_mb=max_total_mb)
     _need('starlette', 'python_multipart', who='The page', install='starlette uvicorn python-multipart')

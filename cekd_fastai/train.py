@@ -99,7 +99,9 @@ def make_data(
     "The data that the arguments describe"
     names = 'size bs valid_pct seed verify num_workers root in_memory per_class balanced crop_to_box'.split()
     kw = {o:args[o] for o in names}
-    columns = named_values(args.get('table_args', ()), 'of a table')
+    given = args.get('table_args', ())
+    columns = named_values(given, 'of a table')
+    columns |= {k:v for k,_,v in (o.partition('=') for o in given) if k in ('folder','suff')} # words, as 2024 is here
     for o in columns: lookup('argument of a table', o, dict.fromkeys(SPREADSHEET))
     return fine_grained_dls(args['data'], classes=args['classes'] or None, **kw, **columns)
 

@@ -1,5 +1,5 @@
 "What a user types at the doors of the library: paths in the home folder, options beside a recipe, a card of a part of a network."
-import contextlib,io,math,subprocess,sys
+import contextlib,io,math,os,subprocess,sys
 from functools import partial
 from pathlib import Path,PureWindowsPath
 import pandas as pd,pytest,torch
@@ -194,3 +194,109 @@ def test_core_loaded_again():
     "As `%autoreload` does it: mixed precision still begins and ends once"
     code = 'import importlib,cekd_fastai.core as c; o = c.MixedPrecision._begin; importlib.reload(c); assert c.MixedPrecision._begin is o and o.__module__=="fastai.callback.fp16"'
     assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True).returncode==0
+
+# What is lost, and what is silently left out
+
+def test_what_only_loading_needs_is_no_part_of_a_recipe(tmp_path):
+    "A cache folder of a cluster, after whose training the network would not go into a file"
+    from cekd_fastai.branches import branch_net,load_net,save_net
+    net = branch_net('test_resnet', 3, 2, pretrained=False, cache_dir='/scratch/hub')
+    assert 'cache_dir' not in net.recipe
+    save_net(net, tmp_path/'net.pt')
+    assert load_net(tmp_path/'net.pt')[0].n_branches==2
+
+def test_a_network_that_goes_into_no_file_leaves_the_other_results(birds, tmp_path, monkeypatch):
+    from cekd_fastai import results
+    learn = branch_learner(small(birds), 'test_resnet', 2, pretrained=False, metrics=accuracy)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    def refuse(*args): raise ValueError('its recipe holds a thing')
+    monkeypatch.setattr(results, 'deploy', refuse)
+    args = _defaults()|dict(epochs=1, method='plain', arch='test_resnet')
+    with pytest.warns(UserWarning, match='no model.pt.*model.pkl has it .its recipe holds a thing'): results.save_run(learn, tmp_path, args, 1.)
+    assert {o.name for o in tmp_path.iterdir()}=={'result.json','history.csv','report.png','model.pkl'}
+
+def test_a_killed_run_over_older_results_goes_on(tmp_path, monkeypatch):
+    "`--resume` alone is enough, and nothing advises to delete its checkpoints"
+    from cekd_fastai import safely
+    (tmp_path/'result.json').write_text('old')
+    ckpt = tmp_path/'checkpoints'/'checkpoint-00-0001-000000.ckpt'
+    ckpt.parent.mkdir()
+    ckpt.write_bytes(b'x')
+    monkeypatch.setattr(safely, '_trained', lambda args, out: 'went on')
+    args = dict(out=tmp_path, force=False, resume=False)
+    with pytest.raises(FileExistsError, match='unfinished run: go on with --resume'): safely.kept_run(args)
+    assert safely.kept_run(args|dict(resume=True))=='went on' and ckpt.exists()
+    ckpt.unlink()
+    with pytest.raises(FileExistsError, match='already holds results'): safely.kept_run(args|dict(resume=True))
+
+def test_old_results_stay_until_new_ones_are_there(tmp_path, monkeypatch):
+    from cekd_fastai import results
+    from cekd_fastai.safely import write_diverged
+    for o in ('result.json','model.pt','report.png'): (tmp_path/o).write_text('old')
+    real,seen = os.replace,[]
+    def look(a, b):
+        seen.append(sorted(o.name for o in tmp_path.glob('*.*') if o.name[0]!='.'))
+        real(a, b)
+    monkeypatch.setattr(results.os, 'replace', look)
+    with results.all_or_none(tmp_path) as d: (d/'result.json').write_text('new'), (d/'model.pt').write_text('new')
+    assert seen==[['model.pt','report.png','result.json']]*2
+    assert {o.name:o.read_text() for o in tmp_path.iterdir()}=={'model.pt':'new','result.json':'new'}
+    write_diverged(tmp_path, {}, Diverged('The run diverged.'))
+    assert (tmp_path/'result.json').read_text()=='new' and (tmp_path/'model.pt').exists()
+
+def test_too_little_memory_sets_no_checkpoint_aside(tmp_path, monkeypatch):
+    from cekd_fastai import runstate
+    for i in (1,2): runstate.write_checkpoint(tmp_path/f'checkpoint-00-000{i}-000000.ckpt', dict(a=torch.ones(2)))
+    def full(*args): raise torch.OutOfMemoryError('CUDA out of memory')
+    with monkeypatch.context() as m:
+        m.setattr(runstate, 'unpack', full)
+        with pytest.raises(torch.OutOfMemoryError): runstate.newest_checkpoint(tmp_path)
+    assert len(runstate.checkpoint_files(tmp_path))==2 and torch.equal(runstate.newest_checkpoint(tmp_path)['a'], torch.ones(2))
+
+def test_pictures_to_calibrate_with_are_from_all_classes(birds, tmp_path, monkeypatch):
+    pytest.importorskip('onnxruntime')
+    from cekd_fastai import quantize
+    from cekd_fastai.onnx_file import export_onnx
+    file = export_onnx(branch_learner(small(birds), 'test_resnet', 1, pretrained=False), tmp_path/'birds.onnx')
+    used = []
+    monkeypatch.setattr(quantize, '_write_int8', lambda tmp, d, pictures, per_channel: used.extend(pictures) or tmp.write_bytes(file.read_bytes()))
+    quantize.quantize_onnx(file, birds/'images' if (birds/'images').exists() else birds, n=4, n_valid=4)
+    assert len(used)==4 and len({o.parent for o in used})==4
+
+def test_files_that_are_no_pictures_are_named(birds, tmp_path, capsys):
+    from cekd_fastai.commands import cekd_predict
+    file = deploy(branch_learner(small(birds), 'test_resnet', 1, pretrained=False), tmp_path/'birds.pt')
+    folder = tmp_path/'photos'
+    folder.mkdir()
+    for o in ('b.dng','c.heics','notes.txt'): (folder/o).write_bytes(b'x')
+    with pytest.raises(ValueError, match=r'no pictures in .*: skipped 2 files of .*\.dng'): predict_folder(file, folder)
+    Image.new('RGB', (60,60)).save(folder/'a.jpg')
+    with pytest.warns(UserWarning, match='skipped 2 files'): df = predict_folder(file, folder)
+    assert len(df)==1 and len(df.attrs['left_out'])==1
+    cekd_predict(str(file), [str(folder)])
+    assert 'cekd-predict: skipped 2 files of' in capsys.readouterr().err
+
+@pytest.mark.parametrize('error', [MemoryError(),torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')])
+def test_too_little_memory_for_a_batch(birds, tmp_path, monkeypatch, error):
+    from cekd_fastai.commands import cekd_predict
+    from cekd_fastai.deploy import Deployed
+    file = deploy(branch_learner(small(birds), 'test_resnet', 1, pretrained=False), tmp_path/'birds.pt')
+    def full(*args): raise error
+    monkeypatch.setattr(Deployed, 'probs', full)
+    with pytest.raises(SystemExit, match='^cekd-predict: the memory is too small: pass a smaller --batch.$'): cekd_predict(str(file), [str(birds)])
+
+def test_options_that_would_do_nothing(birds, tmp_path):
+    from cekd_fastai.predict import open_net
+    with pytest.raises(ValueError, match='label_col is for a DataFrame'): read_table('cub', label_col='x')
+    with pytest.raises(ValueError, match='label_col is for a DataFrame'): read_table(read_table(birds), label_col='x')
+    with pytest.raises(ValueError, match='num_workers would do nothing'): fine_grained_dls(birds, size=56, bs=8, in_memory=True, num_workers=2)
+    with pytest.raises(ValueError, match='runs on the CPU'): open_net(tmp_path/'x.onnx', 'cuda')
+
+def test_a_folder_that_is_a_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from cekd_fastai.train import make_data
+    (tmp_path/'2024').mkdir()
+    for i in range(12): Image.new('RGB', (60,60)).save(tmp_path/'2024'/f'{i}.jpg')
+    pd.DataFrame(dict(name=[f'{i}.jpg' for i in range(12)], label=['a','b']*6)).to_csv(tmp_path/'t.csv', index=False)
+    args = _defaults()|dict(data=str(tmp_path/'t.csv'), size=56, bs=4, num_workers=0, table_args=['folder=2024'])
+    assert make_data(args).train.n>=8

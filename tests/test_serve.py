@@ -206,3 +206,11 @@ def test_command_listens_here_alone(file, monkeypatch, capsys):
     assert bound[0][0]=='127.0.0.1' and f'http://127.0.0.1:{bound[0][1]}' in capsys.readouterr().out
     cekd_serve(str(file), host='0.0.0.0', port=0)
     assert bound[1][0]=='0.0.0.0'
+
+def test_formats_and_sizes_are_those_of_predicting(client, file):
+    from cekd_fastai.data.image import IMAGE_SUFFIXES
+    Image.init()
+    im = Image.new('RGB', (60,60), 'red')
+    for kind in sorted({Image.EXTENSION[o] for o in IMAGE_SUFFIXES if Image.EXTENSION.get(o) in Image.SAVE}):
+        assert 'classes' in send(client, ('a', encoded(im, kind)))[1]['pictures'][0], kind
+    with pytest.raises(ValueError, match='Pillow opens no picture of more than'): serve_app(file, max_pixels=400_000_000)

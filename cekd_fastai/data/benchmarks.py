@@ -262,6 +262,7 @@ def _source_folder(source):
 
 def _source_table(source, root, valid_pct, seed, verify, **columns):
     "The table that `source` stands for, and whether its validation part was drawn with `valid_pct` already"
+    if columns and not _is_sheet(source): raise ValueError(f'{few(columns)} is for a DataFrame or a CSV file, and {source!r} is none')
     if isinstance(source, str) and source in BENCHMARKS: return BENCHMARKS[source].table(root),False
     if root is not None:
         hint = near_hint(source, BENCHMARKS)
@@ -270,7 +271,6 @@ def _source_table(source, root, valid_pct, seed, verify, **columns):
     if _is_sheet(source):
         t = ImageTable.from_df(source, seed=seed, valid_pct=ifnone(valid_pct, .2), must_exist=not verify, **columns)
         return t,t.drawn
-    if columns: raise ValueError(f'{few(columns)} is for a DataFrame or a CSV file, and {source!r} is none')
     return _read_path(_source_folder(source), valid_pct, seed, not verify),True
 
 # %% ../../nbs/18_data.benchmarks.ipynb #read

@@ -96,30 +96,36 @@ def _how_to_read(suffixes):
     return '; '.join(res)
 
 @patch
-def skipped(self:FolderTree): # `Counter`
-    "How many files below the root are no pictures that we can read and no notes, by suffix"
-    names = [n for o,names in self.names.items() if o!=self.root for n in names]
+def skipped(self:FolderTree, in_root=False): # `Counter`
+    "How many files below the root, and in it if asked, are no pictures that we can read and no notes, by suffix"
+    names = [n for o,names in self.names.items() if in_root or o!=self.root for n in names]
     suffixes = [os.path.splitext(o)[1].lower() for o in names]
     return Counter(o for o in suffixes if o not in _NOTES and o not in IMAGE_SUFFIXES)
 
 # %% ../../nbs/16_data.folders.ipynb #lost2
 @patch
-def warn(self:FolderTree):
-    "Say what was left out"
+def left_out(self:FolderTree, in_root=False)->list:
+    "What was left out, in sentences"
+    res,n = [],self.skipped(in_root)
     if self.back:
         where = few(o.relative_to(self.root) for o in self.back)
-        warnings.warn(f'left out links of {self.root} to folders that are read already: {where}')
-    n = self.skipped()
-    if not n: return
+        res.append(f'left out links of {self.root} to folders that are read already: {where}')
+    if not n: return res
     kinds = few((f'{k:,} {s or "without a suffix"}' for s,k in n.most_common()), 10)
-    warnings.warn(f'skipped {n.total():,} files of {self.root} ({kinds}): {_how_to_read(n)}')
+    files = 'file' if n.total()==1 else 'files'
+    return [*res,f'skipped {n.total():,} {files} of {self.root} ({kinds}): {_how_to_read(n)}']
+
+@patch
+def warn(self:FolderTree, in_root=False):
+    "Say what was left out"
+    for o in self.left_out(in_root): warnings.warn(o)
 
 def images_of(
     path # Folder
 )->list: # Of paths, sorted
     "The pictures anywhere in a folder, each real folder once; a warning says what was left out"
     tree = FolderTree(path)
-    tree.warn()
+    tree.warn(in_root=True)
     return tree.images()
 
 # %% ../../nbs/16_data.folders.ipynb #down

@@ -222,11 +222,12 @@ def _balance(dl, table, seed):
     dl.draws = random.Random(seed)
 
 # %% ../../nbs/19_data.loaders.ipynb #dls-check
-def _check_loading(table, bs, in_memory, balanced, item_tfms, kwargs):
+def _check_loading(table, bs, in_memory, num_workers, balanced, item_tfms, kwargs):
     "Refuse arguments that contradict the data or each other"
     if table.n_train<bs and kwargs.get('drop_last') is not False:
         remedy = f'pass bs={table.n_train} or less, or drop_last=False'
         raise ValueError(f'bs={bs} is more than the {table.n_train} training images of {table.root}: {remedy}')
+    if in_memory and num_workers: raise ValueError('in_memory=True reads no file in training, so num_workers would do nothing: leave one of them out')
     if in_memory and item_tfms is not None:
         remedy = 'pass yours as batch_tfms, or leave in_memory out'
         raise ValueError(f"in_memory=True keeps pictures as the recipe's item transforms leave them: {remedy}")
@@ -293,7 +294,7 @@ def fine_grained_dls(
     if size is not None: check_count(size=size)
     columns = {k: kwargs.pop(k) for k in SPREADSHEET if k in kwargs}
     t = read_table(source, classes, valid_pct, seed, verify, root, per_class, **columns)
-    _check_loading(t, bs, in_memory, balanced, item_tfms, kwargs)
+    _check_loading(t, bs, in_memory, num_workers, balanced, item_tfms, kwargs)
     given = _stats_of(stats, arch)
     block = fine_grained_block(t, size, item_tfms, batch_tfms, recipe, given, crop_to_box)
     if in_memory:
