@@ -170,7 +170,7 @@ def write_tables(rows, stage):
     what = 'EfficientNet-Lite0 from ImageNet weights, 96 px'
     chosen,final = ([r for r in rows if r['stage']==o] for o in ('select','final'))
     command = 'python benchmarks/fine_tune.py'
-    if chosen and stage!='final': write_result('fine_tune_select', f'Learning rate of fine_tune: {what}', f'{command} --stage select', chosen, select_table(rows))
+    if chosen and stage!='final': write_result('fine_tune_select', f'Choices on held-out training images: {what}', f'{command} --stage select', chosen, select_table(rows))
     if not final or stage=='select': return
     had = ','.join(k for k in sets if any(r['set']==k for r in final))
     command += f" --which {had} --seeds {1+max(r['seed'] for r in final)}" + ' --stair'*any(r['method'] in stairs for r in final)

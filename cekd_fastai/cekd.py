@@ -70,7 +70,7 @@ def _soft_targets(logits, rec, T, n, fuse, standardise):
 def cekd_losses(
     mixed:Tensor,           # Branch logits of the mixed images, shape (n, B, K); branch 0 is the label branch
     clean:Tensor,           # Branch logits of the unmixed images, shape (n, B, K)
-    y:Tensor,               # Labels of the hosts
+    y,                      # Labels of the hosts, or a tuple of all that the loss takes beside the logits
     rec:MixRecord,          # How the batch was mixed
     loss_func,              # The task loss, e.g. `CrossEntropyLossFlat()`
     T:float=3.,             # Temperature of the cross target
@@ -83,7 +83,7 @@ def cekd_losses(
     region:Tensor=None,     # Branch logits (n, B, K) of what the mixed images show, see `region_logits`; None: fuse by labels
 )->dict:                    # `ce_mix`, `cross`, `ce_clean`: scalar tensors, unweighted
     "The parts of the CEKD loss (reconstructed from the abstract of arXiv 2203.06551)"
-    n,fused = len(mixed),target=='fused'
+    n,fused,ys = len(mixed),target=='fused',y if isinstance(y, tuple) else (y,)
     hard,soft = _trained_by(n, target)
     if logits is None: logits = teacher_logits(clean if region is None else region, teacher)
     if detach: logits = logits.detach()
@@ -93,11 +93,11 @@ def cekd_losses(
     for i in soft:
         if fused: each = F.cross_entropy(mixed[i].float(), qs[i], reduction='none')
         else: each = kd_loss(mixed[i], qs[i], T, detach=detach, per_sample=True, standardise=standardise)
-        if confident: each = each*label_prob(qs[i].detach(), y, rec)
+        if confident: each = each*label_prob(qs[i].detach(), ys[0], rec)
         cross.append(reduce(each))
     if fused: rec = label_shares(rec)
-    ce_mix = sum(mixed_loss(loss_func, mixed[i], y, rec) for i in hard)
-    return dict(ce_mix=ce_mix, cross=sum(cross), ce_clean=sum(loss_func(z, y) for z in clean))
+    ce_mix = sum(mixed_loss(loss_func, mixed[i], ys, rec) for i in hard)
+    return dict(ce_mix=ce_mix, cross=sum(cross), ce_clean=sum(loss_func(z, *ys) for z in clean))
 
 # %% ../nbs/43_cekd.ipynb #callback
 class CEKD(Distill):
@@ -223,7 +223,7 @@ def _unmixed_losses(self:CEKD, z, y):
     lf = self.task_loss
     hard = z[:1] if self.target=='separate' else z
     labelled = z[:1] if self.clean_on=='label' else z
-    def total(branches): return sum(lf(o, y) for o in branches)
+    def total(branches): return sum(lf(o, *y) for o in branches)
     return dict(ce_mix=total(hard), cross=z.new_zeros(()), ce_clean=total(labelled))
 
 @patch
@@ -236,12 +236,12 @@ def _mixed_losses(self:CEKD, z, y):
     options = (self.T,self.teacher,self.target,self.detach,self.confident)
     more = dict(standardise=self.standardise, logits=self.ema_target, region=self.region)
     res = cekd_losses(z, clean, y, rec, lf, *options, **more)
-    if self.clean_on=='label': res['ce_clean'] = lf(clean[0], y)
+    if self.clean_on=='label': res['ce_clean'] = lf(clean[0], *y)
     return res
 
 @patch
 def losses(self:CEKD):
-    z,y = self.logits.float(),self.learn.yb[0]
+    z,y = self.logits.float(),tuple(self.learn.yb)
     parts = self._unmixed_losses(z, y) if self.record is None else self._mixed_losses(z, y)
     return {k:parts[k] for k in self.part_names()}
 

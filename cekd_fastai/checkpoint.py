@@ -16,7 +16,8 @@ from .mix.callback import Mix
 from .distill import Distill
 from .soft_labels import Remembered,SoftLabels
 from .meal.targets import made_with
-from .ranks import Later,meeting_place,over_all
+from .steps import meeting_place
+from .ranks import Later,over_all
 from .runstate import WrongState,check_layout,checkpoint_files,newest_checkpoint,state_bytes,state_of,write_checkpoint
 from .runstate import load_net_state,load_now_state,load_start_state,net_state,now_state,start_state
 

@@ -83,7 +83,8 @@ def cekd_predict(
         with warnings.catch_warnings(), redirect_stdout(sys.stderr): # the progress bar is no part of the table
             warnings.simplefilter('ignore')
             df = d.predict_folder(source, csv, top, tta, batch, workers)
-    for o in [*df.attrs['left_out'],*(f'skipped {o}' for o in df.attrs['broken'].values())]: print(f'cekd-predict: {o}', file=sys.stderr)
+    broken = [f'skipped {o}' for o in df.attrs['broken'].values()]
+    for o in df.attrs['left_out']+broken: print(f'cekd-predict: {o}', file=sys.stderr)
     if not len(df): sys.exit('cekd-predict: none of the pictures can be read.')
     if csv: print(f'{len(df):,} pictures in {csv}')
     else: _print_table(df.drop(columns='model'))

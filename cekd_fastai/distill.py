@@ -10,6 +10,7 @@ __all__ = ['CleanPass', 'Distill', 'SoftenedLoss', 'log_parts', 'add_columns', '
 # %% ../nbs/42_distill.ipynb #imports
 from typing import NamedTuple
 from fastai.vision.all import *
+from fastai.distributed import ParallelTrainer
 from .core import amp_context,is_fit,is_nested,loss_owner,unwrap_model
 from .losses import loss_reduction,mixed_loss
 from .mix.callback import mix_of
@@ -72,6 +73,9 @@ def _untrained(net, names):
 def check(self:Distill):
     "Refuse a learner that this method cannot train, in one sentence"
     net,kind,owns = self.net,type(self.net).__name__,self.owns
+    if isinstance(self.learn.model, nn.DataParallel) or any(isinstance(cb, ParallelTrainer) for cb in self.learn.cbs):
+        raise ValueError(f"`{self}` needs the logits of all branches, which `DataParallel` joins the wrong way: "
+            "train with one process for each GPU, `with learn.distrib_ctx():`.")
     if not isinstance(net, BranchNet):
         raise ValueError(f"`{self}` trains a network with branches, but the model is a `{kind}`: "
             "make the learner with `branch_learner`.")

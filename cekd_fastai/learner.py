@@ -97,6 +97,7 @@ def aside(self:BranchLearner):
     "Inside, a validation within a fit; afterwards the fit is where it was, with the table and the bar that it had"
     shows = [getattr(self, o) for o in ('recorder','progress') if hasattr(self, o)]
     was = {k:getattr(self, k) for k in _OF_BATCH if hasattr(self, k)}
+    trains = [m for m in self.model.modules() if m.training] # a callback may have put some of them into evaluation
     shown = [{k:copy(v) if is_listy(v) else v for k,v in vars(cb).items()} for cb in shows]
     self.hosts = list(self.cbs)
     try: yield
@@ -104,7 +105,7 @@ def aside(self:BranchLearner):
         self.hosts = ()
         vars(self).update(was)
         for cb,o in zip(shows, shown): vars(cb).update(o)
-        if self.training: self.model.train()
+        for m in trains: m.training = True
 
 @patch
 def validation_context(self:BranchLearner, cbs=None, inner=False):

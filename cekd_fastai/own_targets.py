@@ -11,7 +11,7 @@ __all__ = ['share_rows', 'PSKD', 'StoredTargets']
 from fastai.vision.all import *
 from .core import check_above,check_not_negative,check_share
 from .steps import step_pct,together
-from .data.rows import n_rows
+from .data.rows import files_key,n_rows
 from .losses import cross_target,kd_loss,ramp_up,soft_probs
 from .soft_labels import SoftLabels,unmixed
 
@@ -22,7 +22,7 @@ class _ByRow(SoftLabels):
     def fresh(self, k):
         "No predictions yet; the class of each image that has one, else -1"
         n = n_rows(self.learn.dls.train)
-        of = {self.whose():torch.zeros(0)} # so that no other method takes them for its own
+        of = {f'{self.whose()} {files_key(self.learn.dls.train)}'.strip():torch.zeros(0)} # no other method takes them for its own, nor this one for other images
         return dict(probs=torch.zeros(n, k), classes=torch.full((n,), -1), seen=torch.zeros(n, dtype=torch.bool)) | of
 
     def whose(self): return type(self).__name__

@@ -180,8 +180,10 @@ def open_net(
 )->Deployed:
     "A network from its file, in PyTorch or in onnxruntime"
     kind = Path(file).suffix.lower()
-    if kind=='.onnx' and str(device)!='cpu': raise ValueError(f"`{file}` runs on the CPU, in onnxruntime: leave out device={device!r}, or take a file of `deploy`.")
-    if kind=='.onnx': return OnnxNet(file)
+    if kind=='.onnx':
+        if str(device)=='cpu': return OnnxNet(file)
+        remedy = f'leave out device={device!r}, or take a file of `deploy`'
+        raise ValueError(f"`{file}` runs on the CPU, in onnxruntime: {remedy}.")
     if kind=='.pt2': return ProgramNet(file, device)
     return Deployed(file, device)
 

@@ -90,7 +90,9 @@ def _deploy(learn, file):
     "Write the file that runs no code, or warn that this network cannot be in one; a full disk stops the run"
     if not unwrap_model(learn.model).recipe: return
     try: deploy(learn, file)
-    except ValueError as e: warnings.warn(f"There is no model.pt, since the network does not go into one; model.pkl has it ({one_sentence(e)}).")
+    except ValueError as e:
+        why = one_sentence(e)
+        warnings.warn(f"There is no model.pt, since the network does not go into one; model.pkl has it ({why}).")
 
 # %% ../nbs/87_results.ipynb #save-code
 def _result(learn, args, seconds, skipped):

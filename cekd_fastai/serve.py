@@ -172,7 +172,7 @@ def serve_app(
     "The web application that `cekd-serve` runs"
     check_count(top=top, max_pixels=max_pixels, max_files=max_files)
     most = 2*(Image.MAX_IMAGE_PIXELS or math.inf) # beyond which Pillow opens none
-    if max_pixels>most: raise ValueError(f"max_pixels is {max_pixels:,}, but Pillow opens no picture of more than {most:,}: pass less, or set `Image.MAX_IMAGE_PIXELS`.")
+    if max_pixels>most: raise ValueError(f"max_pixels is {max_pixels:,}, but Pillow opens none above {most:,}: pass less.")
     max_total_mb = ifnone(max_total_mb, max(60, max_mb+1))
     check_above('serve_app', max_mb=max_mb, max_total_mb=max_total_mb)
     _need('starlette', 'python_multipart', who='The page', install='starlette uvicorn python-multipart')

@@ -186,7 +186,8 @@ def _check_unmixed(self:SoftLabels, owner):
     mix,has_clean = self.mixer,getattr(owner, 'needs_clean', False)
     if mix is None or has_clean or mix.prob<1: return
     if mix.stop_at<1 and not self.unmixed_first: return
-    raise ValueError(f"`{self}` learns from unmixed images, but `{mix}` mixes all{' until it ends' if mix.stop_at<1 else ''}: "
+    until = ' until it ends' if mix.stop_at<1 else ''
+    raise ValueError(f"`{self}` learns from unmixed images, but `{mix}` mixes all{until}: "
         "give it `prob=.6`, say, which leaves some batches alone.")
 
 # %% ../nbs/45_soft_labels.ipynb #base-fit

@@ -10,7 +10,7 @@ from cekd_fastai.core import HalfPrecision,unwrap_model
 from cekd_fastai.diagnose import Diagnose
 from cekd_fastai.distill import BranchLoss
 from cekd_fastai.losses import cross_target,mixed_loss,soft_probs
-from cekd_fastai.mix.callback import CutMix
+from cekd_fastai.mix.callback import CutMix,mix_of
 from cekd_fastai.mix.core import MixRecord,mix_pixels
 from cekd_fastai.mix.snapmix import SnapMix
 from cekd_fastai.ranks import own_buffers
@@ -400,6 +400,13 @@ class KeepFirst(Callback):
         self.sent = len(own_buffers(unwrap_model(self.learn.model))),getattr(self.learn.model, 'broadcast_buffers', None)
         if self.grads is None: self.grads = {k:p.grad.clone() for k,p in self.learn.model.named_parameters()}
 
+class Said(Callback):
+    "Keeps which batches were mixed"
+    order = 4.2
+    def before_fit(self): self.mixed = []
+    def before_batch(self):
+        if self.learn.training: self.mixed.append(mix_of(self.learn).record is not None)
+
 def ranked(rank, world):
     "The runs of one process; each of two has one half of every batch"
     two,res = world>1,{}
@@ -412,8 +419,9 @@ def ranked(rank, world):
         else:
             with learn.distrib_ctx(sync_bn=False, cpu=True):
                 if name=='random': set_seed(rank)
-                quiet(learn, 2, cbs=g)
-        res[name] = dict(sent=g.sent, grads={k.removeprefix('module.'):v for k,v in g.grads.items()}, params=dict(net.named_parameters()),
+                quiet(learn, 6 if name=='random' else 2, cbs=[g,said:=Said()])
+        grads = {k.removeprefix('module.'):v for k,v in g.grads.items()}
+        res[name] = dict(sent=g.sent, mixed=said.mixed if two else None, grads=grads, params=dict(net.named_parameters()),
             stats=dict(net.named_buffers()), ema=net.ema.tensors() if hasattr(net,'ema') else {})
     return res
 
@@ -443,6 +451,11 @@ def _same(a, b, tol=0.):
 def test_ranks_agree(two_and_one, name):
     a,b,_ = two_and_one
     for k in ('grads','params','stats','ema'): _same(a[name][k], b[name][k])
+
+def test_all_processes_mix_the_same_batches(two_and_one):
+    "Where norms are synchronised, a pass over clean images that one process alone takes would never end"
+    a,b = (o['random']['mixed'] for o in two_and_one[:2])
+    assert a==b and {*a}=={True,False}
 
 def test_average_is_not_sent_each_step(two_and_one):
     "Each process averages by itself; only the running statistics of the network itself travel, once in a step, and none that stand still"

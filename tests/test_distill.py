@@ -1,8 +1,12 @@
 "What every distillation callback shares: the formula that reaches the optimiser, the clean pass, and the learners' one body."
 import pytest,torch
 from functools import partial
-from fastai.vision.all import Callback,CrossEntropyLossFlat,DataLoaders,L,Learner,defaults,trainable_params
+from fastai.distributed import ParallelTrainer
+from fastai.vision.all import Callback,CrossEntropyLossFlat,DataLoaders,F,L,Learner,defaults,trainable_params
 from cekd_fastai.branches import branch_net,branch_splitter
+from cekd_fastai.cekd import CEKD
+from cekd_fastai.css.callback import CSS
+from cekd_fastai.css.net import css_net
 from cekd_fastai.distill import BranchLoss,CleanPass,Components,Distill
 from cekd_fastai.ema import ModelEMA
 from cekd_fastai.compiled import GradCheckpoint
@@ -53,6 +57,39 @@ def test_formula():
     for grad,shown,parts in spy.rows:
         assert grad==pytest.approx(parts['a']+.5*parts['b'], rel=1e-5)
         assert shown==pytest.approx(grad/4, rel=1e-5)
+
+def test_data_parallel_is_refused():
+    "It joins the logits of branches along the wrong dimension"
+    learn = learner()
+    learn.add_cb(ParallelTrainer([0]))
+    with pytest.raises(ValueError, match='`DataParallel` joins the wrong way.*distrib_ctx'): quiet(learn)
+
+def test_further_targets_reach_the_loss():
+    "Weights of the images in the data: all calls of the loss that train have them, mixed as the labels are; CSS refuses them"
+    seen = []
+    def weighted(z, y, w=None, reduction='mean'):
+        seen.append(w is not None)
+        loss = F.cross_entropy(z, y, reduction='none')*(1 if w is None else w)
+        return loss if reduction=='none' else loss.mean()
+    dls = noise()
+    for dl in dls.loaders: dl.dataset = dl.items = L((x,y,torch.tensor(.5)) for x,y in dl.dataset)
+    dls.n_inp = 1
+    def run(net, *cbs): return quiet(Learner(dls, net, loss_func=weighted, splitter=branch_splitter, cbs=[Components(),*cbs]))
+    net = branch_net('test_resnet', 3, 2, pretrained=False)
+    for more in ([CutMix()],[CutMix(prob=1e-6)]):
+        seen.clear()
+        run(net, BranchLoss(), CEKD(ramp=0), *more)
+        assert seen and all(seen)
+    with pytest.raises(ValueError, match='give 2 targets'): run(css_net(('test_resnet','test_resnet'), 3, 2, pretrained=False), CSS())
+
+def test_a_search_looks_at_the_whole_loss():
+    weights = []
+    class Look(Callback):
+        order = 6
+        def after_loss(self): weights.append(self.learn.cekd.weights()['cross'])
+    learn = learner(CutMix(), CEKD(w_cross=2.), Look())
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
+    assert set(weights)=={2.}
 
 def test_columns_are_means_over_images():
     "Each column is the mean over the images of the epoch"

@@ -96,6 +96,18 @@ def test_validates_within_a_fit(dls, kind, tmp_path):
     assert ours==theirs
     assert list(look.seen)==list(b.recorder.values[-1])[1:1+len(look.seen)]==list(b.recorder.values[-1])[1:2+len(b.metrics)]
 
+class Still(Callback):
+    "Keeps the trunk in evaluation, and notes that it stays so"
+    order = 90
+    def __init__(self): self.seen = set()
+    def before_train(self): self.learn.model.trunk.eval()
+    def before_batch(self):
+        if self.learn.training: self.seen.add((self.learn.model.trunk.training,self.learn.model.heads.training))
+
+def test_what_a_callback_has_put_into_evaluation_stays_there(dls):
+    plain_run(two(), dls, None, still := Still(), Looks(100, 'after_batch'))
+    assert still.seen=={(False,True)}
+
 def test_the_bar_goes_on(dls):
     "A validation in the middle of an epoch has a bar of its own"
     class See(Callback):

@@ -523,6 +523,15 @@ def test_training_data_without_labels(dls, modules):
 class SkipValid(Callback):
     def before_validate(self): raise CancelFitException
 
+def test_mixes_beside_data_without_labels(modules):
+    "Teachers answer for mixed images; a mix that weighs labels is refused in one sentence"
+    x = torch.randn(8,3,56,56)
+    part = DataLoaders(DataLoader(L((o,) for o in x), bs=8), DataLoader(L(zip(x, torch.randint(0, 3, (8,)))), bs=8), device='cpu')
+    part.c,part.n_inp = 3,1
+    def learn(mix): return learner(part, mix, MEAL(modules, taps=0, adversarial=None), loss_func=CrossEntropyLossFlat())
+    for mix in (MixUp(),CutMix(),CutMix(per='sample')): quiet(learn(mix))
+    with pytest.raises(ValueError, match='`SnapMix` weighs labels, but these data have none'): quiet(learn(SnapMix()))
+
 # Teachers that answer once
 
 def counted(learn):
@@ -661,7 +670,7 @@ def test_cached_other_data(birds, modules, tmp_path):
     plain.dls = d[1]
     calls = counted(plain)
     with pytest.warns(UserWarning, match='answer anew'): quiet(plain)
-    assert len(calls)==3
+    assert len(calls)==3+3 # once each to see whether they take this size
 
 def test_cached_student_is_free(dls, modules, tmp_path):
     "The data repeats, the dropout of the student does not"

@@ -1,5 +1,5 @@
 "Soft labels of the network's own: exact beside every owner of the loss, and good citizens of a learner."
-import copy,warnings
+import copy,shutil,warnings
 import pytest,torch
 from torch.nn.parallel import DistributedDataParallel
 from fastai.vision.all import CancelFitException,CancelValidException,CrossEntropyLossFlat,Callback,DataLoader,DataLoaders
@@ -9,6 +9,7 @@ from fastai.callback.mixup import MixUp as FastaiMixUp
 from fastai.callback.training import GradientAccumulation
 from cekd_fastai.cekd import CEKD
 from cekd_fastai.core import HalfPrecision
+from cekd_fastai.all import branch_learner,fine_grained_dls,make_birds
 from cekd_fastai.data.loaders import BalancedDL
 from cekd_fastai.distill import Distill
 from cekd_fastai.losses import mixed_loss
@@ -292,6 +293,24 @@ def test_second_fit_goes_on():
     m = {k:v.clone() for k,v in learn.pskd.memory.items()}
     quiet(learn, 1, cbs=(g:=Grads()))
     assert torch.equal(g.steps[0][4], m['probs'])
+
+def test_another_fold(tmp_path):
+    "As many images, and the same class in many a row: the predictions for other images are dropped; those of a folder that has moved stay"
+    birds = make_birds(tmp_path/'birds', n_species=2, n_images=8, n_train=7, size=40, n_workers=0, progress=False)
+    data = lambda path,seed: fine_grained_dls(path, size=32, bs=4, valid_pct=.25, seed=seed, num_workers=0, item_tfms=None)
+    learn = quiet(branch_learner(data(birds, 1), 'test_resnet', 2, pretrained=False, cbs=PSKD()), 1)
+    m = learn.pskd.memory['probs'].clone()
+    known = []
+    class Look(Callback):
+        order,run_valid = 4.6,False
+        def before_batch(self): known.append(self.learn.pskd.stored()[1].any().item())
+    shutil.copytree(birds, tmp_path/'moved'/'birds')
+    learn.dls = data(tmp_path/'moved'/'birds', 1)
+    quiet(learn, 1, cbs=Look())
+    learn.dls = data(birds, 2)
+    assert len(learn.dls.train_ds)==len(m)
+    quiet(learn, 1, cbs=Look())
+    assert known[0] and not known[len(known)//2]
 
 def test_other_data():
     "Predictions for data of another size are dropped"

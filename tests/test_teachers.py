@@ -135,6 +135,16 @@ def test_a_size_of_its_own(dls):
     assert torch.allclose(sees(learn, x), want, atol=1e-4)
     quiet(learn)
 
+def test_pictures_that_grow(dls):
+    "A teacher of the size with which the learner was made gets the images of later data resized"
+    vit = timm.create_model('test_vit', num_classes=3, img_size=32, dynamic_img_size=False)
+    learn = learner(dls, MEAL(vit, taps=0, adversarial=None))
+    quiet(learn)
+    assert learn.meal.teachers[0].size is None
+    learn.dls = fine_grained_dls(dls.table, size=64, bs=8, num_workers=0)
+    quiet(learn)
+    assert learn.meal.teachers[0].size==(32,32)
+
 # Names and files
 
 @pytest.fixture

@@ -125,6 +125,7 @@ def _check_loss(loss_func, n):
 @patch
 def before_batch(self:CSS):
     "Refuse labels that are not one class per image"
-    y = self.learn.yb[0]
+    y,*more = self.learn.yb
+    if more: raise ValueError(_one_class(f'the data give {len(more)+1} targets'))
     if y.ndim==1 and not y.is_floating_point(): return
     raise ValueError(_one_class(f'the targets are {y.dtype} of shape {tuple(y.shape)}'))

@@ -262,7 +262,8 @@ def _source_folder(source):
 
 def _source_table(source, root, valid_pct, seed, verify, **columns):
     "The table that `source` stands for, and whether its validation part was drawn with `valid_pct` already"
-    if columns and not _is_sheet(source): raise ValueError(f'{few(columns)} is for a DataFrame or a CSV file, and {source!r} is none')
+    idle = '' if _is_sheet(source) else few(columns)
+    if idle: raise ValueError(f'{idle} is for a DataFrame or a CSV file, and {source!r} is none')
     if isinstance(source, str) and source in BENCHMARKS: return BENCHMARKS[source].table(root),False
     if root is not None:
         hint = near_hint(source, BENCHMARKS)

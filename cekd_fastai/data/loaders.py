@@ -227,7 +227,8 @@ def _check_loading(table, bs, in_memory, num_workers, balanced, item_tfms, kwarg
     if table.n_train<bs and kwargs.get('drop_last') is not False:
         remedy = f'pass bs={table.n_train} or less, or drop_last=False'
         raise ValueError(f'bs={bs} is more than the {table.n_train} training images of {table.root}: {remedy}')
-    if in_memory and num_workers: raise ValueError('in_memory=True reads no file in training, so num_workers would do nothing: leave one of them out')
+    if in_memory and num_workers:
+        raise ValueError('in_memory=True reads no file in training, so num_workers would do nothing: leave one of them out')
     if in_memory and item_tfms is not None:
         remedy = 'pass yours as batch_tfms, or leave in_memory out'
         raise ValueError(f"in_memory=True keeps pictures as the recipe's item transforms leave them: {remedy}")

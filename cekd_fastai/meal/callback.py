@@ -16,7 +16,7 @@ from ..losses import in_all,is_multi
 from ..branches import PeerNet
 from ..distill import Distill
 from .align import BlockLoss,Taps,_check_len,map_sizes,pick_taps
-from .teachers import HEADS,as_teacher,fit_teachers,peek,place_teachers
+from .teachers import HEADS,as_teacher,first_answer,fit_teachers,peek,place_teachers
 from .several import TappedTeachers,ensemble_accuracy,find_teacher_taps,other_view
 from .adversary import Adversary,DISC_STYLES
 from .project import FEATS,FeatureTap,Projection
@@ -35,6 +35,7 @@ class MEAL(Distill):
     target_cache = None      # Stored answers, with `cache_targets`
     ready_model = None       # The network that `setup` was done for
     ready_dls = None         # The data that unlabelled images and stored answers belong to
+    ready_shape = None       # Of an image that the teachers have answered for
     _stateattrs = Distill._stateattrs + ('teachers','unlabeled','student_taps','student_feat','tapped_teachers','targets',
         'unlabeled_batches','target_cache','ready_model','ready_dls')
     def __init__(self,
@@ -147,10 +148,20 @@ def remove_taps(self:MEAL):
         if o is not None: o.remove()
     self.student_taps = self.student_feat = self.tapped_teachers = None
 
+# %% ../../nbs/54_meal.callback.ipynb #mc-size
+@patch
+def _check_size(self:MEAL):
+    "Let each teacher answer once for images of another size than before, for which it may not be made"
+    x = peek(self.learn.dls)[0].to(next(self.net.parameters()).device)
+    if x.shape[1:]==self.ready_shape: return
+    with amp_context(self.learn): [first_answer(t, x) for t in self.teachers]
+    self.ready_shape = x.shape[1:]
+
 # %% ../../nbs/54_meal.callback.ipynb #mc-setup
 @patch
 def set_data(self:MEAL):
     "Take unlabelled images as the learner's data has them, and let go of answers for other data"
+    self._check_size()
     self.ready_dls,self.unlabeled_batches,self.target_cache = self.learn.dls,None,None
     if self.unlabeled is None: return
     self.unlabeled_batches = UnlabeledBatches(unlabeled_dl(self.learn.dls, self.unlabeled))
@@ -159,7 +170,7 @@ def set_data(self:MEAL):
 def tap_blocks(self:MEAL, model, x):
     "Choose the taps of student and teachers, and let each answer once"
     with eval_mode(model), torch.no_grad(): self.n_out = model(x).shape[1]
-    self.paths = pick_taps(model, self.taps, x)
+    self.paths,self.ready_shape = pick_taps(model, self.taps, x),x.shape[1:]
     self.sizes = map_sizes(model, self.paths, self.asked_sizes, x)
     self.teachers = fit_teachers(self.teachers, self.learn.dls, self.head, self.cache_dir, self.n_out, x.device)
     place_teachers(self.teachers, self.learn)
@@ -281,9 +292,9 @@ def before_train(self:MEAL):
     if not self.teachers:
         raise ValueError("`MEAL` has no teachers here, since an exported learner holds the student alone: "
             "make a new learner with its teachers, or remove the callback.")
+    if self.ready_dls is not self.learn.dls: self.set_data() # other data than before, of another size perhaps
     self.add_taps()
     for o in filter(None, (self.net.adversary,self.net.projection)): o.share()
-    if self.ready_dls is not self.learn.dls: self.set_data() # other data than before, of another size perhaps
     if self.unlabeled_batches is not None: self.unlabeled_batches.restart()
     if self.cache_targets: self.start_view()
 

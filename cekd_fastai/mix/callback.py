@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
 from ..figures import shown_once
 from ..core import check_above,check_share,decode_images,is_fit,loss_owner,one_of,show_panel
-from ..steps import step_pct
+from ..steps import common_seed,step_pct,together
 from .core import MixRecord,box_share,draw_lam,mix_pixels,rand_box
 from ..losses import mixed_loss
 from ..cam import model_cam,semantic_map
@@ -25,6 +25,7 @@ class Mix(Callback):
     needs_maps = False # Does it use class activation maps?
     record = None      # How this batch was mixed, None if it was not
     host = None        # The unmixed images of this batch
+    common = None      # A number that processes which train together have alike
     lent_maps = None   # From unmixed images to last maps; set by a callback whose step runs that pass anyway
     _stateattrs = ('record','host','lent_maps')
     def __init__(self,
@@ -48,7 +49,9 @@ class Mix(Callback):
     def after_create(self): self.check()
     def before_fit(self):
         "Start clean, whatever an interrupted run has left, gradients included"
-        if is_fit(self.learn): self.check()
+        if is_fit(self.learn):
+            self.check()
+            self.common = common_seed() if together() else None
         self.record,self.host,self.lent_maps = None,None,None
         self.learn.model.zero_grad()
 
@@ -66,14 +69,22 @@ def over(self:Mix):
     return self.stop_at<1 and pct+1e-6>=self.stop_at
 
 @patch
+def _mixes_now(self:Mix):
+    "Draw whether this batch is mixed, in all processes alike: a pass over the clean images, say, is one that all take"
+    if self.per=='sample': return True
+    if self.common is None: return torch.rand(1, device='cpu').item()<self.prob
+    return random.Random(f'{self.common} {self.learn.epoch} {self.learn.iter}').random()<self.prob
+
+@patch
 def before_batch(self:Mix):
     "Mix the images of the batch and publish the record"
     self.record,self.host = None,None
-    if self.over: return
-    if self.per=='batch' and torch.rand(1, device='cpu').item()>=self.prob: return
+    if self.over or not self._mixes_now(): return
     images,*other = self.learn.xb
     x = images.as_subclass(Tensor)
-    res = self.mix(x, self.learn.yb[0].as_subclass(Tensor))
+    y = self.learn.yb[0].as_subclass(Tensor) if self.learn.yb else None
+    tries = 1 if self.common is None else 100 # at an empty box, which other processes may not have drawn
+    res = first(o for o in (self.mix(x, y) for _ in range(tries)) if o is not None)
     if res is None: return
     mixed,self.record = res
     self.learn.xb = (mixed.as_subclass(type(images)), *other)
@@ -143,7 +154,7 @@ def mix_only(
 @patch
 def mix(self:Mix,
     x:Tensor, # Images, shape (B, C, H, W)
-    y:Tensor, # Labels
+    y:Tensor, # Labels, None where the data have none
 )->tuple|None:
     "Mixed images and their `MixRecord`, or None for an empty box"
     n,(h,w) = len(x),x.shape[-2:]

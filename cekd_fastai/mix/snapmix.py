@@ -76,6 +76,7 @@ def maps(self:SnapMix,
     y:Tensor, # Their labels
 )->Tensor:    # Shape (B, h, w)
     "Class activation maps of the unmixed batch, from the step's own clean pass where there is one"
+    if y is None: raise ValueError("`SnapMix` weighs labels, but these data have none: use `MixUp` or `CutMix`.")
     if self.learn is None:
         raise ValueError("`SnapMix` weighs labels by where a network looks, but it belongs to no learner: "
             "pass it to one in `cbs`.")
