@@ -68,17 +68,17 @@ def where(rows):
     return f', on one {gpu_of(there[-1])}{many}{in_half(there)}{of}'
 
 def final_table(rows, gmacs, c=config):
-    "One line for each method and budget: level, calibration, and paired differences from the two rows that all are held against"
+    "One line for each method and budget: level, calibration, and paired differences from the rows that all are held against"
     against = c.get('against', ['plain','2 branches, label smoothing'])
     g,cells = grouped(rows),[HEAD+[f'against {o}' for o in against],*teacher_lines(rows)]
     acc = {k:{s:r['accuracy'] for s,r in v.items()} for k,v in g.items()}
-    plain,bar = (('equal compute',o) for o in against)
+    rivals = [('equal compute',o) for o in against]
     for k,v in g.items():
         rs = list(v.values())
         r,mean = rs[0],lambda k: np.mean([o[k] for o in rs])
         passes = r['epochs']*r['passes']
         level = [pct([o['accuracy'] for o in rs]),pct([np.mean(o['each']) for o in rs]),f"{100*mean('ece'):.1f}",f"{100*mean('train_accuracy'):.1f}"]
-        diffs = [paired(acc[k], acc[o]) if o in acc and o!=k else '' for o in (plain,bar)]
+        diffs = [paired(acc[k], acc[o]) if o in acc and o!=k else '' for o in rivals]
         gmac = 3*(passes+r['epochs']*looks(c, r))*gmacs[r['branches']]*(1+('css' in r['methods'])) + passes*asked(r, gmacs) # backward costs twice as much as forward; CSS has two networks
         cells.append([k[1],k[0],r['epochs'],passes,f'{gmac:.1f}',*level,f'{seconds_of(rs):.0f}',len(rs),*diffs])
     return md(cells)
