@@ -19,8 +19,8 @@ class ClassMeans(CEKD):
         self.means = None
 
     def _mixed_losses(self, z, y):
-        self.learn_classes(soft_probs(teacher_logits(self.clean.logits.detach().float(), self.teacher), self.T)[0], y)
-        self.ema_target = self.T*self.means[y].clamp(min=1e-8).log()[None] # logits that are softened to the means
+        self.learn_classes(soft_probs(teacher_logits(self.clean.logits.detach().float(), self.teacher), self.T)[0], y[0])
+        self.ema_target = self.T*self.means[y[0]].clamp(min=1e-8).log()[None] # logits that are softened to the means
         return super()._mixed_losses(z, y)
 
     def learn_classes(self, q, y):
