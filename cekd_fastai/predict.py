@@ -143,7 +143,7 @@ def _answer(d, todo, row, save, bs, num_workers, tta):
 # %% ../nbs/82_predict.ipynb #pf-method
 @patch
 def predict_folder(self:Deployed,
-    source,               # A folder, searched in depth, or a list of folders and files
+    source,               # A folder, searched recursively, or a list of folders and files
     csv=None,             # Table to write, e.g. 'out.csv'; one that is there goes on
     top:int=3,            # Classes for each picture
     tta:bool=False,       # Average over a picture and its mirror image
@@ -190,7 +190,7 @@ def open_net(
 @delegates(Deployed.predict_folder)
 def predict_folder(
     model,  # File of `deploy`, `export_onnx` or `export_program`, or a `Deployed`
-    source, # A folder, searched in depth, or a list of files
+    source, # A folder, searched recursively, or a list of files
     **kwargs
 )->pd.DataFrame: # As for `Deployed.predict_folder`
     "What a network says to every picture of a folder"
