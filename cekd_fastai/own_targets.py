@@ -19,10 +19,16 @@ from .soft_labels import SoftLabels,unmixed
 class _ByRow(SoftLabels):
     "Base class of methods that remember a prediction for each training image"
     by_row = True
+    files = '' # Stands for those of the training data, where it has files
+
+    def remember(self):
+        self.files = files_key(self.learn.dls.train)
+        SoftLabels.remember(self)
+
     def fresh(self, k):
         "No predictions yet; the class of each image that has one, else -1"
         n = n_rows(self.learn.dls.train)
-        of = {f'{self.whose()} {files_key(self.learn.dls.train)}'.strip():torch.zeros(0)} # no other method takes them for its own, nor this one for other images
+        of = {f'{self.whose()} {self.files}'.strip():torch.zeros(0)} # no other method takes them for its own, nor this one for other files
         return dict(probs=torch.zeros(n, k), classes=torch.full((n,), -1), seen=torch.zeros(n, dtype=torch.bool)) | of
 
     def whose(self): return type(self).__name__

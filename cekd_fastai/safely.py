@@ -107,8 +107,8 @@ def write_diverged(
     args:dict,  # Arguments of `cekd_train`
     e:Exception,# `Diverged`
 ):
-    "`result.json` of a run that diverged, without a model; results of an earlier run stay as they are"
-    if any((out/n).exists() for n in RESULTS): return
+    "`result.json` of a run that diverged, without a model; those of an earlier run that has one stay as they are"
+    if any((out/n).exists() for n in RESULTS if n!='result.json'): return
     res = dict(diverged=True, error=one_sentence(e)) | about(args)
     with all_or_none(out) as d: (d/'result.json').write_text(json.dumps(res, indent=1, default=str)+'\n')
 

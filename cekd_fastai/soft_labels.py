@@ -184,7 +184,7 @@ def check(self:SoftLabels):
 def _check_unmixed(self:SoftLabels, owner):
     "Refuse a learner that never looks at an unmixed image, or does so too late"
     mix,has_clean = self.mixer,getattr(owner, 'needs_clean', False)
-    if mix is None or has_clean or mix.prob<1: return
+    if mix is None or has_clean or mix.prob<1 or not mix.stop_at: return
     if mix.stop_at<1 and not self.unmixed_first: return
     until = ' until it ends' if mix.stop_at<1 else ''
     raise ValueError(f"`{self}` learns from unmixed images, but `{mix}` mixes all{until}: "

@@ -243,6 +243,10 @@ def test_old_results_stay_until_new_ones_are_there(tmp_path, monkeypatch):
     assert {o.name:o.read_text() for o in tmp_path.iterdir()}=={'model.pt':'new','result.json':'new'}
     write_diverged(tmp_path, {}, Diverged('The run diverged.'))
     assert (tmp_path/'result.json').read_text()=='new' and (tmp_path/'model.pt').exists()
+    (tmp_path/'model.pt').unlink()
+    for why in ('The run diverged.','It diverged once more.'):
+        write_diverged(tmp_path, {}, Diverged(why))
+        assert why in (tmp_path/'result.json').read_text()
 
 def test_too_little_memory_sets_no_checkpoint_aside(tmp_path, monkeypatch):
     from cekd_fastai import runstate

@@ -658,6 +658,24 @@ def test_cached_corrected_teacher(dls, modules, tmp_path):
         runs.append((len(calls),learn.keep.said[0]))
     assert [n for n,_ in runs]==[3,3,3] and not torch.allclose(runs[0][1], runs[1][1]) and not torch.allclose(runs[0][1], runs[2][1])
 
+@pytest.mark.parametrize('cached', [False,True])
+def test_processes_draw_alike_whether_to_mix(dls, modules, tmp_path, monkeypatch, cached):
+    "By a number of their own, or, where an epoch is to repeat, by the generators that stored answers seed in all of them"
+    from cekd_fastai.mix import callback
+    monkeypatch.setattr(callback, 'together', lambda: True)
+    monkeypatch.setattr(callback, 'common_seed', lambda: 7)
+    seen = []
+    class Look(Callback):
+        order,run_valid = 4.2,False
+        def before_batch(self): seen.append((self.learn.cut_mix.common,self.learn.cut_mix.record is not None))
+    kw = dict(cache_targets=True, cache_dir=tmp_path, views=1) if cached else {}
+    quiet(learner(dls, CutMix(prob=.5), MEAL(modules, taps=0, adversarial=None, **kw), Look()), 4)
+    mixed = [o for _,o in seen]
+    n = len(mixed)//4
+    epochs = [mixed[i*n:(i+1)*n] for i in range(4)]
+    assert {o for o,_ in seen}=={None if cached else 7}
+    assert all(o==epochs[0] for o in epochs)==cached
+
 def test_cached_other_data(birds, modules, tmp_path):
     "Another mix has answers of its own, a mix that stops is refused, and loaders of another size are asked about, unlabelled images too"
     d = [fine_grained_dls(birds, size=s, bs=8, num_workers=0) for s in (56,40)]

@@ -5,6 +5,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastai.vision.all import CancelFitException,CancelValidException,CrossEntropyLossFlat,Callback,DataLoader,DataLoaders
 from fastai.vision.all import F,LabelSmoothingCrossEntropyFlat,Learner,SGD,Tensor
 from fastai.vision.all import load_learner,nn,np,partial,random,set_seed,tensor
+from fastai.vision.all import CategoryBlock,DataBlock,ImageBlock,IndexSplitter,PILImage,ToTensor
 from fastai.callback.mixup import MixUp as FastaiMixUp
 from fastai.callback.training import GradientAccumulation
 from cekd_fastai.cekd import CEKD
@@ -312,6 +313,20 @@ def test_another_fold(tmp_path):
     quiet(learn, 1, cbs=Look())
     assert known[0] and not known[len(known)//2]
 
+def test_data_that_open_their_pictures_by_number():
+    "Nothing is read to tell the files, of which there are none"
+    read = []
+    def get_x(i):
+        read.append(i)
+        return PILImage.create((tensor(np.full((3,16,16), i).tolist()).permute(1, 2, 0)*9).byte().numpy())
+    block = DataBlock((ImageBlock,CategoryBlock), get_items=lambda s: list(range(s)), get_x=get_x, get_y=lambda i: i%2, splitter=IndexSplitter([8,9]))
+    dls = block.dataloaders(10, bs=4, num_workers=0, item_tfms=ToTensor())
+    n = len(read)
+    learn = branch_learner(dls, 'test_resnet', 2, pretrained=False, cbs=PSKD())
+    assert len(read)-n<=4
+    quiet(learn)
+    assert [k for k in learn.pskd.memory if k.startswith('PSKD')]==['PSKD']
+
 def test_other_data():
     "Predictions for data of another size are dropped"
     learn = quiet(learner(tiny(2), PSKD()), 1)
@@ -401,7 +416,8 @@ def test_what_another_method_remembers_is_not_taken(first, then):
 @pytest.mark.parametrize('mix', [dict(prob=1.), dict(prob=1., stop_at=.5), dict(prob=0.), dict(prob=.5, stop_at=0.)], ids=str)
 def test_stored_targets_that_would_teach_nothing(mix):
     "Everything is mixed while anything is, or nothing is"
-    with pytest.raises(ValueError, match='`prob=.6`|nothing mixes'): learner(tiny(2), MixUp(**mix), StoredTargets())
+    with pytest.raises(ValueError, match='`prob=.6`|nothing mixes') as e: learner(tiny(2), MixUp(**mix), StoredTargets())
+    assert ('nothing mixes' in str(e.value))==(not mix['prob'] or not mix.get('stop_at', 1))
 
 @pytest.mark.parametrize('make', [OnlineLabelSmoothing,PSKD,lambda: [Alternate(),StoredTargets()]])
 def test_data_that_do_not_tell_their_classes(make):

@@ -96,9 +96,10 @@ def sources(
 
 def files_key(
     dl, # A loader for training
-)->str: # Empty where no files are known
+)->str: # Empty where the rows are no files
     "A short text for the files of a loader in their order, by name and folder: a moved data set has the same"
     dl = getattr(dl, 'dl', dl) # inside one that deals the rows to processes
-    known = hasattr(getattr(dl, 'dataset', None), 'tls') or hasattr(dl, 'items')
-    names = ['/'.join(o.parts[-2:]) for o in (sources(dl) if known else ()) if isinstance(o, Path)]
-    return f"{zlib.crc32(json.dumps(names).encode()):08x}" if names else ''
+    tls = getattr(getattr(dl, 'dataset', None), 'tls', None)
+    if not tls or not len(tls[0]) or not isinstance(source_at(tls[0], 0), (Path,str)): return '' # pictures that lie in memory
+    names = ['/'.join(o.parts[-2:]) for o in sources(dl)]
+    return f"{zlib.crc32(json.dumps(names).encode()):08x}"

@@ -51,7 +51,8 @@ class Mix(Callback):
         "Start clean, whatever an interrupted run has left, gradients included"
         if is_fit(self.learn):
             self.check()
-            self.common = common_seed() if together() else None
+            repeats = any(getattr(cb, 'cache_targets', False) for cb in self.learn.cbs) # an epoch, which seeds all processes alike
+            self.common = common_seed() if together() and not repeats else None
         self.record,self.host,self.lent_maps = None,None,None
         self.learn.model.zero_grad()
 
