@@ -1,6 +1,6 @@
 """The recommended recipe beside fastai's `fine_tune`: the same network, weights, statistics and picture size, at equal compute.
 
-    python benchmarks/fine_tune.py --data-dir DIR --stage select # learning rate of `fine_tune`, frozen norms and stored targets, on a fifth of 50 birds' training images
+    python benchmarks/fine_tune.py --data-dir DIR --stage select # rate of `fine_tune`, frozen norms and soft targets, on a fifth of 50 birds' training images
     python benchmarks/fine_tune.py --data-dir DIR --which flowers # 12 flowers; also birds50 and birds200
     python benchmarks/fine_tune.py --data-dir DIR --stage time   # steps of both sides in turns, and how pictures are loaded
     python benchmarks/fine_tune.py --stage table
@@ -28,7 +28,8 @@ sets = dict(flowers=dict(data='oxford-flowers17-12classes', classes=None, epochs
 
 # What is compared. `recommended` is two branches with label smoothing as `recommended(arch).learner(dls)` gives them. `fastai` says which part of the recipe a fastai user's code has taken over
 methods = {'fine_tune': dict(fastai=()), 'recommended': dict(branches=2, recommended=True),
-    'recommended, norms trained': dict(branches=2, recommended=True, freeze_bn=False), 'recommended, stored targets': dict(branches=2, recommended=True, stored=True), 'fine_tune, rate chosen': dict(fastai=(), chosen=True),
+    'recommended, norms trained': dict(branches=2, recommended=True, freeze_bn=False), 'recommended, stored targets': dict(branches=2, recommended=True, stored=True),
+    'recommended, online label smoothing': dict(branches=2, recommended=True, online=True), 'fine_tune, rate chosen': dict(fastai=(), chosen=True),
     'plain': dict(branches=1), 'label smoothing': dict(branches=1, smooth=.1),
     '2 branches': dict(branches=2), '2 branches, label smoothing': dict(branches=2, smooth=.1),
     'SnapMix': dict(branches=1, mix=True, passes=7/6), 'CEKD + SnapMix, label smoothing': dict(branches=2, smooth=.1, mix=True, cekd=True, passes=1.5)}
@@ -83,8 +84,9 @@ def make(s, m, seed, folder, held_out):
     set_seed(seed)
     if 'recommended' in m:
         freeze = m.get('freeze_bn', True)
-        cbs = [ChannelsLast()]+[MixUp(prob=.6),StoredTargets()]*('stored' in m)
-        return recommended(arch).learner(dls, pretrained=False, weights=weights, freeze_bn=freeze, metrics=accuracy, cbs=cbs)
+        cbs = [ChannelsLast()]+[MixUp(prob=.6),StoredTargets()]*('stored' in m)+[OnlineLabelSmoothing()]*('online' in m)
+        own = dict(loss_func=CrossEntropyLossFlat()) if 'online' in m else {} # which has soft labels of its own
+        return recommended(arch).learner(dls, pretrained=False, weights=weights, freeze_bn=freeze, metrics=accuracy, cbs=cbs, **own)
     if own is None:
         loss = CrossEntropyLossFlat() if not m.get('smooth') else LabelSmoothingCrossEntropyFlat(eps=m['smooth'])
         return branch_learner(dls, arch, m['branches'], pretrained=False, weights=weights, freeze_bn=True, loss_func=loss,
@@ -240,7 +242,8 @@ def main(
         for lr in user_rates: run('fine_tune', methods['fine_tune'], 'birds50', 0, lr, True)
         for o in ('recommended','recommended, norms trained','recommended, stored targets'): run(o, methods[o], 'birds50', 0, rate, True)
         for seed in range(first, seeds):
-            for o in ('recommended, stored targets','recommended'): run(o, methods[o], 'birds50_long', seed, rate, True)
+            for o in ('recommended','recommended, online label smoothing'): run(o, methods[o], 'birds50', seed, rate, True)
+            for o in ('recommended, stored targets','recommended','recommended, online label smoothing'): run(o, methods[o], 'birds50_long', seed, rate, True)
     if stage=='final':
         for key in which.split(','):
             for seed in range(first, seeds):
