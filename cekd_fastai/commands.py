@@ -46,7 +46,8 @@ def _sentences(name, args, after='', **renamed):
         from cekd_fastai.core import one_sentence
         sys.exit(f'{name}: {as_options(one_sentence(e), args, **renamed)}')
     except (RuntimeError,MemoryError) as e:
-        if isinstance(e, MemoryError) or 'out of memory' in str(e) or "can't allocate memory" in str(e):
+        from cekd_fastai.core import no_memory
+        if no_memory(e):
             remedy = 'pass a smaller --batch' if 'batch' in args else 'take a smaller network'
             sys.exit(f'{name}: the memory is too small{after}: {remedy}.')
         if 'DataLoader worker' not in str(e): raise

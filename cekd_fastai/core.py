@@ -6,8 +6,9 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/core.html.md"""
 
 # %% auto #0
 __all__ = ['unwrap_model', 'eval_mode', 'amp_context', 'HalfPrecision', 'is_fit', 'is_nested', 'loss_owner', 'write_whole',
-           'whole_folder', 'few', 'near_hint', 'lookup', 'one_sentence', 'one_of', 'check_above', 'check_not_negative',
-           'check_share', 'check_count', 'data_stats', 'data_vocab', 'class_count', 'decode_images', 'show_panel']
+           'whole_folder', 'few', 'near_hint', 'lookup', 'one_sentence', 'no_memory', 'one_of', 'check_above',
+           'check_not_negative', 'check_share', 'check_count', 'data_stats', 'data_vocab', 'class_count',
+           'decode_images', 'show_panel']
 
 # %% ../nbs/00_core.ipynb #imports
 import tempfile,shutil
@@ -187,6 +188,11 @@ def one_sentence(
     "The message of an exception without what fastai and torch wrap around it"
     lines = [o.strip() for o in str(e).splitlines() if o.strip()]
     return re.sub(r'^[\w.]*(Error|Exception): ', '', lines[-1]) if lines else type(e).__name__
+
+def no_memory(e:Exception)->bool:
+    "Whether an exception says that memory was too small"
+    said = ('out of memory',"can't allocate memory",'not enough memory')
+    return isinstance(e, (MemoryError,torch.OutOfMemoryError)) or any(o in str(e) for o in said)
 
 # %% ../nbs/00_core.ipynb #checks
 def one_of(

@@ -10,7 +10,7 @@ __all__ = ['lock_folder', 'named_faults', 'named_writing', 'safety_cbs', 'check_
 # %% ../nbs/88_safely.ipynb #imports
 import errno,json,shutil
 from fastai.vision.all import *
-from .core import one_sentence
+from .core import no_memory,one_sentence
 from .runstate import checkpoint_files
 from .checkpoint import Checkpoint
 from .guard import Diverged,Guard
@@ -45,11 +45,6 @@ def lock_folder(
 # %% ../nbs/88_safely.ipynb #faults
 _LOST = ('connection closed by peer','connection reset by peer','broken pipe','nccl','gloo')
 _LATE = ('wait timeout','timed out after','waiting for clients','timed out initializing')
-_MEMORY = ('out of memory',"can't allocate memory",'not enough memory')
-
-def _no_memory(e):
-    "Whether an exception says that memory was too small"
-    return isinstance(e, (MemoryError,torch.OutOfMemoryError)) or any(o in str(e) for o in _MEMORY)
 
 @contextmanager
 def named_faults():
@@ -57,7 +52,7 @@ def named_faults():
     try: yield
     except (RuntimeError,MemoryError) as e:
         go_on = 'what was written stays: go on with --resume'
-        if _no_memory(e):
+        if no_memory(e):
             remedy = 'lower --bs (--grad-accum keeps the step as large) or --size, or add --grad-checkpoint or --precision'
             raise OSError(f"The memory is too small for this run: {remedy}.") from e
         if isinstance(e, getattr(torch.distributed, 'DistError', ())) and any(o in str(e).lower() for o in _LATE):
