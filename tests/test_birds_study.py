@@ -332,7 +332,7 @@ def test_tables():
         return j|GOOD|dict(accuracy=acc, each=[acc])
     bar = '2 branches, label smoothing'
     lines = birds_tables.final_table([r('plain', 0, .5), r('plain', 1, .6), r(bar, 0, .6), r(bar, 1, .8)], {1:.1, 2:.2}).split('\n')
-    assert lines[2].startswith('| 2 branches, label smoothing | equal compute | 20 | 20 | 12.0 | 70.0 ± 10.0')
+    assert lines[2].startswith('| 2 branches, label smoothing | equal passes | 20 | 20 | 12.0 | 70.0 ± 10.0')
     assert '+15.0 ± 5.0 (+10.0, +20.0)' in lines[2]
 
 def test_runs_on_a_gpu_and_on_processors():

@@ -195,7 +195,7 @@ def test_each_study_has_its_file_and_is_not_run_again(tmp_path):
     serve = lambda: birds_queue.serve(Machine(), c, None, birds_queue.known_rows(c, tmp_path/'none', tmp_path/'long.jsonl'), tmp_path/'long.jsonl', time.time()+1e6, n, 1e9, {})
     serve()
     count = {o:len((tmp_path/f'{o}.jsonl').read_text().splitlines()) for o in c['studies']}
-    assert count['meal50']==3+15*3+2*3 and count['cifar']==3+12*3+2*3 and not (tmp_path/'long.jsonl').exists()
+    assert count['meal50']==3+15*3+2*3+3+3 and count['cifar']==3+12*3+2*3 and not (tmp_path/'long.jsonl').exists()
     assert 'study' not in json.loads((tmp_path/'cifar.jsonl').read_text().splitlines()[0])
     serve()
     assert count=={o:len((tmp_path/f'{o}.jsonl').read_text().splitlines()) for o in c['studies']}
@@ -274,7 +274,7 @@ def test_runs_that_differ_in_labels_alone_do_the_same_work():
     of = lambda row: graph_check.work_of(birds_plan.job(c, 'final', row, 0, 'equal compute', 2, .1, '-'))
     assert of('labels')==of('labels, 40 % wrong')==of('labels, label smoothing')!=of('MEAL, joint')==of('MEAL, joint, half of the images labelled')!=of('MEAL, grl')
     repeats = [o for o in c['rows'] if graph_check.repeats(birds_plan.job(c, 'final', o, 0, 'equal compute', 2, .1, '-'))]
-    assert set(c['rows'])-set(repeats)=={'one random teacher'} # it asks another one in each step
+    assert set(c['rows'])-set(repeats)=={'one random teacher','labels, MixUp'} # another one is asked in each step, another mix drawn
     b = birds_plan.read_config('birds_random')
     assert not any(graph_check.repeats(birds_plan.job(b, 'final', o, 0, 'equal compute', 2, .1, 'separate')) for o in ('SnapMix','CEKD + SnapMix','2 branches, PS-KD'))
 

@@ -12,7 +12,7 @@ its last epoch, which lies in `killed` in OUT; frozen norms are computed there w
 the same function faster. `table` writes tables and figure from the rows.
 
 `birds.json` says what is run, in which order, and by which rule settings are chosen. One pass is one image forward and backward through
-the network. *Equal compute*: every method has the passes of plain training, so one that runs clean and mixed images has half the epochs.
+the network. *Equal compute*, in tables *equal passes*: every method has the passes of plain training, so one that runs clean and mixed images has half the epochs.
 *Equal epochs*: such a method has all the epochs, and twice the passes. *Double compute*: one without a clean pass, with twice the passes.
 SnapMix's look at the unmixed image adds a third of a pass, and a second branch less than one; neither is counted as a pass: the table says
 what by multiply-adds. Runs of one seed begin at the same weights and see the same crops in the same order. The test part is read once,

@@ -36,6 +36,7 @@ def asked(r, gmacs):
     one = r['args'].get('choose', 'random')=='random'
     return (np.mean if one else np.sum)(gmacs['teachers'])
 
+SAID = {'equal compute':'equal passes','double compute':'double passes'} # a second branch costs more beside them
 HEAD = ['method','budget','epochs','passes an image','GMAC an image','accuracy %','mean branch %','calibration error %','train %']
 HEAD += ['seconds','seeds']
 
@@ -80,7 +81,7 @@ def final_table(rows, gmacs, c=config):
         level = [pct([o['accuracy'] for o in rs]),pct([np.mean(o['each']) for o in rs]),f"{100*mean('ece'):.1f}",f"{100*mean('train_accuracy'):.1f}"]
         diffs = [paired(acc[k], acc[o]) if o in acc and o!=k else '' for o in rivals]
         gmac = 3*(passes+r['epochs']*looks(c, r))*gmacs[r['branches']]*(1+('css' in r['methods'])) + passes*asked(r, gmacs) # backward costs twice as much as forward; CSS has two networks
-        cells.append([k[1],k[0],r['epochs'],passes,f'{gmac:.1f}',*level,f'{seconds_of(rs):.0f}',len(rs),*diffs])
+        cells.append([k[1],SAID.get(k[0], k[0]),r['epochs'],passes,f'{gmac:.1f}',*level,f'{seconds_of(rs):.0f}',len(rs),*diffs])
     return md(cells)
 
 def select_table(rows, c=config):
@@ -111,7 +112,7 @@ def figure(rows, file):
         at = [(names.index(n)+dy,[100*r['accuracy'] for r in v.values()]) for (o,n),v in g.items() if o==compute]
         if not at: continue
         x,y = [a for _,v in at for a in v],[y for y,v in at for _ in v]
-        ax.scatter(x, y, s=14, color=color, alpha=.6, label=compute)
+        ax.scatter(x, y, s=14, color=color, alpha=.6, label=SAID.get(compute, compute))
         ax.scatter([np.mean(v) for _,v in at], [y for y,_ in at], s=90, color=color, marker='|')
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.set_xlabel('accuracy on the official test part, %')
