@@ -19,7 +19,8 @@ from .recipes import PAPER_RUNS
 
 # %% ../nbs/91_cli.ipynb #names-code
 # chkstyle: off
-_METHODS = dict(plain='no distillation',
+_METHODS = dict(recommended='two branches that learn smoothed labels: what `recommended` gives',
+    plain='no distillation',
     cekd='one branch learns the mixed labels, another what both predict for the clean images: CEKD (arXiv 2203.06551), reconstructed',
     meal='one network learns from trained teachers: MEAL (arXiv 1812.02425)',
     css='two networks of three branches with labels of their own: CSS (arXiv 2203.11660)',
@@ -151,7 +152,7 @@ class _List(argparse.Action):
 # %% ../nbs/91_cli.ipynb #parse-code
 GROUPS = dict(data='data', method='method', mix='mix', arch='network', recipe='training', out='output')
 _EXAMPLES = """examples:
-  cekd-train --data path/to/folders --arch resnet50 --epochs 20       your own images, CEKD with SnapMix
+  cekd-train --data path/to/folders --arch resnet50 --epochs 20       your own images, as recommended
   cekd-train --data cub --method plain --mix none --out runs/plain    a benchmark, to compare with
   cekd-train --recipe cekd-cub-resnet101 --dry-run                    a paper's experiment, rehearsed in seconds"""
 
@@ -275,9 +276,9 @@ def cekd_train(
     num_workers:int=None,       # Processes that load images, one for each core by default; 0 is faster on two cores
     in_memory:bool=False, # Read every image once and keep it, for data that fits into memory
     verify:bool=False,    # Read every image first, list and skip those that cannot be read
-    method:str='cekd',          # What the network learns from (--list methods)
+    method:str='recommended',   # What the network learns from (--list methods)
     method_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the method: --method-args w_cross=2 T=4
-    learner_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the learner: --learner-args mid=True (with --method plain)
+    learner_args:Annotated[str,dict(nargs='+')]=(), # Arguments of the learner: --learner-args mid=True (with --method plain or recommended)
     n_branches:int=None,        # Number of branches; each method has its default
     teachers:Annotated[str,dict(nargs='+')]=(), # Of meal: files of `deploy` or `export`, or names in timm
     adversarial:str='joint',    # Of meal: joint, grl, alternate or none

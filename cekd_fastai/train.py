@@ -37,7 +37,7 @@ MIXES = dict(none=None, mixup=MixUp, cutmix=CutMix, snapmix=SnapMix)
 sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9)
 nesterov = partial(sgd, nesterov=True)
 OPTS = dict(adam=Adam, sgd=sgd, nesterov=nesterov)
-METHODS = dict(plain=1, cekd=2, meal=1, css=3) # each with its number of branches
+METHODS = dict(recommended=2, plain=1, cekd=2, meal=1, css=3) # each with its number of branches
 METHODS |= {k:cb().branches for k,cb in ONLINE.items()}
 SOFT = dict(ols=OnlineLabelSmoothing, pskd=PSKD, stored=StoredTargets)
 METHODS |= dict.fromkeys(SOFT, 2)
@@ -152,7 +152,7 @@ def _make(a, n, dls, opts, cbs, **kw):
     if cb := (SOFT | dict(cekd=CEKD)).get(a.method):
         peers = archs if len(archs)>1 else a.arch
         return branch_learner(dls, peers, n, cbs=[*cbs, cb(**opts)], **kw)
-    if opts: raise ValueError(f"`plain` takes no --method-args, but was given {', '.join(opts)}.")
+    if opts: raise ValueError(f"`{a.method}` takes no --method-args, but was given {', '.join(opts)}.")
     return branch_learner(dls, a.arch, n, cbs=cbs, **kw)
 
 # %% ../nbs/86_train.ipynb #build

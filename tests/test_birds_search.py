@@ -4,7 +4,7 @@ from copy import deepcopy
 from pathlib import Path
 import pytest,timm,torch
 from fastai.vision.all import Callback,DataLoaders,nn,tensor
-from cekd_fastai.all import CEKD,Mix,MixRecord,MixUp,SnapMix,branch_learner
+from cekd_fastai.all import CEKD,Mix,MixRecord,MixUp,OnlineLabelSmoothing,SnapMix,branch_learner
 from cekd_fastai.core import unwrap_model
 sys.path[:0] = [str(Path(__file__).parent),str(Path(__file__).parent.parent/'benchmarks'/'cekd')]
 import birds_plan,birds_tables,variants
@@ -12,13 +12,13 @@ from birds_train import by_pairs
 from folded import Folded,fold_norms,pairs
 from test_birds_study import Silent,Y,Z,fit,halves,learner,loader
 
-def parts_of(cekd, epochs=1):
+def parts_of(cekd, epochs=1, *cbs):
     "Parts and weights of the loss of two images that are mixed 3 to 1, step by step; the network answers `Z`"
     res = []
     class Spy(Callback):
         order = 10
         def after_loss(self): res.append({k:v.item() for k,v in cekd.parts.items()} | {f'w_{k}':v for k,v in cekd.weights().items()})
-    fit(learner(Z, Y, [[0,3]], [halves(range(epochs)),cekd,Spy()], n_branches=2), epochs)
+    fit(learner(Z, Y, [[0,3]], [halves(range(epochs)),cekd,*cbs,Spy()], n_branches=2), epochs)
     return res
 
 def test_class_means_are_averaged_over_steps():
@@ -173,3 +173,13 @@ def test_two_mixes_teach_each_other(mix):
     assert parts[0]['ce']==pytest.approx((2*ce(own)+2*ce(blend)).item(), abs=1e-5)
     assert parts[0]['cross']==pytest.approx((2*kl(p, q)+2*kl(q, p)).item(), abs=1e-5)
     assert (parts[0]['cross']>.01)==isinstance(mix, Uncut)
+
+def test_online_labels_in_cekd_by_hand():
+    "Images of .7, .2, .1 and .1, .2, .7, mixed 3 to 1: in the second epoch each class has its image's answer as soft label"
+    labels,soft = parts_of(CEKD(ramp=0.), 2)[1],parts_of(CEKD(ramp=0.), 2, OnlineLabelSmoothing())[1]
+    hard,entropy = .35667,.80182 # -ln .7 and -(.7 ln .7 + .2 ln .2 + .1 ln .1)
+    assert labels['ce_clean']==pytest.approx(2*hard, abs=1e-4) and soft['ce_clean']==pytest.approx(2*(hard+entropy), abs=1e-4)
+    # the mix answers .54268, .25220, .20512; its label is .75 and .25, its soft label .55, .2, .25
+    hard,by_class = .75*.61124+.25*1.58417,.55*.61124+.2*1.37753+.25*1.58417
+    assert labels['ce_mix']==pytest.approx(hard, abs=1e-4) and soft['ce_mix']==pytest.approx(hard+by_class, abs=1e-4)
+    assert soft['cross']==pytest.approx(labels['cross'], abs=1e-5) # the cross target is not softened

@@ -30,7 +30,7 @@ def birds(tmp_path_factory): return make_birds(tmp_path_factory.mktemp('data')/'
 def started(birds, tmp_path_factory):
     "Two processes side by side, which import everything themselves: the help, and a run of CEKD"
     tmp = tmp_path_factory.mktemp('runs')
-    ps = dict(cekd=command('--data', birds, *small, '--epochs', 2, '--mix', 'cutmix', '--out', tmp/'cekd'), help=command('--help'))
+    ps = dict(cekd=command('--data', birds, *small, '--epochs', 2, '--method', 'cekd', '--mix', 'cutmix', '--out', tmp/'cekd'), help=command('--help'))
     yield tmp,ps
     for p in ps.values():
         p.kill()
@@ -285,6 +285,19 @@ def test_recipe_reaches_the_optimiser(birds, tmp_path):
     deep = args('meal-v2-imagenet-resnet18', teachers=['test_resnet'])
     plain = args('plain-cub-resnet18')
     assert _rates(ffl, deep)==[.01]*4 and _rates(ffl, plain)==[.001,.001,.01,.01]
+
+def test_default_is_what_is_recommended(birds):
+    "Without a method, the network, loss and rates are those of `recommended`: two branches that learn smoothed labels, and no distillation"
+    from cekd_fastai import cli
+    from cekd_fastai.recommended import recommended
+    from cekd_fastai.train import _rates,build
+    args = with_recipe(cli._defaults()|dict(data=str(birds), arch='test_resnet', no_pretrained=True, size=56, num_workers=0, bs=8), cli._defaults())
+    learn,r = build(args),recommended('test_resnet', pretrained=False)
+    ours = r.learner(learn.dls)
+    assert (args['method'],args['mix'],learn.loss_func.eps)==('recommended','none',ours.loss_func.eps)
+    assert [o.shape for o in learn.model.parameters()]==[o.shape for o in ours.model.parameters()]
+    assert (learn.wd,_rates(learn, SimpleNamespace(**args)))==(ours.wd,r.lr)
+    assert {type(o).__name__ for o in learn.cbs}-{type(o).__name__ for o in ours.cbs}=={'ChannelsLast'}
 
 def test_options_beside_a_recipe(tmp_path, here):
     "They win, also where they say what the command does anyway"

@@ -41,9 +41,10 @@ def kept(cekd):
     return res
 
 def test_closing_lines_are_those_of_the_run_and_of_the_seeds():
-    now,seeds,bar,_ = front.closing(rows(.5,.51,.525,.49,.125,.12,.13,.2,.3), kept(.03))
+    now,seeds,bar,began,_ = front.closing(rows(.5,.51,.525,.49,.125,.12,.13,.2,.3), kept(.03))
     assert 'has 12.5 % by the labels of its 80 images, 12.0 (-0.5) by smoothed labels' in now
     assert 'the same multiply-adds: 20.0 (+7.5)' in now and now.endswith('With 600 images more, which nobody has labelled: 30.0 (+17.5).')
+    assert 'knows 28 other species' in began
     alone,more = front.taught
     assert 'Over 5 seeds' in seeds and 'smoothed labels +0.4 ± 0.2, level with it' in seeds
     assert f'{alone} +5.0 ± 0.0, above it; {more} +10.0 ± 0.0, above it. {alone} over labels, MixUp, the best by labels: +3.0 ± 0.0.' in seeds
