@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from dataclasses import replace
 from fastai.callback.mixup import MixHandler
 from torch.func import functional_call
-from .core import amp_context,check_above,check_not_negative,check_share,eval_mode,is_nested,one_of
+from .core import amp_context,check_above,check_not_negative,check_share,eval_mode,few,is_nested,one_of
 from .steps import step_pct,together
 from .mix.core import MixRecord,box_mask
 from .losses import cross_target,is_multi,kd_loss,loss_reduction,mixed_loss,ramp_up,soft_probs
@@ -109,6 +109,7 @@ class CEKD(Distill):
     cancelled = False  # Whether this step was cancelled, so that the average must not move
     show_ema = True    # Whether validation sees the average
     shown_before = False # Did the network hold it already, before this validation?
+    of_classes = True
     takes_soft = True  # Another callback may soften the labels
     _stateattrs = Distill._stateattrs + ('ema_target','region','ema_pairs')
     def __init__(self,
@@ -164,6 +165,11 @@ def _check_together(self:CEKD):
     if self.target=='separate' and not self.w_cross and not soft_learn_labels:
         raise ValueError("CEKD: with target='separate' and these weights the soft branches would learn nothing: "
             "raise `w_cross` or `w_clean`, or use target='both'.")
+    usual = dict(T=3., ramp=.3, teacher='ensemble', fuse='labels', detach=True, confident=False, standardise=False)
+    idle = [] if self.w_cross else [k for k,v in usual.items() if getattr(self, k)!=v]
+    if idle: raise ValueError(f"CEKD: {few(idle)} is for the cross target, of which `w_cross=0` leaves nothing: leave it out.")
+    if self.clean_on!='all' and not self.w_clean:
+        raise ValueError("CEKD: `clean_on` is for the labels of clean images, of which `w_clean=0` leaves nothing: leave it out.")
     if self.standardise and self.target=='fused':
         raise ValueError("CEKD: `standardise` is for a divergence of two predictions, but with target='fused' labels and target "
             "are one: use target='separate' or 'both'.")
@@ -396,3 +402,4 @@ def after_validate(self:CEKD):
 def after_fit(self:CEKD):
     Distill.after_fit(self)
     self.before_validate() # also where a run was ended within an epoch
+CEKD.let_go = CEKD.after_fit

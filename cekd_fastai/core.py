@@ -102,7 +102,7 @@ def is_fit(
 )->bool:
     "Whether fastai is about to train, and not to validate or predict, where an error would leave the learner locked for ever"
     lock = getattr(learn, 'lock', None)
-    return lock is None or not lock.locked()
+    return getattr(learn, 'in_fit', True) and (lock is None or not lock.locked()) # `tta` takes no lock
 
 def is_nested(
     learn:Learner, # Any fastai learner

@@ -90,9 +90,10 @@ class Guard(Callback):
     last_loss = None    # Of the last good batch
     lazy = None         # Read the answers one batch later? None: on a GPU
     pending = None      # Answers that are not read yet, with their batch and its place
+    batch = None        # What it holds, to be kept if it is not finite
     pixels = None       # Are those of this batch finite? On the device
     ok = None           # Is all of this batch finite? On the device
-    _stateattrs = ('fitting','places','params','kept','last_loss','pending','pixels','ok')
+    _stateattrs = ('fitting','places','params','kept','last_loss','pending','batch','pixels','ok')
     def __init__(self,
         stop_after:int=5,   # Batches in a row after which the run stops
         folder=None,        # Where batches are kept; None: `not_finite` in the learner's path
@@ -301,3 +302,4 @@ def after_validate(self:Guard):
 def after_fit(self:Guard):
     "Let go"
     self.fitting,self.kept,self.batch,self.pending = False,None,None,None
+Guard.let_go = Guard.after_fit

@@ -10,7 +10,7 @@ __all__ = ['BranchLearner', 'branch_learner', 'meal_learner', 'online_learner', 
 # %% ../nbs/64_learner.ipynb #imports
 import inspect,timm
 from fastai.vision.all import *
-from .core import class_count,data_stats,data_vocab,eval_mode,few,is_nested,lookup,unwrap_model
+from .core import class_count,data_stats,data_vocab,eval_mode,few,is_nested,lookup,loss_owner,unwrap_model
 from .data.loaders import with_stats
 from .tuning import trunks_of
 from .branches import branch_net,branch_splitter,peer_net
@@ -48,7 +48,7 @@ class BranchLearner(Learner):
     hosts = ()     # Its callbacks, within a validation that one of them has asked for
     @delegates(Learner.fit)
     def fit(self, n_epoch, *args, **kwargs):
-        with _as_many_rates(self): return super().fit(n_epoch, *args, **kwargs)
+        with _as_many_rates(self), _one_loss(self): return super().fit(n_epoch, *args, **kwargs)
     @delegates(Learner.fit_one_cycle)
     def fit_one_cycle(self, n_epoch, *args, **kwargs):
         with _as_many_rates(self): return super().fit_one_cycle(n_epoch, *args, **kwargs)
@@ -78,6 +78,15 @@ class BranchLearner(Learner):
         return self.path/fname
 
 # %% ../nbs/64_learner.ipynb #le-nested
+@contextmanager
+def _one_loss(learn):
+    "Name what is missing where no callback makes one loss of what the branches answer"
+    try: yield
+    except (AttributeError,TypeError) as e:
+        if not isinstance(getattr(learn, 'pred', None), tuple) or loss_owner(learn) is not None: raise
+        raise ValueError("Nothing makes one loss of what the branches of this network answer: "
+            "put back the callback that came with the learner, or add `BranchLoss()` for plain branches.") from e
+
 _WHOLE = ('before_fit','before_epoch','after_epoch','after_fit')
 
 @patch
@@ -223,15 +232,8 @@ def _normalised(dls, net, pretrained):
     facts = _facts(net)
     for o in facts:
         if o.get('new') and not rank_distrib(): print(f"New in `{o['name']}`, beside the weights of the file: {', '.join(o['new'])}")
-    wanted = first(o['stats'] for o in facts if o['stats'])
-    if getattr(dls, 'open_stats', False): return _opened(dls, wanted if pretrained else None)
-    have = data_stats(dls)
-    differ = pretrained and wanted and have and not _same_stats(have, wanted)
-    if differ and not hasattr(dls, 'open_stats'):
-        name,(mean,std) = facts[0]['name'],wanted
-        what = f"`{name}` was pretrained on images of mean {mean} and deviation {std}, and these have been normalised otherwise"
-        warn(f"{what}: pass `Normalize.from_stats({mean}, {std})`, or build them by `fine_grained_dls`.")
-    return dls
+    name,wanted = _known(net) if pretrained else (None,None)
+    return _opened(dls, wanted) if getattr(dls, 'open_stats', False) else _as_known(dls, name, wanted)
 
 # %% ../nbs/64_learner.ipynb #le-shared
 def _learner(dls, net, shape, method, cbs, splitter, freeze_bn, kwargs, pretrained=True):
@@ -240,7 +242,44 @@ def _learner(dls, net, shape, method, cbs, splitter, freeze_bn, kwargs, pretrain
     dls = _normalised(dls, net, pretrained)
     kwargs = dict(splitter=splitter, train_bn=not freeze_bn) | kwargs
     cbs = [*L(method),Components(),*L(cbs)]
-    return BranchLearner(dls, net, cbs=cbs, **kwargs)
+    learn = BranchLearner(dls, net, cbs=cbs, **kwargs)
+    if pretrained: learn.knows = _known(net)
+    return learn
+
+# %% ../nbs/64_learner.ipynb #le-later
+def _known(net):
+    "Name of a backbone, and mean and deviation of the pictures that it knows; None for what is not known"
+    facts = _facts(net)
+    return first(o['name'] for o in facts),first(o['stats'] for o in facts if o['stats'])
+
+def _as_known(dls, name, wanted):
+    "Loaders with the statistics that a network knows, or a warning where they are given otherwise"
+    have = data_stats(dls) if wanted else None
+    if not have or _same_stats(have, wanted): return dls
+    if getattr(dls, 'open_stats', False): return _opened(dls, wanted)
+    if hasattr(dls, 'open_stats'): return dls # their statistics were chosen
+    mean,std = wanted
+    what = f"`{name}` was pretrained on images of mean {mean} and deviation {std}, and these have been normalised otherwise"
+    warn(f"{what}: pass `Normalize.from_stats({mean}, {std})`, or build them by `fine_grained_dls`.")
+    return dls
+
+# %% ../nbs/64_learner.ipynb #le-later2
+@patch(as_prop=True)
+def dls(self:BranchLearner):
+    "Its data"
+    if 'dls' not in vars(self): raise AttributeError('dls')
+    return vars(self)['dls']
+
+@patch(set_prop=True)
+def dls(self:BranchLearner, new): vars(self)['dls'] = _as_known(new, *vars(self).get('knows', (None,None)))
+
+@patch
+def _do_epoch_validate(self:BranchLearner, ds_idx=1, dl=None):
+    "As fastai's, with a warning where the pictures are normalised otherwise than the learner's"
+    have,ours = (data_stats(o) for o in (SimpleNamespace(train=dl),self.dls))
+    if have and ours and not _same_stats(have, ours):
+        warn("This loader normalises its pictures otherwise than the learner's: make it by `learn.dls.test_dl`.")
+    return super(BranchLearner, self)._do_epoch_validate(ds_idx, dl)
 
 # %% ../nbs/64_learner.ipynb #le-build
 def _peers(archs, n_branches, n_out, **kw):

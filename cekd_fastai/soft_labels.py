@@ -124,6 +124,7 @@ def clean_preds(self:SoftLabels)->tuple:
 @patch
 def before_train(self:SoftLabels):
     "Begin an epoch, the first with what the network remembers, or go on in its midst"
+    self.after_batch() # where the epoch before has ended within a batch
     if self.rows_of is None:
         self.remember()
         self.rows_of = BatchRows()

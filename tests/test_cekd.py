@@ -71,7 +71,7 @@ def test_other_teacher_exact(case):
 @pytest.mark.parametrize('w_cross,pct', [(1.,1.),(3.,1.),(1.,.1),(0.,1.)])
 def test_fused_target_exact(w_cross, pct):
     "The weighted parts are the cross-entropy towards the fused target; mu ends at w_cross/(1+w_cross)"
-    cb = CEKD(w_cross=w_cross, target='fused', ramp=.3, T=2.)
+    cb = CEKD(w_cross=w_cross, target='fused', ramp=.3, **dict(T=2.) if w_cross else {})
     learn = learner(tiny(), FixedMix(), cb)
     x,y = learn.dls.one_batch()
     rec = FixedMix().mix(x, y)[1]

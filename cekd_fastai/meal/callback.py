@@ -25,6 +25,7 @@ from .targets import TargetCache,UnlabeledBatches,_plain,_teacher_key,unlabeled_
 # %% ../../nbs/54_meal.callback.ipynb #mc-init
 class MEAL(Distill):
     "Multi-Model Ensemble via Adversarial Learning (arXiv 1812.02425): learn from the outputs of trained teachers"
+    of_classes = True
     teachers = ()            # Frozen, each a `Teacher`; an exported learner has none
     unlabeled = None         # Where images without labels come from
     student_taps = None      # Taps on the student, while it trains
@@ -102,6 +103,12 @@ def check_args(self:MEAL, teachers):
     usual = dict(w_adv=1., disc='own', lr_disc=None, reduce=2, last_relu=False)
     idle = [] if self.adversarial else [k for k,v in usual.items() if getattr(self, k)!=v]
     if idle: raise ValueError(f"MEAL: {few(idle)} is for discriminators, of which `adversarial=None` has none: leave it out.")
+    groups = [('stored answers: pass `cache_targets=True`', self.cache_targets, dict(views=1, seed=42)),
+        ('features: pass a weight, `w_feat`', self.w_feat, dict(feat='pooled')),
+        ('feature maps, of which `taps=0` compares none: pass `taps`', self.taps!=0, dict(teacher_taps=None, space='avg', channels='mean'))]
+    for what,used,usual in groups:
+        idle = [] if used else [k for k,v in usual.items() if getattr(self, k)!=v]
+        if idle: raise ValueError(f"MEAL: {few(idle)} is for {what}, or leave it out.")
     if self.kind in ('l1','l2') and self.T!=1:
         raise ValueError(f"MEAL: kind={self.kind!r} compares logits, which have no temperature: leave `T` out, or pass kind='{self.kind}_soft'.")
     check_count(reduce=self.reduce, views=self.views)
@@ -289,6 +296,7 @@ def start_view(self:MEAL):
 @patch
 def before_train(self:MEAL):
     "Put the taps on"
+    Distill.before_train(self)
     if not self.teachers:
         raise ValueError("`MEAL` has no teachers here, since an exported learner holds the student alone: "
             "make a new learner with its teachers, or remove the callback.")

@@ -14,7 +14,7 @@ from ..figures import shown_once
 from ..core import check_above,check_share,decode_images,is_fit,loss_owner,one_of,show_panel
 from ..steps import common_seed,step_pct,together
 from .core import MixRecord,box_share,draw_lam,mix_pixels,rand_box
-from ..losses import mixed_loss
+from ..losses import is_regression,mixed_loss
 from ..cam import model_cam,semantic_map
 
 # %% ../../nbs/29_mix.callback.ipynb #mix-base
@@ -41,7 +41,9 @@ class Mix(Callback):
         store_attr()
 
     def check(self):
-        "Refuse a second mixing callback"
+        "Refuse a second mixing callback, and class activation maps of what are no classes"
+        if self.needs_maps and is_regression(self.learn.loss_func):
+            raise ValueError(f"`{self}` looks for the evidence of a class, but the loss is one for numbers: take `CutMix` or `MixUp`.")
         mixes = [f'`{cb}`' for cb in self.learn.cbs if isinstance(cb, (Mix,MixHandler))]
         if len(mixes)<2: return
         raise ValueError(f"{' and '.join(mixes)} would mix the same batch twice: keep one of them in `cbs`.")

@@ -19,6 +19,7 @@ from .net import GateNet
 # %% ../../nbs/58_online.callback.ipynb #dv-cb
 class OnlineKD(Distill):
     "Base class of online distillation among the branches of one network"
+    of_classes = True
     min_branches = 2   # A branch needs a peer to learn from
     branches = 3       # Number of branches; each method has its default
     gates = ('mean',)  # Names of the gates that it works with, its own first

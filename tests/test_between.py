@@ -1,0 +1,164 @@
+"What one epoch, fit or interrupt leaves for the next, and what joins a learner after it was made."
+import warnings
+import pytest,timm,torch
+from fastai.callback.training import ShortEpochCallback
+from fastai.data.all import DataBlock,Normalize,RandomSplitter,RegressionBlock,first,get_image_files,math,np,partial,set_seed,tensor
+from fastai.vision.all import F,Callback,CancelTrainException,ImageBlock,ImageDataLoaders,Resize,imagenet_stats,load_learner,nn
+from fastai.losses import BCEWithLogitsLossFlat,CrossEntropyLossFlat,FocalLossFlat,L1LossFlat,LabelSmoothingCrossEntropy,MSELossFlat
+from cekd_fastai.all import (CEKD,CutMix,Guard,MixUp,PSKD,SnapMix,branch_learner,css_learner,fine_grained_dls,make_birds,meal_learner,online_learner)
+from cekd_fastai.core import data_stats,is_fit
+from cekd_fastai.losses import is_multi,is_regression
+from cekd_fastai.meal.targets import _alike
+from cekd_fastai.mix.callback import Mix
+
+@pytest.fixture(scope='module')
+def birds(tmp_path_factory): return make_birds(tmp_path_factory.mktemp('birds'), n_species=3, n_images=14, size=48, n_train=10, progress=False)
+
+@pytest.fixture
+def dls(birds, tmp_path):
+    set_seed(0)
+    return fine_grained_dls(birds, size=32, bs=8, num_workers=0, path=tmp_path)
+
+def quiet(learn, *args, **kw):
+    with learn.no_bar(), learn.no_logging(): learn.fit(*args, **kw)
+    return learn
+
+def small(dls, *cbs, **kw): return branch_learner(dls, 'test_resnet', pretrained=False, cbs=list(cbs), **kw)
+
+class Stop(Callback):
+    "Interrupt the second epoch after a batch"
+    order = 70
+    def after_batch(self):
+        if self.training and self.epoch==1 and self.iter==1: raise KeyboardInterrupt
+
+class Short(Callback):
+    "Two batches an epoch, ended before those who own the loss hear of the end of the batch; mixed, but for the first one of the second epoch"
+    order = -1
+    def before_batch(self): first(o for o in self.learn.cbs if isinstance(o, Mix)).prob = 0. if self.epoch and not self.iter else 1.
+    def after_batch(self):
+        if self.training and self.iter>=1: raise CancelTrainException
+
+def test_an_epoch_that_a_callback_ends_leaves_nothing(dls):
+    quiet(small(dls, MixUp(prob=.5), CEKD(joint=True), Short()), 2)
+    quiet(small(dls, MixUp(prob=.5), CEKD(joint=True), ShortEpochCallback(.4)), 6)
+
+def test_targets_are_those_of_this_batch(dls):
+    "In an unmixed batch, PS-KD remembers what the network says of it, and not the clean pass of the epoch before"
+    seen = []
+    class Look(Callback):
+        order = 4.6
+        def after_loss(self):
+            if not self.training or self.learn.mix_up.record is not None: return
+            seen.append((self.learn.pskd.clean_preds()[0], self.learn.pred))
+    quiet(small(dls, MixUp(prob=.5), CEKD(), PSKD(), Short(), Look()), 2)
+    assert len(seen)==1
+    for a,b in seen: assert torch.allclose(a, b)
+
+@pytest.mark.parametrize('loss', [MSELossFlat(),L1LossFlat(),nn.SmoothL1Loss(),F.huber_loss,partial(F.mse_loss, reduction='sum')])
+def test_losses_for_numbers(loss): assert is_regression(loss) and not is_multi(loss)
+
+OF_CLASSES = [CrossEntropyLossFlat(),LabelSmoothingCrossEntropy(),FocalLossFlat(),F.cross_entropy,BCEWithLogitsLossFlat(),nn.MultiLabelSoftMarginLoss()]
+
+@pytest.mark.parametrize('loss', OF_CLASSES)
+def test_losses_for_classes(loss): assert not is_regression(loss)
+
+def test_several_labels(): assert is_multi(nn.MultiLabelSoftMarginLoss()) and not is_multi(nn.CrossEntropyLoss())
+
+@pytest.fixture(scope='module')
+def numbers(birds):
+    block = DataBlock((ImageBlock,RegressionBlock(n_out=2)), get_y=lambda o: [len(o.name),1.], splitter=RandomSplitter(.3, seed=0), item_tfms=Resize(32))
+    return block.dataloaders(get_image_files(birds), bs=8, num_workers=0)
+
+@pytest.mark.parametrize('make', [lambda d: small(d, CutMix(), CEKD()), lambda d: online_learner(d, 'test_resnet', 'dml', pretrained=False),
+    lambda d: online_learner(d, 'test_resnet', pretrained=False), lambda d: meal_learner(d, 'test_resnet', [small(d, n_branches=1)], pretrained=False)], ids=['cekd','dml','ffmcd','meal'])
+def test_numbers_are_no_classes(numbers, make):
+    with pytest.raises(ValueError, match='distils classes, but the loss is one for numbers'): make(numbers)
+
+def test_no_maps_of_numbers(numbers):
+    with pytest.raises(ValueError, match='`SnapMix` looks for the evidence of a class'): small(numbers, SnapMix())
+
+def test_numbers_train_on_branches(numbers): quiet(small(numbers, CutMix()), 1)
+
+def test_an_interrupt_keeps_the_average(dls, birds):
+    learn = small(dls, CutMix(), CEKD(validate_ema=True))
+    with pytest.raises(KeyboardInterrupt): quiet(learn, 3, 1e-2, cbs=Stop())
+    files = get_image_files(birds)[:5]
+    with learn.no_bar():
+        there = load_learner(learn.export('a.pkl'))
+        with there.no_bar(): a = there.get_preds(dl=there.dls.test_dl(files))[0]
+        assert torch.allclose(a, learn.get_preds(dl=learn.dls.test_dl(files))[0], atol=1e-5)
+
+def test_an_export_after_an_interrupt_holds_no_pictures(dls):
+    learn = small(dls, Guard())
+    class Mid(Callback):
+        def after_loss(self):
+            if self.training: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): quiet(learn, 1, cbs=Mid())
+    assert learn.guard.batch is None and 'batch' not in learn.guard.__getstate__()
+
+def test_averaged_views_are_no_fit(dls):
+    said = []
+    class Ask(Callback):
+        def before_fit(self): said.append(is_fit(self.learn))
+    learn = small(dls, Ask())
+    with learn.no_bar(), learn.no_logging():
+        learn.tta(n=1)
+        learn.validate()
+        learn.fit(1, 0.)
+    assert said[-1] and not any(said[:-1]) and len(said)==3
+
+@pytest.mark.parametrize('make', [lambda d: online_learner(d, 'test_resnet', pretrained=False), lambda d: css_learner(d, ['test_resnet']*2, 2, pretrained=False)], ids=['online','css'])
+def test_a_learner_without_its_method(birds, make):
+    learn = make(fine_grained_dls(birds, size=64, bs=8, num_workers=0))
+    learn.remove_cbs([o for o in learn.cbs if getattr(o, 'loss_rank', 0)])
+    with pytest.raises(ValueError, match='Nothing makes one loss of what the branches of this network answer'): quiet(learn, 1)
+
+def test_a_picture_that_is_not_finite_is_like_itself():
+    a = tensor([1.,math.nan,2.])
+    assert _alike(a, a).all() and _alike(a, tensor([1.,2.,2.1])).tolist()==[True,False,False]
+
+@pytest.mark.parametrize('w_clean,times', [(0.,1),(1.,2)])
+def test_a_pass_that_must_not_train_moves_no_statistics(dls, w_clean, times):
+    learn = quiet(small(dls, MixUp(), CEKD(w_clean=w_clean)), 1)
+    n = {int(v) for k,v in learn.model.state_dict().items() if k.endswith('num_batches_tracked')}
+    assert n=={times*len(learn.dls.train)}
+
+# Statistics
+
+HALVES = ([.5]*3,[.5]*3)
+
+@pytest.fixture
+def known(birds, tmp_path):
+    "A learner of a backbone that knows pictures of mean .5"
+    file = tmp_path/'vit.pth'
+    torch.save(timm.create_model('test_vit').state_dict(), file)
+    return branch_learner(fine_grained_dls(birds, size=160, bs=8, num_workers=0), 'test_vit', weights=file)
+
+def same(a, b): return all(np.allclose(u, v, atol=1e-3) for u,v in zip(a, b))
+
+def test_later_data_have_the_statistics_of_the_network(known, birds):
+    assert same(data_stats(known.dls), HALVES)
+    new = fine_grained_dls(birds, size=160, bs=4, num_workers=0)
+    known.dls = new
+    assert same(data_stats(known.dls), HALVES) and known.dls.bs==4
+    own = ImageDataLoaders.from_folder(birds/'images', valid_pct=.3, item_tfms=Resize(160), batch_tfms=Normalize.from_stats(*imagenet_stats), bs=4, num_workers=0)
+    with pytest.warns(UserWarning, match='was pretrained on images of mean'): known.dls = own
+    assert known.dls is own
+
+def test_an_older_loader_is_named(birds, tmp_path):
+    file = tmp_path/'vit.pth'
+    torch.save(timm.create_model('test_vit').state_dict(), file)
+    dls,files = fine_grained_dls(birds, size=160, bs=8, num_workers=0),get_image_files(birds)[:3]
+    early = dls.test_dl(files)
+    learn = branch_learner(dls, 'test_vit', weights=file)
+    with learn.no_bar():
+        with pytest.warns(UserWarning, match='normalises its pictures otherwise'): learn.get_preds(dl=early)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            learn.get_preds(dl=learn.dls.test_dl(files))
+
+def test_an_older_export_is_read(known, tmp_path):
+    "Its data lie where fastai's learner has them"
+    assert vars(known)['dls'] is known.dls
+    there = load_learner(known.export(tmp_path/'a.pkl'))
+    assert same(data_stats(there.dls), HALVES)
