@@ -128,12 +128,18 @@ def before_train(self:SoftLabels):
     if self.rows_of is None:
         self.remember()
         self.rows_of = BatchRows()
-    self.rows_of.start()
+    self.rows_of.start(self.learn.dl if self.by_row else None)
     if self.at_epoch!=self.learn.epoch: self.start_epoch()
     self.at_epoch = self.learn.epoch
 
 @patch
 def start_epoch(self:SoftLabels): "Forget what an epoch before has gathered"
+
+@patch
+def after_fit(self:SoftLabels):
+    "Let go of the loader, also where a fit failed"
+    if self.rows_of is not None: self.rows_of.stop()
+SoftLabels.let_go = SoftLabels.after_fit
 
 # %% ../nbs/45_soft_labels.ipynb #base-batch
 @patch
@@ -213,6 +219,7 @@ def before_fit(self:SoftLabels):
     "Start clean, whatever an interrupted run has left"
     if is_fit(self.learn): self.check()
     self.after_batch()
+    self.after_fit()
     self.kept,self.rows_of,self.at_epoch = remembered_in(unwrap_model(self.learn.model)),None,None
 
 # %% ../nbs/45_soft_labels.ipynb #ols

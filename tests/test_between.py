@@ -2,7 +2,7 @@
 import warnings
 import pytest,timm,torch
 from fastai.callback.training import ShortEpochCallback
-from fastai.data.all import DataBlock,Normalize,RandomSplitter,RegressionBlock,first,get_image_files,math,np,partial,set_seed,tensor
+from fastai.data.all import DataBlock,Normalize,RandomSplitter,RegressionBlock,SkipItemException,first,get_image_files,math,np,partial,set_seed,tensor
 from fastai.vision.all import F,Callback,CancelTrainException,ImageBlock,ImageDataLoaders,Resize,imagenet_stats,load_learner,nn
 from fastai.losses import BCEWithLogitsLossFlat,CrossEntropyLossFlat,FocalLossFlat,L1LossFlat,LabelSmoothingCrossEntropy,MSELossFlat
 from cekd_fastai.all import (CEKD,CutMix,Guard,MixUp,PSKD,SnapMix,branch_learner,css_learner,fine_grained_dls,make_birds,meal_learner,online_learner)
@@ -162,3 +162,19 @@ def test_an_older_export_is_read(known, tmp_path):
     assert vars(known)['dls'] is known.dls
     there = load_learner(known.export(tmp_path/'a.pkl'))
     assert same(data_stats(there.dls), HALVES)
+
+def test_no_item_is_skipped_where_rows_count(birds):
+    "fastai moves the next item up, so that predictions would belong to other images; the loader is as it was after the fit"
+    dls = fine_grained_dls(birds, size=32, bs=8, num_workers=0)
+    learn = small(dls, PSKD())
+    quiet(learn, 1)
+    assert 'do_item' not in vars(dls.train)
+    whole = learn.dls.train.create_item
+    def some(i):
+        if i==5: raise SkipItemException
+        return whole(i)
+    learn.dls.train.create_item = some
+    with pytest.raises(ValueError, match='skip item 5'): quiet(learn, 1)
+    assert 'do_item' not in vars(learn.dls.train)
+    learn.remove_cb(PSKD)
+    quiet(learn, 1)

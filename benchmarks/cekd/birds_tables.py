@@ -2,6 +2,7 @@
 import json,math
 from pathlib import Path
 import numpy as np
+from PIL import Image
 from birds_plan import config,looks
 from birds_queue import read_rows
 
@@ -120,6 +121,7 @@ def figure(rows, file):
     fig.tight_layout()
     fig.savefig(file)
     plt.close(fig)
+    Image.open(file).convert('RGB').quantize(64, dither=0).save(file, optimize=True) # it lies in a notebook, too
 
 def forward_gmacs(c, rows=()):
     "Multiply-adds of a forward pass of one image, by number of branches, in milliards; of each teacher as `teachers`"

@@ -45,12 +45,26 @@ def batch_places(
     start = learn.iter*bs
     return slice(start, start+ifnone(n, bs))
 
+def _item(dl, i):
+    "An item of a loader that leaves out none"
+    try: return dl.after_item(dl.create_item(i))
+    except SkipItemException as e:
+        raise ValueError(f"The data skip item {i}, so that nobody knows which images a batch holds: do not skip items, but leave them out of the data.") from e
+
 class BatchRows:
     "Rows of the training data that the batch of a step holds, on the device"
     order = None # Rows of this epoch in the order of its batches, None before its first batch
-    def start(self):
-        "Begin an epoch"
+    whole = None # A loader that leaves out no item now
+    def start(self, dl=None):
+        "Begin an epoch; a loader that is given refuses to leave out items"
         self.order = None
+        self.stop()
+        if isinstance(dl, DataLoader): self.whole,dl.do_item = dl,partial(_item, dl)
+
+    def stop(self):
+        "Let the loader be as it was"
+        if self.whole is not None: vars(self.whole).pop('do_item', None)
+        self.whole = None
 
     def __call__(self,
         learn:Learner, # In a training step
