@@ -15,7 +15,7 @@ from torch.func import functional_call
 from .core import amp_context,check_above,check_not_negative,check_share,eval_mode,few,is_nested,one_of
 from .steps import step_pct,together
 from .mix.core import MixRecord,box_mask
-from .losses import cross_target,is_multi,kd_loss,loss_reduction,mixed_loss,ramp_up,soft_probs
+from .losses import cross_target,kd_loss,loss_reduction,mixed_loss,ramp_up,soft_probs
 from .cam import cam_logits
 from .ema import ModelEMA
 from .distill import CleanPass,Distill
@@ -109,7 +109,7 @@ class CEKD(Distill):
     cancelled = False  # Whether this step was cancelled, so that the average must not move
     show_ema = True    # Whether validation sees the average
     shown_before = False # Did the network hold it already, before this validation?
-    of_classes = True
+    of_classes = one_class = True
     takes_soft = True  # Another callback may soften the labels
     _stateattrs = Distill._stateattrs + ('ema_target','region','ema_pairs')
     def __init__(self,
@@ -165,14 +165,13 @@ def _check_together(self:CEKD):
     if self.target=='separate' and not self.w_cross and not soft_learn_labels:
         raise ValueError("CEKD: with target='separate' and these weights the soft branches would learn nothing: "
             "raise `w_cross` or `w_clean`, or use target='both'.")
-    usual = dict(T=3., ramp=.3, teacher='ensemble', fuse='labels', detach=True, confident=False, standardise=False)
-    idle = [] if self.w_cross else [k for k,v in usual.items() if getattr(self, k)!=v]
-    if idle: raise ValueError(f"CEKD: {few(idle)} is for the cross target, of which `w_cross=0` leaves nothing: leave it out.")
-    if self.clean_on!='all' and not self.w_clean:
-        raise ValueError("CEKD: `clean_on` is for the labels of clean images, of which `w_clean=0` leaves nothing: leave it out.")
+    of_cross = dict(T=3., ramp=.3, teacher='ensemble', fuse='labels', detach=True, confident=False, standardise=False)
+    groups = [('w_cross','the cross target',of_cross), ('w_clean','the labels of clean images',dict(clean_on='all'))]
+    for w,what,usual in groups:
+        idle = [] if getattr(self, w) else [k for k,v in usual.items() if getattr(self, k)!=v]
+        if idle: raise ValueError(f"CEKD: {few(idle)} is for {what}, of which `{w}=0` leaves nothing: leave it out.")
     if self.standardise and self.target=='fused':
-        raise ValueError("CEKD: `standardise` is for a divergence of two predictions, but with target='fused' labels and target "
-            "are one: use target='separate' or 'both'.")
+        raise ValueError("CEKD: `standardise` is for two predictions, but with target='fused' labels and target are one: leave it out.")
     if self.joint and not self.needs_clean: raise ValueError("CEKD: with this teacher and these weights no clean images run that could be `joint` with the mixed ones: leave it out.")
     if self.decay!=.999 and not (self.teacher=='ema' or self.validate_ema):
         raise ValueError("CEKD: `decay` is of an average of weights, and none is kept: leave it out, or pass teacher='ema' or validate_ema=True.")
@@ -189,7 +188,6 @@ def check(self:CEKD):
     if self.needs_clean and hasattr(self.learn.model, '_orig_mod'):
         raise ValueError('`CEKD` runs the parts of the network by themselves, but it is compiled as a whole: '
             'pass `Compile()` in `cbs` instead, which compiles its parts.')
-    n_branches = self.net.n_branches
     foreign = first(type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler))
     if foreign:
         raise ValueError(f"`CEKD` needs to know what was mixed with what, but this `{foreign}` is fastai's: "
@@ -197,10 +195,7 @@ def check(self:CEKD):
     if self.mixer is None:
         raise ValueError("`CEKD` distils from clean to mixed images, but nothing mixes: "
             "add `SnapMix()`, `CutMix()` or `MixUp()` to `cbs`.")
-    if is_multi(self.learn.loss_func):
-        raise ValueError("`CEKD` distils one class distribution per image, but the loss is for several labels: "
-            "use a cross-entropy.")
-    if self.teacher=='peer' and self.target=='separate' and n_branches==2:
+    if self.teacher=='peer' and self.target=='separate' and self.net.n_branches==2:
         raise ValueError("`CEKD(teacher='peer')` with two branches, one of them for the soft target, "
             "is the same as teacher='branch': pass target='both' or 'fused' for two that teach each other.")
     if self.joint and self.mixer.needs_maps:

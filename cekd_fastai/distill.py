@@ -13,7 +13,7 @@ from typing import NamedTuple
 from fastai.vision.all import *
 from fastai.distributed import ParallelTrainer
 from .core import amp_context,is_fit,is_nested,loss_owner,unwrap_model
-from .losses import is_regression,loss_reduction,mixed_loss
+from .losses import is_multi,is_regression,loss_reduction,mixed_loss
 from .mix.callback import mix_of
 from .branches import BranchNet,frozen_norm_stats
 
@@ -32,6 +32,7 @@ class Distill(Callback):
     loss_rank = 2       # Of several callbacks that write the loss, the one with the highest rank does
     needs_clean = False # Does a step need a pass over the unmixed images?
     of_classes = False  # Does it distil classes, so that a loss for numbers is none of its own?
+    one_class = False   # Does it distil one class an image?
     min_branches = 1    # Branches that the method needs
     own_labels = False  # Is it for networks whose branches have labels of their own?
     takes_soft = False  # Does it learn the labels through `task_loss`, which another callback may soften?
@@ -82,7 +83,11 @@ def check(self:Distill):
         raise ValueError(f"`{self}` trains a network with branches, but the model is a `{kind}`: "
             "make the learner with `branch_learner`.")
     if self.of_classes and is_regression(self.learn.loss_func):
-        raise ValueError(f"`{self}` distils classes, but the loss is one for numbers: take data with classes and a cross-entropy.")
+        raise ValueError(f"`{self}` distils classes, but the loss is one for numbers: "
+            "take data with classes and a cross-entropy.")
+    if self.one_class and is_multi(self.learn.loss_func):
+        raise ValueError(f"`{self}` distils one class distribution per image, but the loss is for several labels: "
+            "use a cross-entropy.")
     if net.own_labels!=self.own_labels:
         have = 'have' if net.own_labels else 'have no'
         raise ValueError(f"The branches of `{kind}` {have} labels of their own, which does not fit `{self}`: "
@@ -120,8 +125,8 @@ def after_fit(self:Distill):
 # %% ../nbs/42_distill.ipynb #train-code
 @patch
 def before_train(self:Distill):
-    "Start clean, also where a callback has ended the epoch before within a batch, and take off the network's optional parts that no callback keeps any longer"
-    self.reset_step()
+    "Start clean, and take off the network's optional parts that no callback keeps any longer"
+    self.reset_step() # a callback may have ended the epoch before within a batch
     kept = [name for cb in self.learn.cbs for name in getattr(cb, 'keeps', ())]
     self.net.drop_parts(kept)
 
@@ -134,7 +139,8 @@ def clean_pass(self:Distill,
     if self.clean is None or self.clean.x is not x:
         learns = self.clean_learns
         still = nullcontext() if learns else frozen_norm_stats(self.net)
-        with amp_context(self.learn), torch.set_grad_enabled(learns), still: self.clean = CleanPass(x, *self.net.branch_forward(x))
+        with amp_context(self.learn), torch.set_grad_enabled(learns), still: res = self.net.branch_forward(x)
+        self.clean = CleanPass(x, *res)
     return self.clean
 
 @patch

@@ -11,7 +11,7 @@ __all__ = ['BranchLearner', 'branch_learner', 'meal_learner', 'online_learner', 
 import inspect,timm
 from fastai.vision.all import *
 from .core import class_count,data_stats,data_vocab,eval_mode,few,is_nested,lookup,loss_owner,unwrap_model
-from .data.loaders import with_stats
+from .data.loaders import _as_known,_opened,_same_stats
 from .tuning import trunks_of
 from .branches import branch_net,branch_splitter,peer_net
 from .midlevel import mid_net
@@ -210,23 +210,6 @@ def _check_taken(net, shape):
         raise _size_fault(known[0]['name'], shape[1], known[0]['shape'][1], args) from e
 
 # %% ../nbs/64_learner.ipynb #le-input3
-def _same_stats(a, b): return all(np.allclose(u, v, atol=1e-3) for u,v in zip(a, b))
-
-def _opened(dls, wanted):
-    "Loaders of a learner's own, with its statistics, which `dls` gets as well; those of the learners before stay as they are"
-    new,of_learner,given = copy(dls),getattr(dls, 'of_learner', False),getattr(dls, 'given_loaders', [])
-    ours = [id(o) for o in given]==[id(o) for o in dls.loaders] # and not changed since
-    new.first_loaders = dls.first_loaders if ours else list(dls.loaders)
-    new.loaders,new.of_learner = list(new.first_loaders),True
-    have,was = data_stats(new),data_stats(dls)
-    if wanted and have and not _same_stats(have, wanted): new = with_stats(new, wanted)
-    new.given_loaders = list(new.loaders)
-    if of_learner: return new
-    if ours and was and not _same_stats(was, data_stats(new)):
-        warn("`dls` has now the statistics of the learner made last: for pictures of an earlier one take its own `learn.dls`.")
-    dls.first_loaders,dls.loaders,dls.given_loaders = new.first_loaders,list(new.loaders),list(new.loaders)
-    return new
-
 def _normalised(dls, net, pretrained):
     "Loaders whose pictures are normalised as the backbone knows them, and a line on what its weights left new"
     facts = _facts(net)
@@ -251,17 +234,6 @@ def _known(net):
     "Name of a backbone, and mean and deviation of the pictures that it knows; None for what is not known"
     facts = _facts(net)
     return first(o['name'] for o in facts),first(o['stats'] for o in facts if o['stats'])
-
-def _as_known(dls, name, wanted):
-    "Loaders with the statistics that a network knows, or a warning where they are given otherwise"
-    have = data_stats(dls) if wanted else None
-    if not have or _same_stats(have, wanted): return dls
-    if getattr(dls, 'open_stats', False): return _opened(dls, wanted)
-    if hasattr(dls, 'open_stats'): return dls # their statistics were chosen
-    mean,std = wanted
-    what = f"`{name}` was pretrained on images of mean {mean} and deviation {std}, and these have been normalised otherwise"
-    warn(f"{what}: pass `Normalize.from_stats({mean}, {std})`, or build them by `fine_grained_dls`.")
-    return dls
 
 # %% ../nbs/64_learner.ipynb #le-later2
 @patch(as_prop=True)

@@ -51,16 +51,18 @@ def is_multi(
 )->bool:
     "Whether it is the loss for several labels an image"
     f = _inner(loss_func)
-    return isinstance(f, (nn.BCEWithLogitsLoss,nn.MultiLabelSoftMarginLoss)) or f in (F.binary_cross_entropy_with_logits,F.multilabel_soft_margin_loss)
+    if isinstance(f, (nn.BCEWithLogitsLoss,nn.MultiLabelSoftMarginLoss)): return True
+    return f in (F.binary_cross_entropy_with_logits,F.multilabel_soft_margin_loss)
 
-_OF_NUMBERS = (nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss,nn.PoissonNLLLoss,F.mse_loss,F.l1_loss,F.smooth_l1_loss,F.huber_loss,F.poisson_nll_loss)
+_OF_NUMBERS = (nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss,nn.PoissonNLLLoss)
+_of_numbers = (F.mse_loss,F.l1_loss,F.smooth_l1_loss,F.huber_loss,F.poisson_nll_loss)
 
 def is_regression(
     loss_func, # A loss, or a `partial` of a function
 )->bool:
     "Whether it is a loss for numbers, and not for classes"
     f = _inner(loss_func)
-    return f in _OF_NUMBERS or isinstance(f, _OF_NUMBERS[:5])
+    return isinstance(f, _OF_NUMBERS) or f in _of_numbers
 
 # %% ../nbs/26_losses.ipynb #all
 def in_all(

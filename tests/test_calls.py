@@ -135,7 +135,7 @@ def test_a_loader_that_would_not_look(birds):
     (lambda: MEAL(timm.create_model('test_resnet'), feat='tokens'), 'feat is for features'),
     (lambda: MEAL(timm.create_model('test_resnet'), taps=0, space='max'), 'space is for feature maps'),
     (lambda: CEKD(w_cross=0, target='both', T=9, fuse='maps'), 'T, fuse is for the cross target'),
-    (lambda: CEKD(w_clean=0, clean_on='label'), '`clean_on` is for the labels of clean images'),
+    (lambda: CEKD(w_clean=0, clean_on='label'), 'clean_on is for the labels of clean images'),
     (lambda: CEKD(joint=True, teacher='ema', w_clean=0), 'no clean images run'),
     (lambda: CEKD(decay=.9), 'none is kept')])
 def test_arguments_that_would_do_nothing(make, says):

@@ -11,7 +11,7 @@ __all__ = ['SPREADSHEET', 'TableLabeller', 'TableSplitter', 'OpenImage', 'FineGr
 # %% ../../nbs/19_data.loaders.ipynb #imports
 import multiprocessing,random
 from fastai.vision.all import *
-from ..core import check_count
+from ..core import check_count,data_stats
 from .table import RECIPES,_rows_by
 from .image import ResizeShort,_in_threads,_stats,norm_stats,open_image,recipe_tfms,scaling_tfms
 from .benchmarks import read_table
@@ -266,6 +266,35 @@ def with_stats(
     res = copy(dls)
     res.loaders = [_with_norm(dl, norm) for dl in dls.loaders]
     return res
+
+# %% ../../nbs/19_data.loaders.ipynb #stats-later
+def _same_stats(a, b): return all(np.allclose(u, v, atol=1e-3) for u,v in zip(a, b))
+
+def _opened(dls, wanted):
+    "Loaders of a learner's own, with its statistics, which `dls` gets as well; those of the learners before stay as they are"
+    new,of_learner,given = copy(dls),getattr(dls, 'of_learner', False),getattr(dls, 'given_loaders', [])
+    ours = [id(o) for o in given]==[id(o) for o in dls.loaders] # and not changed since
+    new.first_loaders = dls.first_loaders if ours else list(dls.loaders)
+    new.loaders,new.of_learner = list(new.first_loaders),True
+    have,was = data_stats(new),data_stats(dls)
+    if wanted and have and not _same_stats(have, wanted): new = with_stats(new, wanted)
+    new.given_loaders = list(new.loaders)
+    if of_learner: return new
+    if ours and was and not _same_stats(was, data_stats(new)):
+        warn("`dls` has now the statistics of the learner made last: for pictures of an earlier one take its own `learn.dls`.")
+    dls.first_loaders,dls.loaders,dls.given_loaders = new.first_loaders,list(new.loaders),list(new.loaders)
+    return new
+
+def _as_known(dls, name, wanted):
+    "Loaders with the statistics that a network knows, or a warning where they are given otherwise"
+    have = data_stats(dls) if wanted else None
+    if not have or _same_stats(have, wanted): return dls
+    if getattr(dls, 'open_stats', False): return _opened(dls, wanted)
+    if hasattr(dls, 'open_stats'): return dls # their statistics were chosen
+    mean,std = wanted
+    what = f"`{name}` was pretrained on images of mean {mean} and deviation {std}, and these have been normalised otherwise"
+    warn(f"{what}: pass `Normalize.from_stats({mean}, {std})`, or build them by `fine_grained_dls`.")
+    return dls
 
 # %% ../../nbs/19_data.loaders.ipynb #dls
 def fine_grained_dls(

@@ -49,7 +49,8 @@ def _item(dl, i):
     "An item of a loader that leaves out none"
     try: return dl.after_item(dl.create_item(i))
     except SkipItemException as e:
-        raise ValueError(f"The data skip item {i}, so that nobody knows which images a batch holds: do not skip items, but leave them out of the data.") from e
+        raise ValueError(f"The data skip item {i}, so that nobody knows which images a batch holds: "
+            "do not skip items, but leave them out of the data.") from e
 
 class BatchRows:
     "Rows of the training data that the batch of a step holds, on the device"

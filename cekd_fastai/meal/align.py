@@ -61,7 +61,7 @@ def similarity(
 def block_weights(
     n:int, # Number of feature maps that are compared
 )->list:   # n+1 weights
-    "The weights of `n` maps and the logits, from shallow to deep: those of the official script for its four maps, its first ones for fewer"
+    "The weights of `n` maps and the logits, from shallow to deep, after the official script, which has four maps"
     if n<4: return [.001,.01,.05][3-n:] + [1.]
     return [.001]*(n-4) + [.001,.01,.05,.1,1.]
 

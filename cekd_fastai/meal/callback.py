@@ -103,15 +103,16 @@ def check_args(self:MEAL, teachers):
     usual = dict(w_adv=1., disc='own', lr_disc=None, reduce=2, last_relu=False)
     idle = [] if self.adversarial else [k for k,v in usual.items() if getattr(self, k)!=v]
     if idle: raise ValueError(f"MEAL: {few(idle)} is for discriminators, of which `adversarial=None` has none: leave it out.")
+    check_count(reduce=self.reduce, views=self.views)
+    of_maps = dict(teacher_taps=None, space='avg', channels='mean')
     groups = [('stored answers: pass `cache_targets=True`', self.cache_targets, dict(views=1, seed=42)),
         ('features: pass a weight, `w_feat`', self.w_feat, dict(feat='pooled')),
-        ('feature maps, of which `taps=0` compares none: pass `taps`', self.taps!=0, dict(teacher_taps=None, space='avg', channels='mean'))]
+        ('feature maps, of which `taps=0` compares none: pass `taps`', self.taps!=0, of_maps)]
     for what,used,usual in groups:
         idle = [] if used else [k for k,v in usual.items() if getattr(self, k)!=v]
         if idle: raise ValueError(f"MEAL: {few(idle)} is for {what}, or leave it out.")
     if self.kind in ('l1','l2') and self.T!=1:
         raise ValueError(f"MEAL: kind={self.kind!r} compares logits, which have no temperature: leave `T` out, or pass kind='{self.kind}_soft'.")
-    check_count(reduce=self.reduce, views=self.views)
     if self.w_feat and self.cache_targets:
         raise ValueError("MEAL: `cache_targets` stores answers, not the features that `w_feat` compares: leave one of them out.")
     if self.w_feat and self.feat=='tokens' and self.view is not None:

@@ -43,7 +43,8 @@ class Mix(Callback):
     def check(self):
         "Refuse a second mixing callback, and class activation maps of what are no classes"
         if self.needs_maps and is_regression(self.learn.loss_func):
-            raise ValueError(f"`{self}` looks for the evidence of a class, but the loss is one for numbers: take `CutMix` or `MixUp`.")
+            raise ValueError(f"`{self}` looks for the evidence of a class, but the loss is one for numbers: "
+                "take `CutMix` or `MixUp`.")
         mixes = [f'`{cb}`' for cb in self.learn.cbs if isinstance(cb, (Mix,MixHandler))]
         if len(mixes)<2: return
         raise ValueError(f"{' and '.join(mixes)} would mix the same batch twice: keep one of them in `cbs`.")

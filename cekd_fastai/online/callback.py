@@ -11,7 +11,7 @@ __all__ = ['ONLINE', 'OnlineKD', 'DML', 'KDCL', 'ONE', 'OKDDip', 'FFL', 'FFMCD']
 from fastai.vision.all import *
 from ..core import check_above,check_not_negative,check_share,one_of
 from ..steps import step_pct
-from ..losses import in_all,is_multi,kd_loss,others_mean_kd,ramp_up
+from ..losses import in_all,kd_loss,others_mean_kd,ramp_up
 from ..distill import Distill
 from .cd import CD_FORMS,cd_loss,classifier_weight
 from .net import GateNet
@@ -19,7 +19,7 @@ from .net import GateNet
 # %% ../../nbs/58_online.callback.ipynb #dv-cb
 class OnlineKD(Distill):
     "Base class of online distillation among the branches of one network"
-    of_classes = True
+    of_classes = one_class = True
     min_branches = 2   # A branch needs a peer to learn from
     branches = 3       # Number of branches; each method has its default
     gates = ('mean',)  # Names of the gates that it works with, its own first
@@ -69,17 +69,14 @@ def loss_divisor(self:OnlineKD): return self.net.n_branches+self.ce_ens
 
 @patch
 def check(self:OnlineKD):
-    "Refuse a network, gate or loss that this method cannot train"
+    "Refuse a network or gate that this method cannot train"
     Distill.check(self)
-    name,loss_func = type(self).__name__,self.learn.loss_func
+    name = type(self).__name__
     gate = self.net.gate.name if isinstance(self.net, GateNet) else 'mean'
     if gate not in self.gates:
         needs = ' or '.join(map(repr, self.gates))
         raise ValueError(f"`{name}` needs the gate {needs}, but the network has {gate!r}: "
             f"build it with `gate_net(..., gate={self.gates[0]!r})`.")
-    if is_multi(loss_func):
-        raise ValueError(f"`{name}` distils one class distribution per image, but the loss is for several labels: "
-            "use a cross-entropy.")
 
 # %% ../../nbs/58_online.callback.ipynb #dv-cb3
 class DML(OnlineKD):
