@@ -165,7 +165,7 @@ def test_one_sentence(birds, tmp_path):
 
 def test_same_seed_same_result(done, birds, tmp_path, here):
     "In a new process, and in one that has done other things before"
-    p = here('--data', birds, *small, '--epochs', 2, '--mix', 'cutmix', '--out', tmp_path/'again')
+    p = here('--data', birds, *small, '--epochs', 2, '--method', 'cekd', '--mix', 'cutmix', '--out', tmp_path/'again')
     assert p.returncode==0, p.stderr
     a,b = (json.loads((o/'result.json').read_text()) for o in (done[0], tmp_path/'again'))
     assert a['accuracy']==b['accuracy'] and abs(a['valid_loss']-b['valid_loss'])<1e-4
