@@ -248,7 +248,7 @@ def dls(self:BranchLearner, new): vars(self)['dls'] = _as_known(new, *vars(self)
 @patch
 def _do_epoch_validate(self:BranchLearner, ds_idx=1, dl=None):
     "As fastai's, with a warning where the pictures are normalised otherwise than the learner's"
-    have,ours = (data_stats(o) for o in (SimpleNamespace(train=dl),self.dls))
+    have,ours = (None,None) if dl is None else (data_stats(o) for o in (SimpleNamespace(train=dl),self.dls))
     if have and ours and not _same_stats(have, ours):
         warn("This loader normalises its pictures otherwise than the learner's: make it by `learn.dls.test_dl`.")
     return super(BranchLearner, self)._do_epoch_validate(ds_idx, dl)
