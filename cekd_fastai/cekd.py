@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from dataclasses import replace
 from fastai.callback.mixup import MixHandler
 from torch.func import functional_call
-from .core import amp_context,check_above,check_not_negative,check_share,eval_mode,few,is_nested,one_of
+from .core import amp_context,check_above,check_idle,check_not_negative,check_share,eval_mode,is_nested,one_of
 from .steps import step_pct,together
 from .mix.core import MixRecord,box_mask
 from .losses import cross_target,kd_loss,loss_reduction,mixed_loss,ramp_up,soft_probs
@@ -166,10 +166,8 @@ def _check_together(self:CEKD):
         raise ValueError("CEKD: with target='separate' and these weights the soft branches would learn nothing: "
             "raise `w_cross` or `w_clean`, or use target='both'.")
     of_cross = dict(T=3., ramp=.3, teacher='ensemble', fuse='labels', detach=True, confident=False, standardise=False)
-    groups = [('w_cross','the cross target',of_cross), ('w_clean','the labels of clean images',dict(clean_on='all'))]
-    for w,what,usual in groups:
-        idle = [] if getattr(self, w) else [k for k,v in usual.items() if getattr(self, k)!=v]
-        if idle: raise ValueError(f"CEKD: {few(idle)} is for {what}, of which `{w}=0` leaves nothing: leave it out.")
+    check_idle(self, 'the cross target: pass a weight, `w_cross`', self.w_cross, **of_cross)
+    check_idle(self, 'the labels of clean images: pass a weight, `w_clean`', self.w_clean, clean_on='all')
     if self.standardise and self.target=='fused':
         raise ValueError("CEKD: `standardise` is for two predictions, but with target='fused' labels and target are one: leave it out.")
     if self.joint and not self.needs_clean: raise ValueError("CEKD: with this teacher and these weights no clean images run that could be `joint` with the mixed ones: leave it out.")

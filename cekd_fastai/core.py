@@ -7,7 +7,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/core.html.md"""
 # %% auto #0
 __all__ = ['unwrap_model', 'eval_mode', 'amp_context', 'HalfPrecision', 'is_fit', 'is_nested', 'loss_owner', 'write_whole',
            'whole_folder', 'few', 'near_hint', 'lookup', 'one_sentence', 'no_memory', 'one_of', 'check_above',
-           'check_not_negative', 'check_share', 'check_count', 'data_stats', 'data_vocab', 'class_count',
+           'check_not_negative', 'check_share', 'check_count', 'check_idle', 'data_stats', 'data_vocab', 'class_count',
            'decode_images', 'show_panel']
 
 # %% ../nbs/00_core.ipynb #imports
@@ -246,6 +246,17 @@ def check_count(
     for k,v in values.items():
         whole = isinstance(v, (int,np.integer)) and not isinstance(v, bool)
         if not whole or v<1: raise ValueError(f'{k}={v!r}: pass a whole number of 1 or more')
+
+# %% ../nbs/00_core.ipynb #idle
+def check_idle(
+    owner,  # The callback that holds the arguments
+    of,     # What they are for, and what to do
+    used,   # Whether `owner` has that
+    **usual # Their defaults by their names
+):
+    "Refuse arguments that were changed, but would not be read"
+    idle = [] if used else [f'`{k}`' for k,v in usual.items() if getattr(owner, k)!=v]
+    if idle: raise ValueError(f"{type(owner).__name__}: {few(idle)} is for {of}, or leave it out.")
 
 # %% ../nbs/00_core.ipynb #stats
 def data_stats(

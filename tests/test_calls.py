@@ -130,12 +130,12 @@ def test_a_loader_that_would_not_look(birds):
 
 @pytest.mark.parametrize('make,says', [
     (lambda: MEAL(timm.create_model('test_resnet'), kind='l2', T=4), "kind='l2' compares logits"),
-    (lambda: MEAL(timm.create_model('test_resnet'), adversarial=None, w_adv=.1), 'w_adv is for discriminators'),
-    (lambda: MEAL(timm.create_model('test_resnet'), views=3), 'views is for stored answers'),
-    (lambda: MEAL(timm.create_model('test_resnet'), feat='tokens'), 'feat is for features'),
-    (lambda: MEAL(timm.create_model('test_resnet'), taps=0, space='max'), 'space is for feature maps'),
-    (lambda: CEKD(w_cross=0, target='both', T=9, fuse='maps'), 'T, fuse is for the cross target'),
-    (lambda: CEKD(w_clean=0, clean_on='label'), 'clean_on is for the labels of clean images'),
+    (lambda: MEAL(timm.create_model('test_resnet'), adversarial=None, w_adv=.1), '`w_adv` is for discriminators'),
+    (lambda: MEAL(timm.create_model('test_resnet'), views=3), '`views` is for stored answers'),
+    (lambda: MEAL(timm.create_model('test_resnet'), feat='tokens'), '`feat` is for features'),
+    (lambda: MEAL(timm.create_model('test_resnet'), taps=0, space='max'), '`space` is for feature maps'),
+    (lambda: CEKD(w_cross=0, target='both', T=9, fuse='maps'), '`T`, `fuse` is for the cross target'),
+    (lambda: CEKD(w_clean=0, clean_on='label'), '`clean_on` is for the labels of clean images'),
     (lambda: CEKD(joint=True, teacher='ema', w_clean=0), 'no clean images run'),
     (lambda: CEKD(decay=.9), 'none is kept')])
 def test_arguments_that_would_do_nothing(make, says):
@@ -195,7 +195,7 @@ def test_recipes_without_their_discriminators(off):
     for name in ('meal-v2-imagenet-resnet18','meal-cifar10-vgg19'):
         args = with_recipe(own|dict(recipe=name, adversarial='none'), own)['method_args']
         assert not [o for o in args if o.split('=')[0] in ('disc','reduce')] and [o for o in args if o.split('=')[0] in ('taps','choose')]
-    with pytest.raises(ValueError, match='reduce is for discriminators'): MEAL.v2(net, adversarial=off, reduce=4)
+    with pytest.raises(ValueError, match='`reduce` is for discriminators'): MEAL.v2(net, adversarial=off, reduce=4)
 
 def test_loaders_of_your_own(birds):
     "Loaders need no `dataset` for the recommended settings"

@@ -9,7 +9,7 @@ __all__ = ['MEAL']
 
 # %% ../../nbs/54_meal.callback.ipynb #imports
 from fastai.vision.all import *
-from ..core import amp_context,check_count,check_not_negative,data_stats,data_vocab,eval_mode,few,one_of
+from ..core import amp_context,check_count,check_idle,check_not_negative,data_stats,data_vocab,eval_mode,one_of
 from ..steps import step_share
 from ..data.rows import batch_places
 from ..losses import in_all,is_multi
@@ -100,17 +100,13 @@ def check_args(self:MEAL, teachers):
     if self.lr_disc is not None and DISC_STYLES[self.disc].share is not None:
         found = f'`lr_disc` is {self.lr_disc}, but the discriminators of disc={self.disc!r} follow the student'
         raise ValueError(f"MEAL: {found}: leave `lr_disc` out, or train them with disc='own'.")
-    usual = dict(w_adv=1., disc='own', lr_disc=None, reduce=2, last_relu=False)
-    idle = [] if self.adversarial else [k for k,v in usual.items() if getattr(self, k)!=v]
-    if idle: raise ValueError(f"MEAL: {few(idle)} is for discriminators, of which `adversarial=None` has none: leave it out.")
+    of_discs = dict(w_adv=1., disc='own', lr_disc=None, reduce=2, last_relu=False)
+    check_idle(self, "discriminators: pass `adversarial='joint'`", self.adversarial, **of_discs)
     check_count(reduce=self.reduce, views=self.views)
     of_maps = dict(teacher_taps=None, space='avg', channels='mean')
-    groups = [('stored answers: pass `cache_targets=True`', self.cache_targets, dict(views=1, seed=42)),
-        ('features: pass a weight, `w_feat`', self.w_feat, dict(feat='pooled')),
-        ('feature maps, of which `taps=0` compares none: pass `taps`', self.taps!=0, of_maps)]
-    for what,used,usual in groups:
-        idle = [] if used else [k for k,v in usual.items() if getattr(self, k)!=v]
-        if idle: raise ValueError(f"MEAL: {few(idle)} is for {what}, or leave it out.")
+    check_idle(self, 'stored answers: pass `cache_targets=True`', self.cache_targets, views=1, seed=42)
+    check_idle(self, 'features: pass a weight, `w_feat`', self.w_feat, feat='pooled')
+    check_idle(self, 'feature maps, of which `taps=0` compares none: pass `taps`', self.taps!=0, **of_maps)
     if self.kind in ('l1','l2') and self.T!=1:
         raise ValueError(f"MEAL: kind={self.kind!r} compares logits, which have no temperature: leave `T` out, or pass kind='{self.kind}_soft'.")
     if self.w_feat and self.cache_targets:
