@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated,get_args
 from fastcore.docments import docments
 from . import __version__
-from .options import as_options,at_home
+from .options import as_options,at_home,same_args
 from .recipes import PAPER_RUNS
 
 # %% ../nbs/91_cli.ipynb #names-code
@@ -319,7 +319,7 @@ def cekd_train(
 ):
     "Train a fine-grained classifier, plain or with a distillation, and write its results"
     args = dict(locals())
-    typed = _in_script(sys._getframe(1)) and args==_defaults()
+    typed = _in_script(sys._getframe(1)) and all(same_args(args[k], v) for k,v in _defaults().items())
     try:
         said = given() if typed else {}
         if (args|said)['launch'] is not None: _launch(said)

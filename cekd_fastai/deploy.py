@@ -8,6 +8,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/deploy.html.md"""
 __all__ = ['PictureInput', 'deploy', 'check_device', 'Deployed']
 
 # %% ../nbs/77_deploy.ipynb #imports
+import hashlib
 from fastai.vision.all import *
 from PIL import UnidentifiedImageError
 from .core import data_stats,data_vocab,eval_mode,few,one_sentence,unwrap_model,write_whole
@@ -256,6 +257,8 @@ def deploy(
 )->Path:
     "Write the network that predicts, with its classes and how it sees a picture, into one safe file; refuse if it answers otherwise"
     net,file = unwrap_model(learn.model),Path(file).expanduser()
+    other = dict(onnx='export_onnx', pt2='export_program').get(file.suffix.lower()[1:])
+    if other: raise ValueError(f"`{file}` has the suffix of a file of `{other}`: call that, or write a .pt.")
     if not isinstance(net, BranchNet):
         raise ValueError(f"`deploy` writes networks of this library, but the model is a `{type(net).__name__}`: "
             "use `learn.export`, or make the learner with `branch_learner`.")
@@ -304,6 +307,7 @@ class Deployed:
     def set_info(self, info, file, device):
         "Take over what the file says beside the weights"
         check_info(info, file)
+        self.digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() # of what was read: the file may be written anew
         self.info,self.file,self.device = _complete(info, file),Path(file),device
         self.vocab,self.size,self.thresh = (self.info[o] for o in ('vocab','size','thresh'))
         self.activation = _ACTIVATIONS[self.info['activation']]

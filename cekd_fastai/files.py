@@ -16,6 +16,7 @@ from .core import few,one_sentence
 # %% ../nbs/33_files.ipynb #zip
 def _first_line(e):
     "The first line of an error that says something, else its name"
+    if str(e).startswith('Weights only load failed'): return 'it is no file of torch, or holds objects that only running its code would make' # torch would advise to run it
     lines = [o for o in str(e).splitlines() if o.strip()]
     return lines[0] if lines else type(e).__name__
 
@@ -29,12 +30,20 @@ def _fault_of_zip(file):
     return bad and f'the checksum of its member {bad} differs'
 
 # %% ../nbs/33_files.ipynb #load
+class _Unread:
+    "Stands for an object that is not made, such as a setting of an optimiser"
+    def __init__(self, *args): pass
+    def __setstate__(self, state): pass
+
+_OF_OPTIMISERS = ['fastcore.foundation.L','numpy.dtype',*(f'numpy.{o}.multiarray.scalar' for o in ('core','_core'))]
+
 def _load(file):
     "What a torch file holds, read without running code"
     if zipfile.is_zipfile(file) and (fault := _fault_of_zip(file)): raise ValueError(f'it is damaged: {fault}')
     with open(file, 'rb') as f: head = f.read(2**24)
     if b'bytearray' in head: raise ValueError('it makes a bytearray, of any size, and that is no weight')
-    return torch.load(file, map_location='cpu', weights_only=True)
+    unread = [(_Unread,o) for o in _OF_OPTIMISERS]
+    with torch.serialization.safe_globals(unread): return torch.load(file, map_location='cpu', weights_only=True)
 
 # %% ../nbs/33_files.ipynb #held
 def _tensors(o):

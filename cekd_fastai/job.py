@@ -16,6 +16,7 @@ with warnings.catch_warnings():
 # this room registers itself as a benchmark
 from . import synthetic # chkstyle: ignore
 from .core import lookup
+from .options import same_args
 from .drawing.dataset import make_birds
 from .data.loaders import fine_grained_dls
 from .learner import _takes,branch_learner
@@ -38,9 +39,9 @@ def with_recipe(
     name = args['recipe']
     if name is None: return advised(dict(args))
     run = lookup('recipe', name, PAPER_RUNS)
-    given = set(said) | {k for k in own if args[k]!=own[k]}
+    given = set(said) | {k for k in own if not same_args(args[k], own[k])}
     kept = {k:args[k] for k in run if k in given}
-    changed = [k for k in kept if kept[k]!=run[k]]
+    changed = [k for k in kept if not same_args(kept[k], run[k])]
     idle = {o for k in changed for o in _HANGS_ON.get(k, ())}-given # means nothing for what was chosen instead
     run = {k:v for k,v in run.items() if k not in idle}
     if args.get('adversarial')=='none' and 'method_args' in run: run['method_args'] = [o for o in run['method_args'] if o.split('=')[0] not in _OF_DISC]

@@ -120,5 +120,6 @@ def export_onnx(
     pictures=None, # Paths of pictures to compare with PyTorch; of a learner a few of its validation set, else drawn ones
 )->Path:
     "Write a network as ONNX, with its classes and how it sees a picture, once onnxruntime gives the same answers as PyTorch"
+    if Path(file).suffix.lower()!='.onnx': raise ValueError(f"`{file}` is to be ONNX: give it the suffix .onnx.")
     _need('onnx', 'onnxruntime')
     return _write_net(_write_onnx, source, file, which, pictures)

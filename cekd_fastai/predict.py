@@ -8,7 +8,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/predict.html.md"""
 __all__ = ['open_net', 'predict_folder']
 
 # %% ../nbs/82_predict.ipynb #imports
-import csv as csv_format,hashlib,io,warnings
+import csv as csv_format,io,warnings
 from fastai.vision.all import *
 from .core import check_count,few,one_sentence,write_whole
 from .options import at_home
@@ -64,9 +64,8 @@ def _row(d, file, model, probs, top):
 
 def _model_name(d, tta):
     "The file of a network, with a few digits of its hash"
-    digits = hashlib.sha256(d.file.read_bytes()).hexdigest()[:8]
     views = ' tta' if tta else ''
-    return f'{d.file.name} {digits}{views}'
+    return f'{d.file.name} {d.digest[:8]}{views}'
 
 # %% ../nbs/82_predict.ipynb #pf-csv
 def _head_of(data):

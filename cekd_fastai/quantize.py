@@ -11,6 +11,7 @@ __all__ = ['quantize_onnx']
 import time,warnings
 from fastai.vision.all import *
 from .core import check_count,write_whole
+from .options import at_home
 from .data.folders import images_of
 from .data.rows import source_at
 from .deploy import _as_shown,_pictures,_spread
@@ -108,7 +109,8 @@ def quantize_onnx(
         (fit,_),(shown,y) = _items(pictures.train, n),_items(pictures.valid, n_valid)
         y = _as_in_file(old, pictures.vocab, y)
     else:
-        pictures = images_of(pictures) if isinstance(pictures, (str,Path)) else list(pictures)
+        pictures = [at_home(o) for o in ([pictures] if isinstance(pictures, (str,Path)) else pictures)]
+        if len(pictures)==1 and Path(pictures[0]).is_dir(): pictures = images_of(pictures[0])
         fit,shown = ([pictures[i] for i in _spread(len(pictures), o)] for o in (n,n_valid))
         y = None
     if not fit: raise ValueError('`quantize_onnx` needs a few pictures to calibrate with.')

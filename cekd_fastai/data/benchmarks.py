@@ -8,6 +8,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/data.benchmarks.html.md"""
 __all__ = ['STATS', 'BENCHMARKS', 'Benchmark', 'benchmarks', 'read_table']
 
 # %% ../../nbs/18_data.benchmarks.ipynb #imports
+import warnings
 from fastai.vision.all import *
 from dataclasses import asdict,dataclass
 from torchvision import datasets as tvd
@@ -264,7 +265,10 @@ def _source_table(source, root, valid_pct, seed, verify, **columns):
     "The table that `source` stands for, and whether its validation part was drawn with `valid_pct` already"
     idle = '' if _is_sheet(source) else few(columns)
     if idle: raise ValueError(f'{idle} is for a DataFrame or a CSV file, and {source!r} is none')
-    if isinstance(source, str) and source in BENCHMARKS: return BENCHMARKS[source].table(root),False
+    if isinstance(source, str) and source in BENCHMARKS:
+        for_folder = f"{source!r} is the benchmark of that name: for the folder here write './{source}'"
+        if root is None and Path(source).is_dir(): warnings.warn(for_folder)
+        return BENCHMARKS[source].table(root),False
     if root is not None:
         hint = near_hint(source, BENCHMARKS)
         raise ValueError(f'root={str(root)!r} is for a named benchmark, and {source!r} is none: {hint}')

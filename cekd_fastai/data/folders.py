@@ -212,6 +212,14 @@ def _check_flat(tree, path, parts):
     return left
 
 # %% ../../nbs/16_data.folders.ipynb #odd
+def _check_aside(tree, path, names):
+    "Refuse pictures that were laid aside beside the classes"
+    for o in names:
+        if part_of_name(o) not in (('valid', ()),('test', ())): continue
+        both,move = set(tree.filled(path/o)) & set(names),f'move the classes into {path/"train"}'
+        if both: raise ValueError(f'{path} has classes and {o}/ with {few(sorted(both))} again: {move}')
+        warnings.warn(f'{o}/ of {path} is taken for a class: to lay it aside, {move}, and in {o}/ give each a folder')
+
 def _check_half(tree, path):
     "Refuse half of a split"
     names = tree.filled(path)
@@ -220,6 +228,7 @@ def _check_half(tree, path):
     if not found:
         if len(names)>1 and all(part_of_name(o)[0] for o in names):
             raise FileNotFoundError(f'{path} has {few(names)} but no train/: add it, or pass one of them to split it here')
+        _check_aside(tree, path, names)
         return
     train = path/found[0]
     inside = set(tree.filled(train))

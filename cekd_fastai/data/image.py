@@ -27,12 +27,17 @@ try:
 except ImportError: pass
 
 # %% ../../nbs/14_data.image.ipynb #rgb
+def _depth(most):
+    "How many bits a picture has whose largest value is `most`: 10, 12, 14, 16, or more"
+    n = most.bit_length()
+    return n+n%2 if n<16 else n
+
 def _eight_bits(im):
     "A picture of 16 or 32 bits, or of real numbers, as 8 bits; values that fit into 8 bits already stay"
     a = np.asarray(im)
     real = im.mode=='F'
     most = a[np.isfinite(a)].max(initial=0) if real else a.max(initial=0)
-    if most>(300 if real else 255): a = a/256
+    if most>(300 if real else 255): a = a/2**(_depth(int(most))-8)
     elif real and most<=1.1: a = a*255 # scaling shoots over a bound
     if real: a = np.nan_to_num(a)
     return Image.fromarray(a.clip(0, 255).astype(np.uint8))
@@ -126,12 +131,12 @@ def _not_read(fn, e):
     "Why `fn` cannot be read, and what to do, in one sentence"
     name = fn if isinstance(fn, (Path,str)) else 'the bytes'
     why = 'no known format, or empty' if isinstance(e, UnidentifiedImageError) else e or type(e).__name__
-    remedy = 'replace or delete it, or leave such files out with verify=True'
+    remedy = 'replace or delete it'
     return f'{name} cannot be read as an image ({why}): {remedy}'
 
 def _of_array(a):
     "A picture from an array or tensor, whose channels may come first"
-    if isinstance(a, TensorImage): a = a.type(torch.uint8)
+    if isinstance(a, TensorImage): a = (a*255 if a.is_floating_point() and a.max()<=1 else a).type(torch.uint8)
     a = np.asarray(a)
     if a.ndim==3 and a.shape[0] in (1,3) and a.shape[2] not in (1,3,4): a = np.moveaxis(a, 0, -1)
     if a.ndim==3 and a.shape[2]==1: a = a[...,0]
@@ -155,7 +160,7 @@ def open_image(
         im = PILImage(_rgb(_of_array(fn)))
         check_long(im.size)
         return im
-    gone = f'{fn} does not exist: check the path, or build the table again'
+    gone = f'{fn} does not exist: check the path'
     try: return _read(io.BytesIO(fn) if isinstance(fn, bytes) else fn, draft, box)
     except FileNotFoundError as e: raise FileNotFoundError(gone) from e
     except Exception as e: raise OSError(_not_read(fn, e)) from e

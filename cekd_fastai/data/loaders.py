@@ -9,9 +9,9 @@ __all__ = ['SPREADSHEET', 'TableLabeller', 'TableSplitter', 'OpenImage', 'FineGr
            'BalancedDL', 'MemoryDL', 'with_stats', 'fine_grained_dls', 'official_test_dl']
 
 # %% ../../nbs/19_data.loaders.ipynb #imports
-import multiprocessing,random
+import inspect,multiprocessing,random
 from fastai.vision.all import *
-from ..core import check_count,data_stats
+from ..core import check_count,data_stats,near_hint
 from .table import RECIPES,_rows_by
 from .image import ResizeShort,_in_threads,_stats,norm_stats,open_image,recipe_tfms,scaling_tfms
 from .benchmarks import read_table
@@ -59,7 +59,9 @@ class OpenImage(Transform):
         self.boxes = _Local(boxes or {})
     def encodes(self, o:Path|str|Tensor|ndarray|bytes|Image.Image):
         box = self.boxes.get(Path(o)) if isinstance(o, (Path,str)) else None
-        return open_image(o, self.draft, box)
+        try: return open_image(o, self.draft, box)
+        except FileNotFoundError as e: raise FileNotFoundError(f'{e}, or build the table again') from e
+        except OSError as e: raise OSError(f'{e}, or leave such files out with verify=True') from e
 
 class FineGrainedBlock(DataBlock):
     "A `DataBlock` of images that decodes large JPEGs at a reduced size, and cuts out their boxes"
@@ -222,6 +224,16 @@ def _balance(dl, table, seed):
     dl.draws = random.Random(seed)
 
 # %% ../../nbs/19_data.loaders.ipynb #dls-check
+_SWALLOW = (DataBlock.dataloaders,FilteredBase.dataloaders,TfmdDL,DataLoader)
+_OF_LOADERS = {o for f in _SWALLOW for o in inspect.signature(f).parameters}
+
+def _check_known(kwargs):
+    "Refuse arguments that no loader knows, which fastai would swallow"
+    unknown = [] if 'dl_type' in kwargs else [o for o in kwargs if o not in _OF_LOADERS]
+    if not unknown: return
+    names = [*_OF_LOADERS, *inspect.signature(fine_grained_dls).parameters, *SPREADSHEET]
+    raise TypeError(f'`fine_grained_dls` has no argument {unknown[0]!r}: {near_hint(unknown[0], names)}')
+
 def _check_loading(table, bs, in_memory, num_workers, balanced, item_tfms, kwargs):
     "Refuse arguments that contradict the data or each other"
     if table.n_train<bs and kwargs.get('drop_last') is not False:
@@ -323,6 +335,7 @@ def fine_grained_dls(
     check_count(bs=bs)
     if size is not None: check_count(size=size)
     columns = {k: kwargs.pop(k) for k in SPREADSHEET if k in kwargs}
+    _check_known(kwargs)
     t = read_table(source, classes, valid_pct, seed, verify, root, per_class, **columns)
     _check_loading(t, bs, in_memory, num_workers, balanced, item_tfms, kwargs)
     given = _stats_of(stats, arch)
@@ -344,10 +357,11 @@ def official_test_dl(
     dls # From `fine_grained_dls`
 ):      # `DataLoader` with labels
     "The test part, or the validation part where that is a benchmark's official test set; `ValueError` where nothing was set aside"
-    t = dls.table
+    t = getattr(dls, 'table', None)
+    if t is None: raise ValueError('`dls` knows no parts: build it with `fine_grained_dls`, or make a loader with `dls.test_dl`')
     if not t.n_test and t.drawn:
-        remedy = 'lay pictures aside in a folder test/, or mark them in a column, and pass valid_pct'
-        raise ValueError(f'{t.root} has no test part, and its validation part, drawn at random, is what you have chosen by: {remedy}')
+        remedy = 'move the classes into train/ and what you lay aside into test/, or mark it in a column'
+        raise ValueError(f'{t.root} has no test part, and its validation part, drawn at random, is what you have chosen by: {remedy}, and pass valid_pct')
     if not t.n_test: return dls.valid
     files = [t.files[i] for i in np.flatnonzero(t.is_test)]
     return dls.test_dl(files, with_labels=True)

@@ -11,7 +11,7 @@ __all__ = ['RECIPES', 'ImageTable']
 import random,warnings
 from fastai.vision.all import *
 from ..core import check_count,few,near_hint
-from .words import PART_WORDS,_all_there,_is_blank,_paths,read_sheet
+from .words import PART_WORDS,_all_there,_flags,_is_blank,_part_names,_paths,read_sheet
 from .safe import check_inside
 
 # %% ../../nbs/13_data.table.ipynb #recipes
@@ -20,26 +20,6 @@ RECIPES = dict(crop=224, squeeze=224, pad=32, digits=32)
 def _check_recipe(recipe):
     "Refuse what is none of `RECIPES`"
     if recipe not in RECIPES: raise ValueError(f'recipe={recipe!r}: {near_hint(recipe, RECIPES)}')
-
-# %% ../../nbs/13_data.table.ipynb #flags
-_WORDS = PART_WORDS | dict.fromkeys('false 0 0.0 no'.split(), 'train') | dict.fromkeys('true 1 1.0 yes'.split(), 'valid')
-
-def _part_of(value, row, column):
-    "'train', 'valid' or 'test', whichever a cell of a table stands for"
-    part = _WORDS.get(str(value).strip().lower())
-    if part is not None: return part
-    remedy = 'write True or False, or train, valid or test'
-    raise ValueError(f'row {row} of column {column!r} is {value!r}, which names no part: {remedy}')
-
-def _part_names(values, column):
-    "The part that each cell of a column stands for, as an array of words"
-    return np.array([_part_of(o, i, column) for i,o in enumerate(values)], dtype=str)
-
-def _flags(values, column):
-    "A column of flags as an array of booleans; `ValueError` names the row of what is none"
-    values = list(values)
-    if all(isinstance(o, (bool,np.bool_)) for o in values): return np.array(values, dtype=bool)
-    return _part_names(values, column)!='train'
 
 # %% ../../nbs/13_data.table.ipynb #table
 class ImageTable:
@@ -229,37 +209,54 @@ def _split_groups(labels, groups, valid_pct, seed):
     return res
 
 # %% ../../nbs/13_data.table.ipynb #df-code
-def _column(df, col, name, default=None):
-    "The values of a column by its name or number, None if there is none"
-    if col is None: col = name if name in df.columns else default
+def _name_of(df, col):
+    "The name of a column that is given by its name or number; None if none is"
     if col is None: return None
-    by_number = isinstance(col, int) and col not in df.columns
-    if by_number and col<len(df.columns): col = df.columns[col]
+    if isinstance(col, int) and col not in df.columns:
+        if str(col) in df.columns: col = str(col) # in a CSV file all names are words
+        elif col<len(df.columns): col = df.columns[col]
     if col not in df.columns: raise ValueError(f'no column {col!r} in the table: {near_hint(col, df.columns)}')
     if list(df.columns).count(col)>1: raise ValueError(f'the table has several columns {col!r}: give each a name of its own')
-    return df[col].tolist()
+    return col
+
+def _names_of(df, *given):
+    "Names of the columns of files, labels, parts and groups"
+    fn,label,valid,group = (_name_of(df, o) for o in given)
+    if valid is None and 'is_valid' in df.columns: valid = _name_of(df, 'is_valid')
+    free = [o for o in df.columns if o not in (fn,label,valid,group,'is_valid','is_test')]
+    if fn is None: fn = 'file' if 'file' in free else first(o for o in free if o!='label')
+    if label is None: label = 'label' if 'label' in free else first(o for o in free if o!=fn)
+    lack = 'files' if fn is None else 'labels' if label is None else ''
+    if lack: raise ValueError(f'the table has no column of {lack} beside {few(df.columns)}: pass fn_col= and label_col=')
+    res = [_name_of(df, o) for o in (fn,label,valid,group)]
+    words = {str(o).strip().lower() for o in df[label]}
+    if given[1] is None and label!='label' and words<=set(PART_WORDS):
+        remedy = f'pass valid_col={label!r}, and label_col='
+        raise ValueError(f'column {label!r} would be the labels, but it names parts: {remedy}')
+    return res
 
 def _parts(df, valid_col):
     "Which rows are for validation and which for the test, from a column of flags or names of parts; None without one"
-    valid = _column(df, valid_col, 'is_valid')
-    if valid is None: return None,None
-    names = _part_names(valid, valid_col or 'is_valid')
-    test = _column(df, None, 'is_test')
-    is_test = names=='test' if test is None else _flags(test, 'is_test')
-    return names=='valid',is_test
+    if valid_col is None: return None,None
+    names = _part_names(df[valid_col], valid_col)
+    is_test = _flags(df[_name_of(df, 'is_test')], 'is_test') if 'is_test' in df.columns else names=='test'
+    is_valid = names=='valid'
+    return (is_valid,is_test) if is_valid.any() else (is_test,is_valid) # as for folders
 
+# %% ../../nbs/13_data.table.ipynb #df-from
 def _draw(labels, groups, valid_pct, seed):
     "A split of rows: of groups where there are some, else class by class; a warning names classes that are in one group"
     if groups is not None:
         res = _split_groups(labels, groups, valid_pct, seed)
         if none := sorted(set(labels)-{o for o,v in zip(labels, res) if v}, key=str): warnings.warn(f'no validation image of {few(none)}: all its images are of one group, or of groups with other classes')
         return res
-    res = np.zeros(len(labels), dtype=bool)
-    for name,rows in _rows_by(labels).items():
+    res,rows_of = np.zeros(len(labels), dtype=bool),_rows_by(labels)
+    for name,rows in rows_of.items():
         if not _is_blank(name): res[rows] = _split(name, len(rows), valid_pct, seed)
+    alone = [o for o,rows in rows_of.items() if len(rows)==1 and not _is_blank(o)]
+    if alone: warnings.warn(f'no validation image of {few(alone)}, which has one image alone')
     return res
 
-# %% ../../nbs/13_data.table.ipynb #df-from
 def _listed_files(names, root, suff):
     "Paths of the files that a column names"
     blank = [i for i,o in enumerate(names) if _is_blank(o)]
@@ -285,11 +282,11 @@ def from_df(cls:ImageTable,
     root = Path(ifnone(folder, '.')).expanduser()
     if fn_col is None and 'file' not in df.columns and len(df.columns) and os.path.isfile(root/f'{df.columns[0]}{suff}'):
         raise ValueError(f'the first line of the table is a picture, {df.columns[0]!r}: put a line with the names of the columns above it')
-    names,labels = _column(df, fn_col, 'file', 0),_column(df, label_col, 'label', 1)
-    files = _listed_files(names, root, suff)
+    fn_col,label_col,valid_col,group_col = _names_of(df, fn_col, label_col, valid_col, group_col)
+    files = _listed_files(df[fn_col].tolist(), root, suff)
     if sheet: check_inside(files, root, sheet)
-    labels = [o if _is_blank(o) else str(o).strip() for o in labels]
-    groups,(is_valid,is_test) = _column(df, group_col, None),_parts(df, valid_col)
+    labels = [o if _is_blank(o) else str(o).strip() for o in df[label_col].tolist()]
+    groups,(is_valid,is_test) = None if group_col is None else df[group_col].tolist(),_parts(df, valid_col)
     drawn = is_valid is None
     if drawn: is_valid = _draw(labels, groups, valid_pct, seed)
     elif groups: raise ValueError(f'group_col={group_col!r} is for a split that is drawn, but a column gives the parts: leave out one of the two')
@@ -389,7 +386,7 @@ def folds(self:ImageTable,
     groups=None, # What each picture belongs to, one for each row
     seed=42      # Of the draw
 )->list:         # `k` tables
-    "Tables in which one k-th after the other is for validation; a test part stays"
+    "Tables with one k-th of train and validation part for validation; a test part stays (`holdout` makes one)"
     if k<2: raise ValueError(f'k={k}: pass 2 or more')
     at = np.flatnonzero(~self.is_test)
     fold = np.full(len(self), -1)

@@ -123,3 +123,24 @@ def part_of_name(
     rest = tuple(o for o in words if o not in _FILLERS and o not in PART_WORDS)
     part = parts[0] if len(parts)==1 else None
     return part,rest
+
+# %% ../../nbs/11_data.words.ipynb #flags
+_NO,_YES = 'false 0 0.0 no'.split(),'true 1 1.0 yes'.split()
+_FLAGS = PART_WORDS | dict.fromkeys(_NO, 'train') | dict.fromkeys(_YES, 'valid')
+
+def _part_of(value, row, column):
+    "'train', 'valid' or 'test', whichever a cell of a table stands for"
+    part = _FLAGS.get(str(value).strip().lower())
+    if part is not None: return part
+    remedy = 'write True or False, or train, valid or test'
+    raise ValueError(f'row {row} of column {column!r} is {value!r}, which names no part: {remedy}')
+
+def _part_names(values, column):
+    "The part that each cell of a column stands for, as an array of words"
+    return np.array([_part_of(o, i, column) for i,o in enumerate(values)], dtype=str)
+
+def _flags(values, column):
+    "A column of flags as an array of booleans; `ValueError` names the row of what is none"
+    values = list(values)
+    if all(isinstance(o, (bool,np.bool_)) for o in values): return np.array(values, dtype=bool)
+    return _part_names(values, column)!='train'
