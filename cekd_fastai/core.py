@@ -6,12 +6,12 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/core.html.md"""
 
 # %% auto #0
 __all__ = ['unwrap_model', 'eval_mode', 'amp_context', 'HalfPrecision', 'is_fit', 'is_nested', 'loss_owner', 'write_whole',
-           'whole_folder', 'few', 'near_hint', 'lookup', 'one_sentence', 'no_memory', 'one_of', 'check_above',
+           'whole_folder', 'few', 'near_hint', 'lookup', 'one_sentence', 'no_memory', 'need', 'one_of', 'check_above',
            'check_not_negative', 'check_share', 'check_count', 'check_idle', 'data_stats', 'data_vocab', 'class_count',
            'decode_images', 'show_panel']
 
 # %% ../nbs/00_core.ipynb #imports
-import tempfile,shutil
+import importlib,tempfile,shutil
 from contextlib import contextmanager,nullcontext
 from difflib import get_close_matches
 from fastai.vision.all import *
@@ -193,6 +193,19 @@ def no_memory(e:Exception)->bool:
     "Whether an exception says that memory was too small"
     said = ('out of memory',"can't allocate memory",'not enough memory')
     return isinstance(e, (MemoryError,torch.OutOfMemoryError)) or any(o in str(e) for o in said)
+
+# %% ../nbs/00_core.ipynb #need
+def need(
+    who,         # What needs them
+    *names,      # Modules
+    install=None # Their packages, by default of the same names
+)->list:         # The modules
+    "Modules of optional packages, or one sentence that says what to install"
+    try: return [importlib.import_module(o) for o in names]
+    except ImportError as e:
+        is_missing,install = isinstance(e, ModuleNotFoundError),install or ' '.join(names)
+        lack = f"`{e.name}` is not installed" if is_missing else f"a package cannot be loaded ({e})"
+        raise ImportError(f"{who} needs {' and '.join(names)}, but {lack}: run `pip install {install}`.") from e
 
 # %% ../nbs/00_core.ipynb #checks
 def one_of(

@@ -8,22 +8,11 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/onnx_file.html.md"""
 __all__ = ['OnnxNet', 'export_onnx']
 
 # %% ../nbs/79_onnx_file.ipynb #imports
-import importlib,json,warnings
+import json,warnings
 from fastai.vision.all import *
-from .core import eval_mode,write_whole
+from .core import eval_mode,need,write_whole
 from .options import at_home
 from .deploy import Deployed,_drawn,_probes,deploy
-
-# %% ../nbs/79_onnx_file.ipynb #ox-need
-def _need(*names, who='ONNX files', install=None):
-    "Modules of optional packages, or one sentence that says what to install"
-    try: return [importlib.import_module(o) for o in names]
-    except ImportError as e:
-        is_missing = isinstance(e, ModuleNotFoundError)
-        lack = f"`{e.name}` is not installed" if is_missing else f"a package cannot be loaded ({e})"
-        what,install = ' and '.join(names),install or ' '.join(names)
-        need = 'need' if who.endswith('s') else 'needs'
-        raise ImportError(f"{who} {need} {what}, but {lack}: run `pip install {install}`.") from e
 
 # %% ../nbs/79_onnx_file.ipynb #ox-read
 class OnnxNet(Deployed):
@@ -34,7 +23,7 @@ class OnnxNet(Deployed):
     ):
         file = at_home(file)
         if not Path(file).is_file(): raise FileNotFoundError(f"There is no file `{file}`.")
-        ort, = _need('onnxruntime')
+        ort, = need('An ONNX file', 'onnxruntime')
         opts = ort.SessionOptions()
         if threads: opts.intra_op_num_threads = threads
         try: self.session = ort.InferenceSession(str(file), opts, providers=['CPUExecutionProvider'])
@@ -65,7 +54,7 @@ def _sentence(info):
 
 def _write_graph(d, file):
     "The network of `d` as a graph with metadata"
-    onnx, = _need('onnx')
+    onnx, = need('An ONNX file', 'onnx')
     x = torch.zeros(2, 3, *d.size, device=d.device)
     names = dict(pixels={0:'batch'}, logits={0:'batch'})
     with warnings.catch_warnings(), eval_mode(d.net):
@@ -121,5 +110,5 @@ def export_onnx(
 )->Path:
     "Write a network as ONNX, with its classes and how it sees a picture, once onnxruntime gives the same answers as PyTorch"
     if Path(file).suffix.lower()!='.onnx': raise ValueError(f"`{file}` is to be ONNX: give it the suffix .onnx.")
-    _need('onnx', 'onnxruntime')
+    need('An ONNX file', 'onnx', 'onnxruntime')
     return _write_net(_write_onnx, source, file, which, pictures)

@@ -10,12 +10,12 @@ __all__ = ['quantize_onnx']
 # %% ../nbs/80_quantize.ipynb #imports
 import time,warnings
 from fastai.vision.all import *
-from .core import check_count,write_whole
+from .core import check_count,need,write_whole
 from .options import at_home
 from .data.folders import images_of
 from .data.rows import source_at
 from .deploy import _as_shown,_pictures,_spread
-from .onnx_file import OnnxNet,_need
+from .onnx_file import OnnxNet
 
 # %% ../nbs/80_quantize.ipynb #qz-reader
 class _Reader:
@@ -27,7 +27,7 @@ class _Reader:
 
 def _write_int8(tmp, d, pictures, per_channel):
     "Write the graph of `d` in eight bits, with the same metadata"
-    onnx,qt = _need('onnx', 'onnxruntime.quantization', install='onnx onnxruntime')
+    onnx,qt = need('An ONNX file', 'onnx', 'onnxruntime.quantization', install='onnx onnxruntime')
     int8 = qt.QuantType.QInt8
     how = dict(quant_format=qt.QuantFormat.QDQ, activation_type=int8, weight_type=int8, per_channel=per_channel)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:

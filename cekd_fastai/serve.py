@@ -10,8 +10,7 @@ __all__ = ['serve_app', 'listening']
 # %% ../nbs/84_serve.ipynb #imports
 import base64,socket,threading,warnings
 from fastai.vision.all import *
-from .core import check_above,check_count
-from .onnx_file import _need
+from .core import check_above,check_count,need
 from .explain import _jpeg,_seen,_similar,_where
 from .data.image import IMAGE_SUFFIXES
 from .page import PAGE,SCRIPT,STYLE
@@ -175,7 +174,7 @@ def serve_app(
     if max_pixels>most: raise ValueError(f"max_pixels is {max_pixels:,}, but Pillow opens none above {most:,}: pass less.")
     max_total_mb = ifnone(max_total_mb, max(60, max_mb+1))
     check_above('serve_app', max_mb=max_mb, max_total_mb=max_total_mb)
-    _need('starlette', 'python_multipart', who='The page', install='starlette uvicorn python-multipart')
+    need('The page', 'starlette', 'python_multipart', install='starlette uvicorn python-multipart')
     from starlette.applications import Starlette
     from starlette.responses import JSONResponse,Response
     from starlette.routing import Route
@@ -211,7 +210,7 @@ def listening(
     **kwargs             # As for `serve_app`
 ):
     "A server for the page and its bound socket; `server.run(sockets=[sock])` answers until it is interrupted"
-    uvicorn, = _need('uvicorn', who='The page', install='starlette uvicorn python-multipart')
+    uvicorn, = need('The page', 'uvicorn', install='starlette uvicorn python-multipart')
     app = _only_here(serve_app(model, **kwargs), host)
     sock = _listen(host, port)
     config = uvicorn.Config(app, log_level='warning', limit_concurrency=16, server_header=False)

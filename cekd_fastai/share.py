@@ -11,10 +11,9 @@ __all__ = ['to_hub', 'from_hub']
 import importlib.metadata,threading,warnings
 from fastai.vision.all import *
 from . import __version__
-from .core import check_count,data_vocab,one_sentence,unwrap_model,write_whole
+from .core import check_count,data_vocab,need,one_sentence,unwrap_model,write_whole
 from .options import at_home
 from .branches import BranchNet
-from .onnx_file import _need
 from .interpret.maps import _preds
 from .interpret.confusion import confused_pairs
 from .deploy import Deployed,_activation,deploy
@@ -87,7 +86,7 @@ def _part_of(learn, which):
 
 def _card(learn, title, repo, about, license, k):
     "The text of a card, with the head that the hub reads"
-    hub, = _need('huggingface_hub', who='The hub')
+    hub, = need('The hub', 'huggingface_hub')
     vocab,dls = data_vocab(learn.dls),learn.dls
     z,_,y = _preds(learn)
     pred = z.argmax(1)
@@ -128,7 +127,7 @@ def _out_of_reach(url):
 @contextmanager
 def _hub(endpoint, remedy):
     "The module of the hub if it is in reach, its errors as one sentence"
-    hub, = _need('huggingface_hub', who='The hub')
+    hub, = need('The hub', 'huggingface_hub')
     url = endpoint or hub.constants.ENDPOINT
     why = 'HF_HUB_OFFLINE is set' if hub.constants.HF_HUB_OFFLINE else _out_of_reach(url)
     if why: raise ConnectionError(f"The hub at {url} is out of reach ({why}): {remedy}.")
@@ -181,7 +180,7 @@ def to_hub(
 # %% ../nbs/85_share.ipynb #hu-from
 def _downloaded(repo, revision, endpoint):
     "The file of a repository, from the hub or from an earlier download"
-    hub, = _need('huggingface_hub', who='The hub')
+    hub, = need('The hub', 'huggingface_hub')
     get = partial(hub.hf_hub_download, repo, 'model.pt', revision=revision, cache_dir=hub.constants.HF_HUB_CACHE)
     try:
         with _hub(endpoint, 'pass a folder that `to_hub` wrote') as hub: return get(endpoint=endpoint)

@@ -1519,7 +1519,7 @@ def test_groups_on_both_sides(photos):
 
 def test_check_data_without_its_library(photos, monkeypatch):
     monkeypatch.setitem(sys.modules, 'imagehash', None)
-    with raises(ImportError, 'check_data needs imagehash: pip install imagehash'): check_data(photos)
+    with raises(ImportError, '`check_data` needs imagehash, but `imagehash` is not installed: run `pip install imagehash`'): check_data(photos)
 
 def test_suspects_among_drawn_birds(tmp_path):
     "Finches and thrushes with 8 of 80 held-out labels swapped: most of the first 8 suspects are among them."

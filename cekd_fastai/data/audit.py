@@ -8,23 +8,17 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/data.audit.html.md"""
 __all__ = ['check_data', 'suspects', 'show_suspects']
 
 # %% ../../nbs/22_data.audit.ipynb #imports
-import hashlib,importlib,math
+import hashlib,math
 from fastai.vision.all import *
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from ..core import need
 from .rows import sources
 from .table import ImageTable
 from .image import _fault,_in_threads,open_image
 from .benchmarks import read_table
 
 # %% ../../nbs/22_data.audit.ipynb #look
-def _need(name, why):
-    "Import a module of an extra library, or say how to get it"
-    try: return importlib.import_module(name)
-    except ImportError as e:
-        package = name.partition('.')[0]
-        raise ImportError(f'{why} needs {package}: pip install {package}') from e
-
 def _look(fn, phash):
     "What we need to know of a picture, as a dictionary; only `fault` if it cannot be read"
     try: im = open_image(fn, draft=64)
@@ -178,7 +172,7 @@ def check_data(
     **kwargs      # Of `read_table`
 )->pd.DataFrame:  # Columns `problem`, `file`, `part`, `label`, `detail` and `remedy`
     "What is doubtful in a data set: broken files, copies, groups across parts, tiny classes, odd sizes and modes"
-    phash = _need('imagehash', 'check_data').phash
+    phash = need('`check_data`', 'imagehash')[0].phash
     t = read_table(_table_of(source), **kwargs)
     looks = _in_threads(partial(_look, phash=phash), t.files)
     rows = _unreadable_rows(t, looks)
@@ -196,7 +190,7 @@ def suspects(
     dl=None        # Held-out pictures with labels, in order, as from `official_test_dl`; the validation part if None
 )->pd.DataFrame:   # Columns `file`, `label`, `belief`, `p_label` and `p_belief`, the most suspicious first
     "Held-out pictures whose labels are likely wrong, by the predictions of a network"
-    find = _need('cleanlab.filter', 'suspects').find_label_issues
+    find = need('`suspects`', 'cleanlab.filter', install='cleanlab')[0].find_label_issues
     dl = ifnone(dl, learn.dls.valid)
     act = getattr(learn.loss_func, 'activation', partial(F.softmax, dim=-1)) # losses of torch have none
     probs,ys = learn.get_preds(dl=dl, act=act)
