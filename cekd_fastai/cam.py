@@ -157,6 +157,7 @@ def map_and_head(
 # %% ../nbs/28_cam.ipynb #maps-class
 def _maps_of(model, x):
     "Last maps of a model, and the function from them and classes to class activation maps"
+    model = getattr(model, 'predictor', model) # of several networks, that which answers
     if hasattr(model, 'cam'): return model.branch_forward(x)[1],model.cam
     feat,head = map_and_head(model, x)
     if feat is None or feat.shape[-2:].numel()==1:

@@ -276,9 +276,9 @@ def after_batch(self:Guard):
         self.last_loss = self.learn.loss
     elif self.bad:
         for cb in methods: cb.reset_step()
-        if not self.learn.training: self.learn.yb = () # metrics leave it out
-        elif self.last_loss is not None: self.learn.loss = self.last_loss
-        else: self.learn.loss = torch.zeros((), device=self.batch[0].device)
+        self.learn.yb = () # metrics and means leave it out
+        shown = ifnone(self.last_loss, torch.zeros((), device=self.batch[0].device))
+        if self.learn.training: self.learn.loss = shown
     elif self.learn.training: self.last_loss,self.in_row,self.good = self.learn.loss,0,self.good+1
     self.batch = self.pixels = self.ok = None # a checkpoint would keep them
 

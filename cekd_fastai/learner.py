@@ -8,7 +8,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/learner.html.md"""
 __all__ = ['BranchLearner', 'branch_learner', 'meal_learner', 'online_learner', 'css_learner']
 
 # %% ../nbs/64_learner.ipynb #imports
-import inspect,timm
+import functools,inspect,timm
 from fastai.vision.all import *
 from .core import class_count,data_stats,data_vocab,eval_mode,few,is_nested,lookup,loss_owner,unwrap_model
 from .data.loaders import _as_known,_opened,_same_stats
@@ -97,13 +97,18 @@ def _call_one(self:BranchLearner, event_name):
         row = isinstance(cb, Recorder) and event_name.endswith('epoch')
         if row or cb not in self.hosts: cb(event_name)
 
+@patch
+def __getstate__(self:BranchLearner): return {k:v for k,v in Learner.__getstate__(self).items() if k not in ('in_fit','hosts')}
+
 # %% ../nbs/64_learner.ipynb #le-aside
-_OF_BATCH = ('dl','iter','n_iter','xb','yb','pred','loss','loss_grad','training')
+_OF_BATCH = ('dl','iter','n_iter','epoch','xb','yb','pred','loss','loss_grad','training')
 
 @patch
 @contextmanager
 def aside(self:BranchLearner):
-    "Inside, a validation within a fit; afterwards the fit is where it was, with the table and the bar that it had"
+    "Inside, a validation within a fit; afterwards the fit is where it was, with its table, bar, metrics and random numbers"
+    if self.hosts: return (yield) # we are there already
+    rand,means = get_random_states(),[(m, dict(vars(m))) for m in self.metrics]
     shows = [getattr(self, o) for o in ('recorder','progress') if hasattr(self, o)]
     was = {k:getattr(self, k) for k in _OF_BATCH if hasattr(self, k)}
     trains = [m for m in self.model.modules() if m.training] # a callback may have put some of them into evaluation
@@ -113,7 +118,8 @@ def aside(self:BranchLearner):
     finally:
         self.hosts = ()
         vars(self).update(was)
-        for cb,o in zip(shows, shown): vars(cb).update(o)
+        for o,held in [*zip(shows, shown),*means]: vars(o).update(held)
+        set_random_states(**rand)
         for m in trains: m.training = True
 
 @patch
@@ -122,8 +128,14 @@ def validation_context(self:BranchLearner, cbs=None, inner=False):
     context = super(BranchLearner, self).validation_context(cbs, inner)
     return ContextManagers([self.aside(),context]) if self.in_fit else context
 
-@patch
-def __getstate__(self:BranchLearner): return {k:v for k,v in Learner.__getstate__(self).items() if k not in ('in_fit','hosts')}
+def _within(f):
+    "`f` of fastai's learner, and `aside` within a fit: its loaders draw random numbers, too"
+    @functools.wraps(f)
+    def inner(self, *args, **kwargs):
+        with ContextManagers([self.aside()] if self.in_fit else []): return f(self, *args, **kwargs)
+    return inner
+
+for o in ('get_preds','predict','tta'): setattr(BranchLearner, o, _within(getattr(Learner, o)))
 
 # %% ../nbs/64_learner.ipynb #le-input
 def _shape(dls):
@@ -180,8 +192,7 @@ def _each_args(archs, shape, args):
     "The same for several backbones"
     each = args if isinstance(args, (list,tuple)) else [args]*len(archs)
     res = [_input_args(a, shape, o) for a,o in zip(archs, each)]
-    changed = any(a!=(b or {}) for a,b in zip(res, each))
-    return res if changed else args
+    return res if any(a!=(b or {}) for a,b in zip(res, each)) else args
 
 def _check_channels(net, shape):
     "Refuse pictures of other channels than a backbone takes"
@@ -212,8 +223,7 @@ def _check_taken(net, shape):
 # %% ../nbs/64_learner.ipynb #le-input3
 def _normalised(dls, net, pretrained):
     "Loaders whose pictures are normalised as the backbone knows them, and a line on what its weights left new"
-    facts = _facts(net)
-    for o in facts:
+    for o in _facts(net):
         if o.get('new') and not rank_distrib(): print(f"New in `{o['name']}`, beside the weights of the file: {', '.join(o['new'])}")
     name,wanted = _known(net) if pretrained else (None,None)
     return _opened(dls, wanted) if getattr(dls, 'open_stats', False) else _as_known(dls, name, wanted)
@@ -256,9 +266,8 @@ def _do_epoch_validate(self:BranchLearner, ds_idx=1, dl=None):
 # %% ../nbs/64_learner.ipynb #le-build
 def _peers(archs, n_branches, n_out, **kw):
     "One network for each of `archs`, side by side"
-    n = len(archs)
-    if n_branches not in (2,n): # 2 is the default, so it need not be meant
-        raise ValueError(f"`n_branches` is {n_branches} for {n} peers, but each peer is one branch: leave it out.")
+    if n_branches not in (2,len(archs)): # 2 is the default, so it need not be meant
+        raise ValueError(f"`n_branches` is {n_branches} for {len(archs)} peers, but each peer is one branch: leave it out.")
     return peer_net(archs, n_out, **kw)
 
 @delegates(Learner.__init__)
@@ -323,11 +332,10 @@ def _online_method(method):
 
 def _decays(net, wd, wd_gate):
     "A weight decay for each parameter group, the gate last"
-    groups = gate_apart(net)
     if not any(p.requires_grad for p in net.gate.parameters()):
         raise ValueError(f"`wd_gate` is {wd_gate}, but the gate {net.gate.name!r} has no weights: leave it out.")
     if wd is None: raise ValueError("`wd_gate` needs `wd`, the weight decay of the rest: pass both.")
-    return [wd]*(len(groups)-1) + [wd_gate]
+    return [wd]*(len(gate_apart(net))-1) + [wd_gate]
 
 @delegates(Learner.__init__)
 def online_learner(
@@ -389,5 +397,4 @@ def css_learner(
         own_start=own_start)
     given = any(cb is CSS or isinstance(cb, CSS) for cb in L(cbs)) # fastai takes classes of callbacks too
     method = [] if given else CSS()
-    learned = pretrained or weights is not None
-    return _learner(dls, net, shape, method, cbs, branch_splitter, freeze_bn, kwargs, learned)
+    return _learner(dls, net, shape, method, cbs, branch_splitter, freeze_bn, kwargs, pretrained or weights is not None)

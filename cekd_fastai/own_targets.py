@@ -84,7 +84,8 @@ class PSKD(_ByRow):
         store_attr()
 
     def shares(self):
-        now = self.alpha*(self.learn.epoch+1)/self.learn.n_epoch
+        over = 1. if self.searching else (self.learn.epoch+1)/self.learn.n_epoch # a search looks at the whole loss
+        now = self.alpha*over
         return 1-now,now
 
     def targets(self, y):

@@ -13,7 +13,7 @@ from fastai.callback.mixup import MixHandler
 from .core import check_not_negative,check_share,class_count,is_fit,loss_owner,unwrap_model
 from .steps import together
 from .data.rows import BatchRows
-from .losses import is_multi,loss_reduction,soft_log_probs,soft_probs
+from .losses import _n_eff,is_multi,loss_reduction,sample_weights,soft_log_probs,soft_probs
 from .mix.callback import mix_of
 
 # %% ../nbs/45_soft_labels.ipynb #keep
@@ -96,9 +96,11 @@ def soft_loss(self:SoftLabels,
     rec=None,  # How their images were mixed, None if they were not
 )->Tensor:
     "Cross-entropy towards the soft targets"
-    q = self.soft
+    lf,y = self.learn.loss_func,self.labels
+    q = self.soft*sample_weights(lf, y)[:,None] # the loss is linear in its target
     if rec is not None: q = rec.lam_a[:,None]*q + rec.lam_b[:,None]*q[rec.perm]
-    return self.reduce(-(q*soft_log_probs(z)).sum(1))
+    total = -(q*soft_log_probs(z)).sum()
+    return total if loss_reduction(lf)=='sum' else total/_n_eff(lf, y)
 
 # %% ../nbs/45_soft_labels.ipynb #base-preds
 def unmixed(

@@ -1,15 +1,18 @@
 "What one epoch, fit or interrupt leaves for the next, and what joins a learner after it was made."
 import warnings
 import pytest,timm,torch
-from fastai.callback.training import ShortEpochCallback
+from fastai.callback.training import GradientClip,ShortEpochCallback
 from fastai.data.all import DataBlock,Normalize,RandomSplitter,RegressionBlock,SkipItemException,first,get_image_files,math,np,partial,set_seed,tensor
-from fastai.vision.all import F,Callback,CancelTrainException,ImageBlock,ImageDataLoaders,Resize,imagenet_stats,load_learner,nn
+from fastai.vision.all import SGD,F,Callback,CancelTrainException,ImageBlock,ImageDataLoaders,Resize,accuracy,imagenet_stats,load_learner,nn
 from fastai.losses import BCEWithLogitsLossFlat,CrossEntropyLossFlat,FocalLossFlat,L1LossFlat,LabelSmoothingCrossEntropy,MSELossFlat
 from cekd_fastai.all import (CEKD,CutMix,Guard,MixUp,PSKD,SnapMix,branch_learner,css_learner,fine_grained_dls,make_birds,meal_learner,online_learner)
-from cekd_fastai.core import data_stats,is_fit
-from cekd_fastai.losses import is_multi,is_regression
+from cekd_fastai.cam import model_cam
+from cekd_fastai.core import HalfPrecision,data_stats,is_fit
+from cekd_fastai.losses import is_multi,is_regression,mixed_loss
 from cekd_fastai.meal.targets import _alike
 from cekd_fastai.mix.callback import Mix
+from cekd_fastai.mix.core import MixRecord,mix_pixels
+from cekd_fastai.online.callback import FFMCD
 
 @pytest.fixture(scope='module')
 def birds(tmp_path_factory): return make_birds(tmp_path_factory.mktemp('birds'), n_species=3, n_images=14, size=48, n_train=10, progress=False)
@@ -178,3 +181,92 @@ def test_no_item_is_skipped_where_rows_count(birds):
     assert 'do_item' not in vars(learn.dls.train)
     learn.remove_cb(PSKD)
     quiet(learn, 1)
+
+class Nested(Callback):
+    "Ask for something in the midst of a fit"
+    def __init__(self, ask): self.ask = ask
+    def after_batch(self):
+        if self.training and self.iter==1 and not self.learn.hosts: self.ask(self.learn)
+    def after_epoch(self):
+        if not self.learn.hosts: self.ask(self.learn)
+
+ASKED = [lambda learn: learn.tta(n=2), lambda learn: learn.validate(), lambda learn: learn.get_preds()]
+
+@pytest.mark.parametrize('ask', ASKED)
+def test_what_is_asked_within_a_fit_changes_nothing_of_it(birds, tmp_path, ask):
+    def run(*cbs):
+        set_seed(0)
+        dls = fine_grained_dls(birds, size=32, bs=8, num_workers=0, path=tmp_path)
+        learn = small(dls, MixUp(), CEKD(), GradientClip(), HalfPrecision(), *cbs, metrics=accuracy)
+        learn.recorder.train_metrics = True
+        return quiet(learn, 2)
+    a,b = run(),run(Nested(ask))
+    assert len(b.recorder.values)==2 and b.epoch==1
+    assert [list(o) for o in a.recorder.values]==[list(o) for o in b.recorder.values]
+    for p,q in zip(a.model.parameters(), b.model.parameters()): assert torch.equal(p, q)
+
+def meal(birds, tmp_path, *args, teacher='test_resnet', **kw):
+    set_seed(0)
+    dls = fine_grained_dls(birds, size=32, bs=4, num_workers=0, path=tmp_path)
+    return meal_learner(dls, 'test_resnet', branch_learner(dls, teacher, pretrained=False), *args, pretrained=False, **kw)
+
+def test_a_rate_for_each_form_of_meal(birds, tmp_path):
+    for form in ('joint','grl'):
+        learn = meal(birds, tmp_path, adversarial=form)
+        with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=12, show_plot=False)
+        assert min(learn.recorder.losses)>0 and len(learn.recorder.losses)>5, form
+
+def test_a_projection_learns_at_a_rate_for_adam(birds, tmp_path):
+    learn = quiet(meal(birds, tmp_path, teacher='test_efficientnet', adversarial=None, w_feat=1., opt_func=SGD), 1, .1)
+    assert [g['lr'] for g in learn.model.projection.opt.param_groups]==[1e-3]
+
+def test_answers_are_stored_while_a_callback_validates(birds, tmp_path):
+    quiet(meal(birds, tmp_path, adversarial=None, cache_targets=True, cache_dir=tmp_path/'c', cbs=Nested(lambda learn: learn.validate())), 2)
+
+@pytest.mark.parametrize('kw', [{},dict(weight=tensor([1.,1,50])),dict(ignore_index=2),dict(reduction='sum'),dict(weight=tensor([1.,4,2]), ignore_index=1)])
+def test_soft_labels_count_images_as_the_loss_does(dls, kw):
+    "A soft label that is the label itself gives the loss of the label, mixed or not"
+    learn = small(dls, MixUp(prob=.5), PSKD(), loss_func=CrossEntropyLossFlat(**kw))
+    x,y,z = torch.rand(6, 3, 8, 8),tensor([0,1,2,0,-100,2]),torch.randn(6, 3)
+    if kw.get('ignore_index', -100)!=-100: y = y.clamp(min=0)
+    cb,rec = learn.pskd,MixUp().mix(x, y)[1]
+    cb.labels,cb.soft = y,F.one_hot(y.clamp(min=0), 3)*(y>=0)[:,None].float()
+    assert torch.allclose(cb.soft_loss(z), learn.loss_func(z, y), rtol=1e-5)
+    if -100 not in y: assert torch.allclose(cb.soft_loss(z, rec), mixed_loss(learn.loss_func, z, y, rec), rtol=1e-5)
+
+def test_a_search_looks_at_one_share(dls):
+    learn,seen = small(dls, PSKD()),set()
+    shares = type(learn.pskd).shares
+    learn.pskd.shares = lambda: (seen.add(shares(learn.pskd)),shares(learn.pskd))[1]
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=9, show_plot=False)
+    assert {round(o, 6) for _,o in seen}=={.8}
+
+@pytest.mark.parametrize('at', [0,-1])
+def test_a_batch_left_out_is_in_no_mean(dls, at):
+    class Spoil(Callback):
+        order = -50
+        def before_batch(self):
+            if self.training and self.iter==at%self.n_iter: self.learn.xb = (self.xb[0]*math.nan,)
+    learn = small(dls, Guard(), Spoil(), metrics=accuracy)
+    learn.recorder.train_metrics = True
+    quiet(learn, 1)
+    assert all(math.isfinite(o) for o in learn.recorder.values[0]) and len(learn.recorder.losses)==len(dls.train)-1
+
+def test_diversity_of_peers_of_unlike_width(dls):
+    peers = dict(pretrained=False)
+    with pytest.raises(ValueError, match='The heads do not match'): online_learner(dls, ('test_resnet','test_efficientnet'), FFMCD(form='cos'), **peers)
+    online_learner(dls, ('test_resnet','test_efficientnet'), FFMCD(), **peers)
+
+def test_one_box_and_a_share_for_each_host():
+    x,perm = torch.rand(3, 3, 8, 8),tensor([1,2,0])
+    def rec(share): return MixRecord(perm, torch.ones(3), torch.zeros(3), (2,2,6,6), (2,2,6,6), host_share=share)
+    share = tensor([0.,.5,1])
+    got = mix_pixels(x, rec(share))
+    for i,s in enumerate(share.tolist()): assert torch.allclose(got[i], mix_pixels(x, rec(s))[i])
+
+def test_a_map_of_one_network_runs_that_one(dls):
+    net = css_learner(dls, ['test_resnet','test_resnet'], transform='permute', pretrained=False).model
+    ran,net.which = [],'net1'
+    net.net2.trunk.register_forward_hook(lambda *o: ran.append(o))
+    x,y = torch.rand(2, 3, 32, 32),tensor([0,1])
+    assert model_cam(net, x, y).shape[0]==2 and not ran

@@ -99,15 +99,20 @@ def ensemble(self:CSSNet, logits, feats):
 @patch
 def forward(self:CSSNet, x):
     if self.training or self.which=='both': return super(CSSNet, self).forward(x)
-    return getattr(self, self.which)(x)
+    return self.predictor(x)
 
+@patch(as_prop=True)
+def predictor(self:CSSNet):
+    "The network that evaluation runs: one of the two, or both"
+    return self if self.which=='both' else getattr(self, self.which)
+
+# %% ../../nbs/62_css.net.ipynb #cs-eval2
 @patch(as_prop=True)
 def predicting(self:CSSNet):
     "The branches of `which`, as a slice of all branches"
     n = self.net1.n_branches
     return dict(net1=slice(0, n), net2=slice(n, 2*n), both=slice(0, 2*n))[self.which]
 
-# %% ../../nbs/62_css.net.ipynb #cs-eval2
 @patch
 @torch.no_grad()
 def cam(self:CSSNet,

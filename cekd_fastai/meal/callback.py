@@ -295,7 +295,7 @@ def before_train(self:MEAL):
     "Put the taps on"
     Distill.before_train(self)
     if not self.teachers:
-        raise ValueError("`MEAL` has no teachers here, since an exported learner holds the student alone: "
+        raise ValueError("`MEAL` has no teachers here, since an exported or copied learner holds the student alone: "
             "make a new learner with its teachers, or remove the callback.")
     if self.ready_dls is not self.learn.dls: self.set_data() # other data than before, of another size perhaps
     self.add_taps()
@@ -369,6 +369,12 @@ def losses(self:MEAL)->dict:
         self.net.projection.follow(self.learn.opt.hypers[-1]['lr'])
         parts['feat'] = self.net.projection.update(self.student_feat.read(), [o for a in self.targets for o in a.feats], step_share(self.learn))
     return parts | {k:in_all(v, self.learn.loss_func, z.shape[1]) for k,v in parts.items() if k in ('sim','adv','feat')}
+
+@patch
+def after_loss(self:MEAL):
+    "As for all; with 'grl' the discriminators' loss is shown as a cost, since a sum below 0 ends every search for a rate"
+    Distill.after_loss(self)
+    if self.owns and self.adversarial=='grl': self.learn.loss = self.learn.loss-2*self.parts['adv'].detach()/self.loss_divisor()
 
 # %% ../../nbs/54_meal.callback.ipynb #v2-code
 @patch(cls_method=True)

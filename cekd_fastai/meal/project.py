@@ -102,14 +102,15 @@ class Projection(Aside):
     def __init__(self,
         d:int,         # Features of the student
         dims:list,     # Features of each teacher
-        lr:float=1e-3, # Learning rate, until `follow` sets another
+        lr:float=1e-3, # Largest learning rate
     ):
         nets = [nn.Identity() if o==d else nn.Linear(d, o) for o in dims]
         super().__init__(nets, partial(torch.optim.Adam, lr=lr))
+        self.most = lr
 
     def follow(self, lr):
-        "Take over the student's learning rate"
-        for g in (self.opt.param_groups if self.opt else ()): g['lr'] = lr
+        "Take over the student's learning rate, as far as Adam can use it: that of SGD may be a hundred times as large"
+        for g in (self.opt.param_groups if self.opt else ()): g['lr'] = min(lr, self.most)
 
     def loss(self, s, feats):
         "Mean squared error of features `s` (n, B, ...) to those of teachers, pairs of their number and (B, ...), mean over these"

@@ -134,7 +134,9 @@ def _paste(x, rec):
     else:
         patch = F.interpolate(src.float(), dst.shape[-2:], mode='bilinear', align_corners=True)
         dst.copy_(patch[rec.perm])
-    if rec.host_share: dst.lerp_(box_crop(x, rec.box_a), rec.host_share)
+    share = rec.host_share
+    if isinstance(share, Tensor): share = share.to(x.dtype).reshape(-1, 1, 1, 1)
+    if isinstance(share, Tensor) or share: dst.lerp_(box_crop(x, rec.box_a), share)
     return out
 
 # %% ../../nbs/25_mix.core.ipynb #pix-between

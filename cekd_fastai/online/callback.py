@@ -14,7 +14,7 @@ from ..steps import step_pct
 from ..losses import in_all,kd_loss,others_mean_kd,ramp_up
 from ..distill import Distill
 from .cd import CD_FORMS,cd_loss,classifier_weight
-from .net import GateNet
+from .net import GateNet,_check_match
 
 # %% ../../nbs/58_online.callback.ipynb #dv-cb
 class OnlineKD(Distill):
@@ -150,6 +150,10 @@ class FFMCD(OnlineKD):
         check_not_negative('FFMCD', w_cd=w_cd)
         one_of('FFMCD', [*CD_FORMS], form=form)
         store_attr('w_cd,form')
+
+    def check(self):
+        super().check()
+        if self.form=='cos': _check_match(self.net.heads) # the other forms compare what classifiers of any width say
 
     def weights(self): return super().weights() | dict(cd=self.w_cd)
 
