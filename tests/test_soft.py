@@ -68,8 +68,11 @@ def expected(net, make, step, y, lf, share):
             soft = 0 if rec is None else 9*(t*(t.log()-(z/3).log_softmax(1))).sum(1).mean()
             a,b = 1,1
         else:
-            t = q if rec is None else rec.lam_a[:,None]*q+rec.lam_b[:,None]*q[rec.perm]
-            soft = -(t*log_p).sum(1).mean()
+            of_class = getattr(lf.func, 'weight', None)
+            w = torch.ones(len(y)) if of_class is None else of_class[y] # each image counts as in the loss of the task
+            p = w[:,None]*q
+            t = p if rec is None else rec.lam_a[:,None]*p+rec.lam_b[:,None]*p[rec.perm]
+            soft = -(t*log_p).sum()/w.sum()
             a,b = (1,1) if make is METHODS['online'] else (1-share,share)
         hard = lf(z, y) if rec is None else mixed_loss(lf, z, y, rec)
         loss = loss + a*hard + b*soft
