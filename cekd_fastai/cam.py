@@ -157,7 +157,6 @@ def map_and_head(
 # %% ../nbs/28_cam.ipynb #maps-class
 def _maps_of(model, x):
     "Last maps of a model, and the function from them and classes to class activation maps"
-    model = getattr(model, 'predictor', model) # of several networks, that which answers
     if hasattr(model, 'cam'): return model.branch_forward(x)[1],model.cam
     feat,head = map_and_head(model, x)
     if feat is None or feat.shape[-2:].numel()==1:
@@ -176,6 +175,6 @@ def model_cam(
     "Class activation maps from a pass of its own, which leaves the model untouched, save for statistics with `training`"
     model = unwrap_model(model)
     with class_attention(model):
-        with nullcontext() if training else eval_mode(model): feats,to_maps = _maps_of(model, x)
+        with nullcontext() if training else eval_mode(model): feats,to_maps = _maps_of(getattr(model, 'predictor', model), x) # of several networks, that which answers
         for i,f in enumerate(feats if rectify else ()): feats[i] = f.relu() # in place, since the list may carry more
         with eval_mode(model): return to_maps(feats, y)

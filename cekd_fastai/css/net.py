@@ -10,7 +10,7 @@ __all__ = ['NETWORKS', 'CSSNet', 'css_net']
 # %% ../../nbs/62_css.net.ipynb #imports
 from fastai.vision.all import *
 from ..core import one_of
-from ..branches import BranchNet,register_builder
+from ..branches import BranchNet,_resize_map,register_builder
 from .branches import CSSBranchNet,css_branch_net
 from .labels import class_slices
 
@@ -120,15 +120,11 @@ def cam(self:CSSNet,
     y:Tensor,   # Classes (B,), or weights of the classes (B, K)
 )->Tensor:      # Shape (B, h, w)
     "Class activation maps of `which`, from last maps"
+    if self.which!='both': return self.predictor.cam(feats[self.predicting], y)
     n = self.net1.n_branches
-    if self.which=='net1': return self.net1.cam(feats[:n], y)
-    maps2 = self.net2.cam(feats[n:], y)
-    if self.which=='net2': return maps2
-    maps1 = self.net1.cam(feats[:n], y)
-    if maps2.shape!=maps1.shape: maps2 = _resized(maps2, maps1.shape[1:])
+    maps1,maps2 = self.net1.cam(feats[:n], y),self.net2.cam(feats[n:], y)
+    if maps2.shape!=maps1.shape: maps2 = _resize_map(maps2, maps1.shape[1:])
     return (maps1+maps2)/2
-
-def _resized(maps, size): return F.interpolate(maps[:,None], size, mode='bilinear', align_corners=False)[:,0]
 
 # %% ../../nbs/62_css.net.ipynb #cs-pick
 @patch
@@ -144,7 +140,7 @@ def subnet(self:CSSNet,
     res.recipe = self.recipe and self.recipe | dict(which='both')
     return res.train(self.training)
 
-# %% ../../nbs/62_css.net.ipynb #cs-net
+# %% ../../nbs/62_css.net.ipynb #cs-net2
 def _pair(v, name):
     "`v` for either network"
     if not isinstance(v, (list,tuple)): return v,v
@@ -158,7 +154,6 @@ def _check_archs(archs):
             "pass two backbones such as ('resnet34','resnet18'), or the same name twice.")
     if isinstance(archs[0], nn.Module): _check_distinct(*archs, 'backbones')
 
-# %% ../../nbs/62_css.net.ipynb #cs-net2
 @register_builder
 def css_net(
     archs,                # Two backbones, each a name in timm or torchvision, a function that builds a model, or an `nn.Module`
