@@ -82,6 +82,14 @@ def test_a_sheet_with_train_and_test(tmp_path):
     t = read_table(df, folder=tmp_path, valid_col='split', label_col='breed', valid_pct=.3)
     assert (t.n_train, t.n_valid, t.n_test)==(4,2,2)
 
+def test_a_sheet_of_pictures_elsewhere(tmp_path):
+    draw(tmp_path/'photos', 'a', 'b')
+    df,file = sheet(tmp_path, label=list('aaaabbbb')),tmp_path/'lists'/'x.csv'
+    file.parent.mkdir()
+    df.assign(file=[str(tmp_path/'photos'/o) for o in df.file]).to_csv(file, index=False)
+    with pytest.raises(ValueError, match='or pass the folder that holds them, folder= of a CSV file'): read_table(file)
+    assert len(read_table(file, folder=tmp_path/'photos'))==8
+
 def test_the_label_is_no_other_column(tmp_path):
     draw(tmp_path, 'a', 'b')
     y,parts = list('aaaabbbb'),[False,False,False,True]*2

@@ -56,7 +56,8 @@ def check_inside(
     if links and not bad: bad = _by_link(files, root)
     if not bad: return
     what = f'{listed} names {len(bad):,} of {len(files):,} files outside of {root}: {few(bad)}'
-    raise ValueError(f'{what}; a list may name files of its own folder only: copy them there, or leave them out')
+    remedy = 'copy them there, leave them out, or pass the folder that holds them, folder= of a CSV file'
+    raise ValueError(f'{what}; a list may name files of its own folder only: {remedy}')
 
 # %% ../../nbs/12_data.safe.ipynb #mat-code
 _PARSE = """
