@@ -124,6 +124,11 @@ def _take(x, perm):
     "Images `perm` of `x`, in its memory format"
     return torch.index_select(x, 0, perm, out=torch.empty_like(x))
 
+def _shine(out, host, share):
+    "Let a share of the host, a number or one for each image, shine through `out`"
+    if isinstance(share, Tensor): share = share.to(out.dtype).reshape(-1, 1, 1, 1)
+    if isinstance(share, Tensor) or share: out.lerp_(host, share)
+
 def _paste(x, rec):
     "The mixed images for one box that serves the whole batch: plain slices"
     out = x.clone()
@@ -134,9 +139,7 @@ def _paste(x, rec):
     else:
         patch = F.interpolate(src.float(), dst.shape[-2:], mode='bilinear', align_corners=True)
         dst.copy_(patch[rec.perm])
-    share = rec.host_share
-    if isinstance(share, Tensor): share = share.to(x.dtype).reshape(-1, 1, 1, 1)
-    if isinstance(share, Tensor) or share: dst.lerp_(box_crop(x, rec.box_a), share)
+    _shine(dst, box_crop(x, rec.box_a), rec.host_share)
     return out
 
 # %% ../../nbs/25_mix.core.ipynb #pix-between
@@ -181,9 +184,7 @@ def mix_pixels(
     if rec.box_a is not None and not rec.per_sample: return _paste(x, rec)
     moved = rec.per_sample and rec.box_b is not rec.box_a
     donor = _resampled(x, rec) if moved else _take(x, rec.perm) # a copy, which may be written
-    share = rec.host_share
-    if isinstance(share, Tensor): share = share.to(x.dtype).reshape(-1, 1, 1, 1)
-    if isinstance(share, Tensor) or share: donor.lerp_(x, share)
+    _shine(donor, x, rec.host_share)
     if not rec.per_sample: return donor
     out = donor if donor.stride()==x.stride() else torch.empty_like(x) # keeps the memory format of `x`
     in_box = box_mask(rec.box_a, *x.shape[-2:])[:,None]
