@@ -111,10 +111,13 @@ def _ends(model):
 
 # %% ../nbs/27_attention.ipynb #att-watch-pass
 def _watch_branch(seen, mode, behind, trunk, branch, head):
-    "Hooks that keep the row of one branch"
-    def begin(*_): mode.last = None
-    def end_trunk(*_): behind[id(trunk)] = mode.row()
+    "Hooks that keep the row of one branch, in the pass that is watched and not in those of other threads"
+    def begin(*_):
+        if _attention.get() is seen: mode.last = None
+    def end_trunk(*_):
+        if _attention.get() is seen: behind[id(trunk)] = mode.row()
     def end(*_):
+        if _attention.get() is not seen: return
         row = mode.row()
         seen.keep(head, behind.get(id(trunk)) if row is None else row)
     return [trunk.register_forward_pre_hook(begin), trunk.register_forward_hook(end_trunk),

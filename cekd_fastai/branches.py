@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from torch.utils.checkpoint import checkpoint
 from .core import eval_mode,unwrap_model,write_whole
 from .cam import cam
-from .files import _LEADS_OUT,bounded_build,fill,net_sum,read_saved
+from .files import _LEADS_OUT,bounded_build,fill,net_sum,read_saved,write_torch
 from .weights import Saved,load_branches
 from .hub import in_registry
 from .arch import make_arch,new_head
@@ -245,19 +245,19 @@ def _ensemble_and_each(model, x):
 def branch_preds(
     learn:Learner,  # Any fastai learner of a classifier
     dl=None,        # Data to predict, the validation set by default
-)->tuple:           # Logits of the ensemble (N, K), of each branch (n, N, K), and targets (N,), on the CPU
+)->tuple:           # Logits of the ensemble (N, K), of each branch (n, N, K), and targets (N,) or None, on the CPU
     "Logits of the ensemble and of every branch for a whole data loader, in one pass"
     model = unwrap_model(learn.model)
     device = next(model.parameters()).device
     res = []
     with eval_mode(model):
-        for x,y in learn.dls.valid if dl is None else dl:
+        for x,*y in learn.dls.valid if dl is None else dl:
             preds = _ensemble_and_each(model, to_device(x, device).as_subclass(Tensor))
             whole,each = [z.float().cpu() for z in preds]
-            res.append((whole, each, y.as_subclass(Tensor).cpu()))
+            res.append((whole, each, *[o.as_subclass(Tensor).cpu() for o in y[:1]]))
     if not res: raise ValueError('There is nothing to predict: the loader has no batch.')
-    whole,each,y = zip(*res)
-    return torch.cat(whole),torch.cat(each, 1),torch.cat(y)
+    whole,each,*y = zip(*res)
+    return torch.cat(whole),torch.cat(each, 1),torch.cat(y[0]) if y else None
 
 def branch_accuracy(
     whole:Tensor, # Logits of the ensemble, shape (N, K)
@@ -292,7 +292,7 @@ def save_net(
     state = {k:state[k].cpu() for k in _build(recipe).state_dict()} # without the optional parts of a run
     file.parent.mkdir(parents=True, exist_ok=True)
     saved = dict(recipe=recipe, state_dict=state, info=info, sum=net_sum(recipe, state, info))
-    write_whole(file, partial(torch.save, saved))
+    write_whole(file, partial(write_torch, saved))
 
 def load_net(
     file, # Written by `save_net`

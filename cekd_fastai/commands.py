@@ -101,6 +101,7 @@ def cekd_serve(
     max_mb:float=20., # Largest file of a picture
     max_pixels:int=50_000_000, # Largest picture, width times height
     max_files:int=16, # Most pictures at once
+    frame:str=None, # Site that may show the page in a frame, e.g. https://huggingface.co for a Space
 ):
     "Show a page that says what is in the pictures dropped on it, and answer programs in JSON at /predict"
     model = at_home(model)

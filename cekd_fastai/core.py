@@ -6,13 +6,13 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/core.html.md"""
 
 # %% auto #0
 __all__ = ['unwrap_model', 'eval_mode', 'amp_context', 'HalfPrecision', 'is_fit', 'is_nested', 'loss_owner', 'write_whole',
-           'whole_folder', 'few', 'near_hint', 'lookup', 'one_sentence', 'no_memory', 'need', 'one_of', 'check_above',
-           'check_not_negative', 'check_share', 'check_count', 'check_idle', 'data_stats', 'data_vocab', 'class_count',
-           'decode_images', 'show_panel']
+           'whole_folder', 'held', 'few', 'near_hint', 'lookup', 'one_sentence', 'no_memory', 'need', 'one_of',
+           'check_above', 'check_not_negative', 'check_share', 'check_count', 'check_idle', 'data_stats', 'data_vocab',
+           'class_count', 'decode_images', 'show_panel']
 
 # %% ../nbs/00_core.ipynb #imports
-import importlib,tempfile,shutil
-from contextlib import contextmanager,nullcontext
+import errno,importlib,tempfile,shutil
+from contextlib import contextmanager,nullcontext,suppress
 from difflib import get_close_matches
 from fastai.vision.all import *
 
@@ -151,6 +151,37 @@ def whole_folder(
         except OSError:
             if not dest.exists(): raise # else another process was faster
     finally: shutil.rmtree(tmp, ignore_errors=True)
+
+# %% ../nbs/00_core.ipynb #held
+def _lock(f):
+    "Lock an open file without waiting; `OSError` if another process has it"
+    try: import fcntl
+    except ImportError: # on Windows
+        import msvcrt
+        return msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+    fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+
+_TAKEN = (errno.EACCES,errno.EAGAIN,errno.EDEADLK) # A file system without locks says something else
+
+@contextmanager
+def held(
+    path,  # What to hold, for the message
+    file,  # The lock, a file of its own
+    taken, # What to say and to do if another process holds it, in words
+):
+    "Hold a lock for this process alone while the block lasts"
+    file = Path(file)
+    with open(file, 'w') as f:
+        try: _lock(f)
+        except OSError as e:
+            if e.errno in _TAKEN: raise FileExistsError(f"`{path}` {taken}.") from e
+            warn(f"`{path}` cannot be held for this run alone ({e.strerror}): let no other run write there.")
+        try: yield
+        finally:
+            if os.name!='nt': file.unlink(missing_ok=True) # while it is held; Windows deletes no open file
+    if os.name=='nt':
+        with suppress(OSError): file.unlink(missing_ok=True) # another process may look at it
+
 
 # %% ../nbs/00_core.ipynb #words
 def few(

@@ -10,14 +10,13 @@ __all__ = ['PictureInput', 'deploy', 'check_device', 'Deployed']
 # %% ../nbs/77_deploy.ipynb #imports
 import hashlib
 from fastai.vision.all import *
-from PIL import UnidentifiedImageError
 from .core import data_stats,data_vocab,eval_mode,few,one_sentence,unwrap_model,write_whole
 from .options import at_home
-from .data.image import ResizeShort,ResizeSquare,check_long,scaling_tfms,open_image,recipe_tfms
+from .data.image import ResizeShort,ResizeSquare,is_picture,open_image,open_stock,recipe_tfms,scaling_tfms
 from .data.loaders import OpenImage
 from .data.rows import source_at
 from .losses import is_multi
-from .files import check_info
+from .files import check_info,net_sum
 from .branches import BranchNet,load_net,save_net
 
 # %% ../nbs/77_deploy.ipynb #dp-keeps
@@ -49,22 +48,6 @@ def _rebuild(step):
     return _BY_NAME[name](**kw)
 
 # %% ../nbs/77_deploy.ipynb #dp-input
-def _why(e): return 'no known format' if isinstance(e, UnidentifiedImageError) else str(e) or type(e).__name__
-
-def _open_stock(o, draft=None):
-    "Open `o` as fastai's `ImageBlock` does"
-    if isinstance(o, Image.Image):
-        check_long(o.size)
-        return PILImage(o.convert('RGB'))
-    try:
-        im = PILImage.create(o)
-        check_long(im.size)
-    except FileNotFoundError: raise
-    except Exception as e:
-        name = o if isinstance(o, (Path,str)) else 'the bytes'
-        raise OSError(f'{name} cannot be read as an image ({_why(e)}): replace or delete it') from e
-    return PILImage(im if im.mode=='RGB' else im.convert('RGB'))
-
 def _of_channels(values, device):
     "The numbers of the three colours as a tensor of shape (3, 1, 1)"
     return tensor(values, device=device)[:,None,None]
@@ -76,7 +59,7 @@ class PictureInput:
         info,        # What `deploy` keeps beside the weights
         device='cpu' # Where batches are made
     ):
-        self.open = open_image if info.get('upright', True) else _open_stock
+        self.open = open_image if info.get('upright', True) else open_stock
         self.draft,self.device = info.get('draft'),device
         self.steps = [_rebuild(o) for o in info['steps']]
         self.batch_steps = [_rebuild(o) for o in info['batch_steps']]
@@ -263,6 +246,8 @@ def deploy(
         raise ValueError(f"`deploy` writes networks of this library, but the model is a `{type(net).__name__}`: "
             "use `learn.export`, or make the learner with `branch_learner`.")
     net = net.subnet(which)
+    kind = next(net.parameters()).dtype
+    if kind!=torch.float32: raise ValueError(f"The weights are {kind}, but a file holds float32: call `learn.model.float()` first.")
     with tempfile.TemporaryDirectory() as d:
         items = _probes(learn.dls, Path(d))
         write_whole(file, partial(_write_checked, net=net, learn=learn, items=items))
@@ -301,13 +286,14 @@ class Deployed:
         if Path(file).suffix=='.onnx': raise ValueError(f"`{file}` is an ONNX file: open it with `OnnxNet`.")
         check_device(device)
         net,info = load_net(file)
-        self.set_info(info, file, device)
+        same = {k:v for k,v in info.items() if k!='examples'} # which change no answer
+        self.set_info(info, file, device, net_sum(net.recipe, net.state_dict(), same))
         self.net = net.to(device)
 
-    def set_info(self, info, file, device):
-        "Take over what the file says beside the weights"
+    def set_info(self, info, file, device, digest=None):
+        "Take over what the file says beside the weights, and what tells this network from others"
         check_info(info, file)
-        self.digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() # of what was read: the file may be written anew
+        self.digest = digest or hashlib.sha256(Path(file).read_bytes()).hexdigest() # of what was read: the file may be written anew
         self.info,self.file,self.device = _complete(info, file),Path(file),device
         self.vocab,self.size,self.thresh = (self.info[o] for o in ('vocab','size','thresh'))
         self.activation = _ACTIVATIONS[self.info['activation']]
@@ -345,8 +331,7 @@ class Deployed:
         tta:bool=False, # Average over a picture and its mirror image
     )->Tensor:          # Shape (N, K), on the CPU
         "Probabilities of several pictures"
-        one = isinstance(ims, (str,Path,bytes,Image.Image)) or hasattr(ims, 'read') or 1<getattr(ims, 'ndim', 0)<4 # an array is a picture, a column of names is none
-        ims = [ims] if one else list(ims)
+        ims = [ims] if is_picture(ims) else list(ims)
         if not ims: raise ValueError('There are no pictures to predict: the list is empty.')
         x = self.input.batch_of(ims)
         return self.probs(x, tta)

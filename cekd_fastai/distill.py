@@ -267,6 +267,7 @@ class Components(Callback):
         "Add the names before the progress bar writes its header"
         owner,rec = loss_owner(self.learn),getattr(self.learn, 'recorder', None)
         self.names = owner.part_names() if owner and rec else []
+        if rec: rec.part_names = self.names # of this fit, whoever is removed after it
         if self.names: add_columns(rec, self.names)
 
     def before_epoch(self): self.trained = False

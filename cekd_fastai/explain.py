@@ -10,7 +10,7 @@ __all__ = ['add_examples']
 # %% ../nbs/78_explain.ipynb #imports
 import matplotlib
 from fastai.vision.all import *
-from .core import check_count
+from .core import check_count,few
 from .cam import model_cam,semantic_map
 from .branches import load_net,save_net
 from .data.rows import source_at
@@ -57,8 +57,9 @@ def _where(d, x, y):
 def _class_index(d, label, probs):
     "The index of the class `label`, of the most probable one if None"
     if label is None: return int(probs.argmax())
-    if label not in d.vocab: raise ValueError(f"`{d.file}` has no class {label!r}: choose from {', '.join(d.vocab[:20])}.")
-    return d.vocab.index(label)
+    names = list(map(str, d.vocab))
+    if str(label) not in names: raise ValueError(f"`{d.file}` has no class {label!r}: choose from {few(names, 20)}.")
+    return names.index(str(label))
 
 @patch
 def where(self:Deployed,
@@ -127,6 +128,7 @@ def add_examples(
         opened = d.input.open(im, draft=d.input.draft)
         features.append(_features(net, d.input.batch_of([opened]))[0])
         pictures.append(_jpeg(opened, side))
+    if not labels: raise ValueError("The loaders have no training pictures: pass those that the network was trained with.")
     examples = dict(labels=labels, features=torch.stack(features).half(), **_packed(pictures))
     save_net(net, file, **info | dict(examples=examples))
     return file

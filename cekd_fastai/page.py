@@ -76,7 +76,8 @@ const figure = (to, src, alt, caption, cls) => {
   add(f, 'figcaption', caption)
 }
 const percent = p => (100*p).toFixed(1) + ' %'
-let about = null
+const silent = 'The server does not answer: is cekd-serve still running? If so, load this page again.'
+let about = null, run = 0
 
 const fail = (li, message) => { li.className = 'bad'; add(li, 'p', message) }
 
@@ -103,21 +104,25 @@ const ask = async file => {
   add(li, 'h2', file.name)
   if (file.size > about.max_mb*1e6) return fail(li, `The file has ${(file.size/1e6).toFixed(1)} MB; at most ${about.max_mb} are read.`)
   const body = new FormData()
-  body.append('top', $('top').value || 3); body.append('explain', 1); body.append('files', file)
+  body.append('top', $('top').value || Math.min(about.top, about.classes.length))
+  body.append('explain', 1); body.append('files', file)
   try {
     const o = await (await fetch('predict', {method: 'POST', body})).json()
     show(li, o.error ? o : o.pictures[0])
-  } catch { fail(li, 'The server does not answer: is cekd-serve still running?') }
+  } catch { fail(li, silent) }
 }
 
-const askAll = async files => {
+const askAll = async files => { // those of an earlier choice are left where they are
   if (!about || !files.length) return
+  const mine = ++run
   $('results').replaceChildren()
-  $('files').disabled = true
   const some = [...files].slice(0, about.max_files), left = files.length-some.length
-  for (const [i,f] of some.entries()) { $('status').textContent = `Picture ${i+1} of ${some.length} …`; await ask(f) }
+  for (const [i,f] of some.entries()) {
+    $('status').textContent = `Picture ${i+1} of ${some.length} …`
+    await ask(f)
+    if (mine != run) return
+  }
   $('status').textContent = `${some.length} ${some.length==1 ? 'picture' : 'pictures'} done` + (left ? `; ${left} more than ${about.max_files} were left out.` : '.')
-  $('files').disabled = false
   $('files').value = ''
 }
 
@@ -128,7 +133,8 @@ const start = async () => {
   for (const on of ['dragover','dragenter']) drop.addEventListener(on, e => { e.preventDefault(); drop.classList.add('over') })
   for (const on of ['dragleave','drop']) drop.addEventListener(on, e => { e.preventDefault(); drop.classList.remove('over') })
   drop.addEventListener('drop', e => askAll(e.dataTransfer.files))
-  about = await (await fetch('model')).json()
+  try { about = await (await fetch('model')).json() }
+  catch { return $('status').textContent = silent }
   $('about').textContent = `${about.model} knows ${about.classes.length} classes. Pictures stay in memory; no file is written.`
   $('top').max = about.classes.length
   $('top').value = Math.min(about.top, about.classes.length)

@@ -9,8 +9,9 @@ __all__ = ['open_net', 'predict_folder']
 
 # %% ../nbs/82_predict.ipynb #imports
 import csv as csv_format,io,warnings
+from contextlib import nullcontext
 from fastai.vision.all import *
-from .core import check_count,few,one_sentence,write_whole
+from .core import check_count,few,held,one_sentence,write_whole
 from .options import at_home
 from .data.folders import FolderTree
 from .deploy import Deployed
@@ -45,7 +46,9 @@ def _packed(pairs):
 def _loader(files, picture_input, bs, num_workers):
     "Batches of files and pixels, in order"
     if num_workers is None: num_workers = 0 if len(files)<=bs else min(defaults.cpus, 16)
-    return torch.utils.data.DataLoader(_Pictures(files, picture_input), bs, num_workers=num_workers, collate_fn=_packed)
+    start = 'fork' if num_workers and sys.platform=='linux' else None # so that a script needs no guard there
+    own = dict(num_workers=num_workers, collate_fn=_packed, multiprocessing_context=start)
+    return torch.utils.data.DataLoader(_Pictures(files, picture_input), bs, **own)
 
 # %% ../nbs/82_predict.ipynb #pf-rows
 def _columns(d, top):
@@ -82,17 +85,17 @@ def _check_rows(path, rows, columns, model):
     if other := first(o for o in rows if o[1]!=model): raise ValueError(f"`{path}` has answers of `{other[1]}`, but these would be of `{model}`: {remedy}.")
 
 def _read_rows(path, columns, model):
-    "Rows that a table holds already, by file; a last line without an end is cut off, once the file is known to be such a table"
+    "Rows that a table holds already; a last line without an end is cut off, once the file is known to be such a table"
     data = path.read_bytes() if path.exists() else b''
     whole = data[:data.rfind(b'\n')+1]
-    if not whole and ','.join(columns).encode().startswith(data): return {} # nothing, or half a head
+    if not whole and ','.join(columns).encode().startswith(data): return [] # nothing, or half a head
     head = _head_of(data)
     if not whole or head!=columns:
         raise ValueError(f"`{path}` has the columns {', '.join(head)}, but these would be {', '.join(columns)}: pass another name, or delete it.")
     rows = [o for o in csv_format.reader(io.StringIO(whole.decode('utf-8-sig', 'surrogateescape'), newline='')) if o][1:]
     _check_rows(path, rows, columns, model)
     if len(whole)<len(data): write_whole(path, lambda tmp: tmp.write_bytes(whole))
-    return {o[0]:o for o in rows}
+    return rows
 
 # %% ../nbs/82_predict.ipynb #pf-csv-write
 def _write_rows(path, rows, columns=None):
@@ -101,19 +104,23 @@ def _write_rows(path, rows, columns=None):
     else: mode = 'a'
     with open(path, mode, newline='', encoding='utf-8', errors='surrogateescape') as f: csv_format.writer(f).writerows(rows)
 
+def _by_file(rows): return {o[0]:o for o in rows}
+
 def _in_order(path, files, columns, model):
     "Put a table into the order of the files; rows of others stay at its end"
-    rows = _read_rows(path, columns, model)
+    there = _read_rows(path, columns, model)
+    rows = _by_file(there)
     names = [str(o) for o in files]
     given = set(names)
     order = [o for o in names if o in rows]+[o for o in rows if o not in given]
-    if order!=list(rows): write_whole(path, partial(_write_rows, rows=[rows[o] for o in order], columns=columns))
+    if order==[o[0] for o in there]: return
+    write_whole(path, partial(_write_rows, rows=[rows[o] for o in order], columns=columns))
 
 # %% ../nbs/82_predict.ipynb #pf-folder
 def _files(source):
     "Pictures of folders in the order of their names, and those of a list; and what was left out, in sentences"
     given = [Path(at_home(o)) for o in ([source] if isinstance(source, (str,Path)) else source)]
-    trees = {o:FolderTree(o) for o in given if o.is_dir()}
+    trees = {o:FolderTree(o, skip=True) for o in given if o.is_dir()}
     files = [f for o in given for f in (trees[o].images() if o in trees else [o])]
     left_out = [o for tree in trees.values() for o in tree.left_out(in_root=True)]
     if files: return list(dict.fromkeys(files)),left_out
@@ -126,18 +133,44 @@ def _table(columns, rows):
     return df.astype({o:float for o in columns if o.startswith('prob_')})
 
 # %% ../nbs/82_predict.ipynb #pf-answer
+@contextmanager
+def _named_end():
+    "Say in one sentence that a process that reads pictures has ended"
+    try: yield
+    except RuntimeError as e:
+        if 'DataLoader worker' not in str(e): raise
+        remedy = "in a script, call `predict_folder` under `if __name__=='__main__':`, or pass num_workers=0"
+        raise RuntimeError(f"A process that reads pictures has ended, perhaps for want of memory: {remedy}.") from e
+
 def _answer(d, todo, row, save, bs, num_workers, tta):
     "Rows of the pictures `todo`, each batch given to `save`, and the files that cannot be read with what is wrong"
     rows,broken = {},{}
     batches = _loader(todo, d.input, bs, num_workers)
-    for files,items,bad in progress_bar(batches, total=len(batches), leave=False, display=len(batches)>1):
-        broken |= bad
-        if not files: continue
-        probs = d.probs(d.input.batch(items), tta)
-        new = {str(f):row(f, p) for f,p in zip(files, probs)}
-        save(new.values())
-        rows |= new
+    with _named_end():
+        for files,items,bad in progress_bar(batches, total=len(batches), leave=False, display=len(batches)>1):
+            broken |= bad
+            if not files: continue
+            probs = d.probs(d.input.batch(items), tta)
+            new = {str(f):row(f, p) for f,p in zip(files, probs)}
+            save(new.values())
+            rows |= new
     return rows,broken
+
+# %% ../nbs/82_predict.ipynb #pf-own
+def _own_table(path):
+    "Hold a table for this run alone, if there is one"
+    if path is None: return nullcontext()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    taken = 'is being written by another run: wait for it, or pass another name'
+    return held(path, path.with_name(f'.{path.name}.lock'), taken)
+
+def _begin(path, columns, model):
+    "Rows that a table holds already, by file; a new one gets its head"
+    if path is None: return {}
+    done = _by_file(_read_rows(path, columns, model))
+    if not done: _write_rows(path, [], columns)
+    return done
+
 
 # %% ../nbs/82_predict.ipynb #pf-method
 @patch
@@ -156,15 +189,13 @@ def predict_folder(self:Deployed,
     for o in left_out: warnings.warn(o)
     columns,model = _columns(self, top),_model_name(self, tta)
     path = None if csv is None else Path(csv).expanduser()
-    done = _read_rows(path, columns, model) if path else {}
-    if path and not done:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_rows(path, [], columns)
-    save = partial(_write_rows, path) if path else noop
-    todo = [o for o in files if str(o) not in done]
     def row(file, probs): return _row(self, file, model, probs, top)
-    rows,broken = _answer(self, todo, row, save, bs, num_workers, tta)
-    if path: _in_order(path, files, columns, model)
+    with _own_table(path):
+        done = _begin(path, columns, model)
+        save = partial(_write_rows, path) if path else noop
+        todo = [o for o in files if str(o) not in done]
+        rows,broken = _answer(self, todo, row, save, bs, num_workers, tta)
+        if path: _in_order(path, files, columns, model)
     if broken: warnings.warn(f"{len(broken):,} of {len(files):,} files cannot be read and have no row: {few(broken.values(), 5)}")
     rows = done | rows
     found = [rows[str(o)] for o in files if str(o) in rows]
@@ -178,6 +209,8 @@ def open_net(
     device='cpu', # Where a network of PyTorch runs; onnxruntime has the CPU
 )->Deployed:
     "A network from its file, in PyTorch or in onnxruntime"
+    if not isinstance(file, (str,Path)):
+        raise TypeError(f"`predict_folder` takes a file, but this is a `{type(file).__name__}`: write a learner with `deploy`.")
     kind = Path(file).suffix.lower()
     if kind=='.onnx':
         if str(device)=='cpu': return OnnxNet(file)

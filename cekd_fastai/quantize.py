@@ -13,6 +13,7 @@ from fastai.vision.all import *
 from .core import check_count,need,write_whole
 from .options import at_home
 from .data.folders import images_of
+from .data.image import is_picture
 from .data.rows import source_at
 from .deploy import _as_shown,_pictures,_spread
 from .onnx_file import OnnxNet
@@ -109,11 +110,12 @@ def quantize_onnx(
         (fit,_),(shown,y) = _items(pictures.train, n),_items(pictures.valid, n_valid)
         y = _as_in_file(old, pictures.vocab, y)
     else:
-        pictures = [at_home(o) for o in ([pictures] if isinstance(pictures, (str,Path)) else pictures)]
-        if len(pictures)==1 and Path(pictures[0]).is_dir(): pictures = images_of(pictures[0])
+        pictures = [at_home(o) for o in ([pictures] if is_picture(pictures) else pictures)]
+        only = pictures[0] if len(pictures)==1 else None
+        if isinstance(only, (str,Path)) and Path(only).is_dir(): pictures = images_of(only)
         fit,shown = ([pictures[i] for i in _spread(len(pictures), o)] for o in (n,n_valid))
         y = None
-    if not fit: raise ValueError('`quantize_onnx` needs a few pictures to calibrate with.')
+    if not fit or not shown: raise ValueError('`quantize_onnx` needs pictures to calibrate with and to measure on.')
     write_whole(dest, partial(_write_int8, d=old, pictures=fit, per_channel=per_channel))
     table = _compared(old, OnnxNet(dest), shown, y)
     print(table.round(3).to_string())

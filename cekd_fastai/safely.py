@@ -8,9 +8,9 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/safely.html.md"""
 __all__ = ['lock_folder', 'named_faults', 'named_writing', 'safety_cbs', 'check_unfinished', 'write_diverged', 'kept_run']
 
 # %% ../nbs/88_safely.ipynb #imports
-import errno,json,shutil
+import json,shutil
 from fastai.vision.all import *
-from .core import no_memory,one_sentence
+from .core import held,no_memory,one_sentence
 from .runstate import checkpoint_files
 from .checkpoint import Checkpoint
 from .guard import Diverged,Guard
@@ -18,29 +18,12 @@ from .results import RESULTS,about,all_or_none,out_folder,save_run
 from .train import build,train
 
 # %% ../nbs/88_safely.ipynb #lock
-def _lock(f):
-    "Lock an open file without waiting; `OSError` if another process has it"
-    try: import fcntl
-    except ImportError: return # Windows has no such locks
-    fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
-
-_TAKEN = (errno.EACCES,errno.EAGAIN,errno.EDEADLK) # A file system without locks says something else
-
-@contextmanager
 def lock_folder(
     path, # A folder
 ):
     "Hold a folder for this run alone while the block lasts"
-    file = Path(path)/'.lock'
-    with open(file, 'w') as f:
-        try: _lock(f)
-        except OSError as e:
-            if e.errno not in _TAKEN: warn(f"`{path}` cannot be held for this run alone ({e.strerror}): let no other run write there.")
-            else: raise FileExistsError(f"`{path}` belongs to a run that is still going: wait for it, or choose another --out.") from e
-        try: yield
-        finally:
-            if os.name!='nt': file.unlink(missing_ok=True) # while it is held; Windows deletes no open file
-    if os.name=='nt': file.unlink(missing_ok=True)
+    return held(path, Path(path)/'.lock', 'belongs to a run that is still going: wait for it, or choose another --out')
+
 
 # %% ../nbs/88_safely.ipynb #faults
 _LOST = ('connection closed by peer','connection reset by peer','broken pipe','nccl','gloo')

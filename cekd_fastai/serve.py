@@ -8,11 +8,11 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/serve.html.md"""
 __all__ = ['serve_app', 'listening']
 
 # %% ../nbs/84_serve.ipynb #imports
-import base64,socket,threading,warnings
+import asyncio,base64,socket,threading,warnings
 from fastai.vision.all import *
 from .core import check_above,check_count,need
 from .explain import _jpeg,_seen,_similar,_where
-from .data.image import IMAGE_SUFFIXES
+from .data.image import IMAGE_SUFFIXES,check_long,open_image
 from .page import PAGE,SCRIPT,STYLE
 from .predict import open_net
 
@@ -38,6 +38,9 @@ def _pixels(d, data, limits):
     "The bytes of a picture as a batch for the network"
     if len(data)>limits.max_mb*1e6: raise ValueError(f'The file has {len(data)/1e6:.1f} MB; at most {limits.max_mb:g} are read.')
     im = _opened(data, limits.max_pixels)
+    if d.input.open is open_image:
+        try: check_long(im.size)
+        except ValueError as e: raise ValueError(f'The picture cannot be used, since {e}.') from e
     if im.format in ('JPEG','MPO') and d.input.draft: im.draft(None, (d.input.draft,)*2)
     try: return d.input.batch_of([im])
     except Exception as e: raise ValueError('The picture is broken: it cannot be decoded.') from e
@@ -84,10 +87,12 @@ def _answer(d, name, data, top, limits, explain):
 # %% ../nbs/84_serve.ipynb #sv-body
 class _TooLarge(Exception): pass
 
+_PATIENCE = 30 # seconds for the next chunk of a request
+
 async def _counted(stream, most):
-    "The chunks of a stream, until there are more than `most` bytes"
-    n = 0
-    async for o in stream:
+    "The chunks of a stream, until there are more than `most` bytes, or none comes for a while"
+    n,chunks = 0,aiter(stream)
+    while (o := await asyncio.wait_for(anext(chunks, None), _PATIENCE)) is not None:
         n += len(o)
         if n>most: raise _TooLarge
         yield o
@@ -123,11 +128,20 @@ def _top(form, top, n):
     return int(said)
 
 # %% ../nbs/84_serve.ipynb #sv-app
-_HEADERS = {'Content-Security-Policy': "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'", 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-store'}
+_AT_ONCE = 32 # requests with pictures that are held in memory
+
+def _headers(frame):
+    "What the page may load, and which site may show it in a frame"
+    if frame and not re.fullmatch(r'https?://[^\s;,/]+', frame):
+        raise ValueError(f"`frame` is {frame!r}: pass the address of a site alone, e.g. 'https://huggingface.co'.")
+    who = frame or "'none'"
+    own = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:"
+    headers = {'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-store'}
+    return headers | {'Content-Security-Policy': f"{own}; base-uri 'none'; form-action 'none'; frame-ancestors {who}"}
 
 class _App:
     "What the server does at each of its addresses"
+    going = 0 # requests with pictures
     def __init__(self, d, top, limits):
         self.d,self.top,self.limits = d,top,limits
         self.looks,self.similar,self.notes = _abilities(d)
@@ -144,17 +158,25 @@ class _App:
         with self.one: return [_answer(self.d, name, data, top, self.limits, explain) for name,data in files]
 
     async def predict(self, request):
+        "The answer to a request and its status, unless there are too many at once"
+        if request.headers.get('sec-fetch-site') in ('cross-site','same-site'):
+            return dict(error='A page of another site may not send pictures here.'),403
+        if self.going>=_AT_ONCE: return dict(error='The server is busy: send these pictures again in a moment.'),503
+        self.going += 1
+        try: return await self.asked(request)
+        finally: self.going -= 1
+
+    async def asked(self, request):
         "The answer to a request and its status"
         from starlette.concurrency import run_in_threadpool
         from starlette.requests import ClientDisconnect
-        if request.headers.get('sec-fetch-site') in ('cross-site','same-site'):
-            return dict(error='A page of another site may not send pictures here.'),403
         try:
             files,form = await _form(request, self.limits)
             top = _top(form, self.top, len(self.d.vocab))
             res = await run_in_threadpool(self.answers, files, top, form.get('explain', '') not in ('','0','false'))
         except _TooLarge: return dict(error=f'The request has more than {self.limits.max_total_mb:g} MB: send fewer or smaller pictures.'),413
         except ValueError as e: return dict(error=str(e)),400
+        except asyncio.TimeoutError: return dict(error=f'Nothing more of the request came for {_PATIENCE} seconds.'),408
         except ClientDisconnect: return dict(error='The request ended before its pictures had come.'),400 # nobody reads it, and nothing is logged
         return dict(model=self.d.file.name, pictures=res),200
 
@@ -167,8 +189,10 @@ def serve_app(
     max_pixels:int=50_000_000, # Largest picture, width times height
     max_files:int=16,     # Most pictures in a request
     max_total_mb:float=None,# Largest request, by default 60, or room for one picture of `max_mb`
+    frame:str=None,       # Site that may show the page in a frame, e.g. 'https://huggingface.co' for a Space
 ): # A `Starlette` application
     "The web application that `cekd-serve` runs"
+    headers = _headers(frame)
     check_count(top=top, max_pixels=max_pixels, max_files=max_files)
     most = 2*(Image.MAX_IMAGE_PIXELS or math.inf) # beyond which Pillow opens none
     if max_pixels>most: raise ValueError(f"max_pixels is {max_pixels:,}, but Pillow opens none above {most:,}: pass less.")
@@ -179,9 +203,9 @@ def serve_app(
     from starlette.responses import JSONResponse,Response
     from starlette.routing import Route
     app = _App(open_net(model, device), top, SimpleNamespace(max_mb=max_mb, max_pixels=max_pixels, max_files=max_files, max_total_mb=max_total_mb))
-    def fixed(text, kind): return lambda request: Response(text, media_type=kind, headers=_HEADERS)
-    def about(request): return JSONResponse(app.about(), headers=_HEADERS)
-    async def predict(request): return JSONResponse(*await app.predict(request), headers=_HEADERS)
+    def fixed(text, kind): return lambda request: Response(text, media_type=kind, headers=headers)
+    def about(request): return JSONResponse(app.about(), headers=headers)
+    async def predict(request): return JSONResponse(*await app.predict(request), headers=headers)
     texts = {'/':(PAGE,'text/html'), '/page.css':(STYLE,'text/css'), '/page.js':(SCRIPT,'text/javascript')}
     routes = [Route(path, fixed(*o)) for path,o in texts.items()]
     return Starlette(routes=[*routes,Route('/model', about),Route('/predict', predict, methods=['POST'])])
@@ -200,7 +224,8 @@ def _listen(host, port):
 def _only_here(app, host):
     "Turn away requests that call this computer by another name, if only it can be reached"
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    if host in ('127.0.0.1','localhost','::1'): app.add_middleware(TrustedHostMiddleware, allowed_hosts=['127.0.0.1','localhost','::1','[::1]'])
+    here = ['127.0.0.1','localhost','::1']
+    if host in here: app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*here,'[::1]','[']) # older ones cut '[::1]' at its colon
     return app
 
 def listening(
@@ -213,5 +238,5 @@ def listening(
     uvicorn, = need('The page', 'uvicorn', install='starlette uvicorn python-multipart')
     app = _only_here(serve_app(model, **kwargs), host)
     sock = _listen(host, port)
-    config = uvicorn.Config(app, log_level='warning', limit_concurrency=16, server_header=False)
+    config = uvicorn.Config(app, log_level='warning', server_header=False)
     return uvicorn.Server(config),sock

@@ -59,7 +59,7 @@ def _recipe_rows(learn):
     rows |= {k:v for k,v in recipe.items() if v not in (None,False,{},[],())}
     rows |= dict(loss=_function(learn.loss_func), optimiser=_function(learn.opt_func))
     rows['callbacks'] = ', '.join(cbs) or 'none'
-    rows['epochs of the last fit'] = len(getattr(learn.recorder, 'values', []))
+    rows['epochs of the last fit'] = len(getattr(getattr(learn, 'recorder', None), 'values', []))
     rows |= {o:importlib.metadata.version(o) for o in ('torch','fastai','timm')}
     rows['cekd_fastai'] = __version__
     return pd.DataFrame(list(rows.items()), columns=['',' '])
@@ -140,6 +140,12 @@ def _hub(endpoint, remedy):
         raise ValueError(f"The hub refused ({one_sentence(e)}): log in with `hf auth login`, and check that the repository is yours.") from e
 
 # %% ../nbs/85_share.ipynb #hu-to
+def _check_own(folder):
+    "Refuse to write over a text that is no card of ours"
+    there = folder/'README.md'
+    if there.exists() and 'library_name: cekd_fastai' not in there.read_text(encoding='utf-8', errors='replace'):
+        raise FileExistsError(f"`{there}` was not written by `to_hub`: pass a folder for this network alone.")
+
 def _write_folder(learn, folder, which, card):
     "The deployed file and the card"
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,9 +172,10 @@ def to_hub(
     if _activation(learn)!='softmax': raise ValueError("`to_hub` writes cards for one class a picture: write this network with `deploy`.")
     name = repo or Path(folder).resolve().name
     title = title or name.split('/')[-1]
+    if folder: _check_own(Path(folder))
     with tempfile.TemporaryDirectory() as tmp:
         dest = Path(folder or tmp)
-        card = _card(_part_of(learn, which), title, repo or dest.name, about, license, k)
+        card = _card(_part_of(learn, which), title, repo or f'path/to/{name}', about, license, k)
         _write_folder(learn, dest, which, card)
         if repo is None: return dest
         with _hub(endpoint, 'write a folder with `to_hub(learn, folder=...)` and upload that later') as hub:

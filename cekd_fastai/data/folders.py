@@ -23,15 +23,15 @@ def _shown(names):
     "Names that are not hidden"
     return sorted(o for o in names if o[0]!='.')
 
-def _stop(e): raise e # `os.walk` passes over a folder that it may not open
-
 # %% ../../nbs/16_data.folders.ipynb #tree-class
 class FolderTree:
     "The folders from `root` downwards, each real one once, with the names of their files"
     def __init__(self,
-        root # Folder
+        root,      # Folder
+        skip=False # Leave out folders that may not be opened, instead of an error
     ):
-        self.root = Path(root)
+        self.root,self.skip = Path(root),skip
+        self.shut = [] # Folders that may not be opened
         self.names = {} # {folder: names of its files}
         self.back = []  # Links to places that are read already
         self.seen = set()
@@ -41,6 +41,11 @@ class FolderTree:
             if self._is_new(os.path.realpath(link)): links += self._walk(link)
             else: self.back.append(link)
 
+    def _fault(self, e):
+        "Note a folder that may not be opened; `os.walk` by itself passes over it"
+        if not self.skip: raise e
+        self.shut.append(Path(e.filename))
+
     def _is_new(self, real):
         "Whether a real folder was not read yet, nor one in it"
         return real not in self.seen and not any(_is_below(o, real) for o in self.seen)
@@ -48,7 +53,7 @@ class FolderTree:
     def _walk(self, top):
         "Read the real folders from `top` downwards; returns the links to folders"
         links = []
-        for folder,subs,names in os.walk(top, onerror=_stop):
+        for folder,subs,names in os.walk(top, onerror=self._fault):
             real = os.path.realpath(folder)
             subs[:] = [] if real in self.seen else _shown(subs)
             if real in self.seen: continue
@@ -107,6 +112,7 @@ def skipped(self:FolderTree, in_root=False): # `Counter`
 def left_out(self:FolderTree, in_root=False)->list:
     "What was left out, in sentences"
     res,n = [],self.skipped(in_root)
+    if self.shut: res.append(f'left out {few(self.shut)}: not open to you')
     if self.back:
         where = few(o.relative_to(self.root) for o in self.back)
         res.append(f'left out links of {self.root} to folders that are read already: {where}')
@@ -124,7 +130,7 @@ def images_of(
     path # Folder
 )->list: # Of paths, sorted
     "The pictures anywhere in a folder, each real folder once; a warning says what was left out"
-    tree = FolderTree(path)
+    tree = FolderTree(path, skip=True)
     tree.warn(in_root=True)
     return tree.images()
 
@@ -138,10 +144,16 @@ def _down(tree, path, into_part=True):
     return path if stop else _down(tree, child, into_part)
 
 # %% ../../nbs/16_data.folders.ipynb #classes
+def _check_names(path, names):
+    "Refuse names of classes that no file of text could hold"
+    odd = [os.fsencode(o) for o in names if o.encode('utf-8', 'replace').decode('utf-8')!=o]
+    if odd: raise ValueError(f'the name of the folder {few(odd)} in {path} is not UTF-8: rename it')
+
 def _class_folders(tree, path):
     "{name: pictures} of the classes in `path`"
     path = _down(tree, path)
     groups = tree.groups(path)
+    _check_names(path, groups)
     empty = [o for o,files in groups.items() if not files and o!='models']
     if empty and len(empty)<len(groups): warnings.warn(f'no images in {few(empty)} of {path}: not counted as a class')
     stray = tree.direct(path)

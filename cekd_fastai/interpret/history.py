@@ -29,9 +29,9 @@ def _epoch_rows(rec, names):
 def _loss_parts(learn, names):
     "Which of the columns `names` are parts of the loss, and their weights in the last step"
     owner = loss_owner(learn)
-    if owner is None: return dict(parts=[], weights={})
-    parts = [o for o in owner.part_names() if o in names]
-    return dict(parts=parts, weights=_weights_of(owner))
+    own = owner.part_names() if owner else []
+    trained = vars(learn.recorder).get('part_names', own) # the owner may have been taken away since
+    return dict(parts=[o for o in trained if o in names], weights=_weights_of(owner) if trained==own and own else {})
 
 def history(
     learn:Learner, # A learner after `fit`

@@ -11,23 +11,28 @@ __all__ = []
 from fastai.vision.all import *
 from PIL import Image
 from types import SimpleNamespace
+from ..data.image import is_picture,open_stock
+from ..data.loaders import OpenImage
 from .history import _labels
 
 # %% ../../nbs/72_interpret.items.ipynb #items-new
-def _new_picture(o):
-    "What fastai shall load: the path `o`, or a copy of the image `o`"
-    if isinstance(o, Image.Image): return o.copy()
-    if not isinstance(o, (str,Path)): return o
-    if not Path(o).is_file(): raise FileNotFoundError(f"There is no picture `{o}`.")
-    return Path(o)
+def _new_picture(o, own):
+    "What fastai shall load: the path `o`, or the picture in memory, which our `own` transform opens as it opens a file"
+    if isinstance(o, (str,Path)):
+        if not Path(o).is_file(): raise FileNotFoundError(f"There is no picture `{o}`.")
+        return Path(o)
+    if not own: return open_stock(o)
+    return o.copy() if isinstance(o, Image.Image) else o
 
 def _new_name(i, o):
     "What the picture `o` is called, as number `i` of its batch"
     return o.name if isinstance(o, Path) else f'picture {i}'
 
 def _new_batch(learn, items):
-    "A batch of pictures that are not in the learner's data, paths or images"
-    files = [_new_picture(o) for o in items]
+    "A batch of pictures that are not in the learner's data: paths, or pictures in memory"
+    tls = getattr(learn.dls.valid_ds, 'tls', None)
+    own = tls is None or any(isinstance(o, OpenImage) for o in tls[0].tfms.fs)
+    files = [_new_picture(o, own) for o in items]
     names = [_new_name(i, o) for i,o in enumerate(files)]
     dl = learn.dls.test_dl(files, bs=len(files), num_workers=0)
     x,*_ = dl.one_batch()
@@ -57,8 +62,6 @@ def _valid_batch(learn, items):
     return SimpleNamespace(names=items, dl=dl, x=x, truth=truth, files=_valid_files(learn, items))
 
 # %% ../../nbs/72_interpret.items.ipynb #items-batch
-_ONE_ITEM = (int,np.integer,str,Path,Image.Image)
-
 def _is_index(o):
     "Is `o` an index of the validation set?"
     if isinstance(o, Tensor): return o.ndim==0
@@ -66,11 +69,11 @@ def _is_index(o):
 
 def _item_batch(learn, items):
     "A batch of `items`: what they are called, their loader, pixels, true classes, and files where known"
-    items = [items] if isinstance(items, _ONE_ITEM) else list(items)
+    items = [items] if is_picture(items) or _is_index(items) else list(items)
     if not items: raise ValueError("`items` is empty: pass indices of the validation set, or pictures.")
     is_index = [_is_index(o) for o in items]
     if any(is_index)!=all(is_index):
         raise ValueError("`items` mixes indices and pictures: "
-            "pass either indices of the validation set, or paths and images.")
+            "pass either indices of the validation set, or pictures.")
     batch = _valid_batch if all(is_index) else _new_batch
     with no_random(): return batch(learn, items)

@@ -17,7 +17,7 @@ from torch.nn.utils import skip_init
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from ..core import write_whole
-from ..files import read_torch
+from ..files import read_torch,write_torch
 from ..weights import classifier_names
 from ..branches import BranchNet
 
@@ -217,5 +217,5 @@ def kept_fit(
     res = _kept[key]
     if file and not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda p: torch.save([res.head.weight.data,res.head.bias.data,*res[1:]], p))
+        write_whole(file, lambda p: write_torch([res.head.weight.data,res.head.bias.data,*res[1:]], p))
     return res
