@@ -33,7 +33,7 @@ def test_card(learn, folder):
     for i,name in enumerate(learn.dls.vocab):
         of,right = (y==i).sum(),((y==i)&(p.argmax(1)==i)).sum()
         assert f'| {name} | {of} | {right/of:.2f} |' in card.text
-    assert "from_hub('finches')" in card.text and 'Drawn | birds.' in card.text and '| arch | test_resnet |' in card.text and '| callbacks | CutMix |' in card.text
+    assert "from_hub('path/to/finches')" in card.text and 'Drawn | birds.' in card.text and '| arch | test_resnet |' in card.text and '| callbacks | CutMix |' in card.text
     wrong = (p.argmax(1)!=y).sum()
     assert ('## Confused pairs\n\n| a | b | errors | images |' in card.text) == bool(wrong)
 
