@@ -49,6 +49,7 @@ def tiny(tmp_path_factory):
     label,test = birds_bundle.decode(folder, c['classes'], folder/'pixels.npy')
     small = dict(classes=4, size=32, bs=8, arch='test_resnet', layouts=['channels_first'])
     meal = birds_plan.read_config('meal50')|small
+    del meal['teacher_taps']
     meal['teachers'] = {k:dict(arch=k, weights=f'{k}.pth') for k in ('test_efficientnet','test_resnet')}
     meal['teacher'] = meal['teacher']|dict(epochs=1)
     for k in meal['teachers']: torch.save(timm.create_model(k).state_dict(), folder/f'{k}.pth')

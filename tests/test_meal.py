@@ -345,7 +345,7 @@ def test_channels_behind():
             self.conv = nn.Identity()
         def forward(self, x): return self.conv(x.permute(0,2,3,1)).mean((1,2))
     m,x = Behind(),torch.randn(2,3,6,4)
-    taps = Taps(m, [['conv']], [5])
+    taps = Taps(m, [['conv']], [5], (6,4))
     taps.on = True
     m(x)
     assert torch.allclose(taps.read()[0][0], align(x, 5))

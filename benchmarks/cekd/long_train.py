@@ -89,6 +89,7 @@ class Bench(birds_train.Bench):
         elif 'css' in m: learn = css_learner(dls, (c['arch'],c['arch']), j['branches'], **kw)
         elif 'meal' in m:
             own = {k:v for k,v in j['args'].items() if k not in ('wrong','labelled')}
+            if own.get('taps')!=0 and 'teacher_taps' in c: own['teacher_taps'] = c['teacher_taps']
             if self.answers_kept(j): own |= dict(cache_targets=True, cache_dir=self.bundle/'answers', views=j['epochs'])
             learn = branch_learner(dls, c['arch'], 1, cbs=MEAL(teachers, **own), **kw)
         else: learn = branch_learner(dls, c['arch'], j['branches'], cbs=callbacks(j, c), **kw)

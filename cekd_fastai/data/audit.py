@@ -84,8 +84,9 @@ def _copy_row(t, i, j, kind):
 
 def _copy_rows(t, looks, most_bits, most_grey):
     "Exact copies, and near copies among what is left of them"
-    seen = [i for i,o in enumerate(looks) if 'fault' not in o]
-    if not seen: return []
+    sound = [i for i,o in enumerate(looks) if 'fault' not in o]
+    if not sound: return []
+    seen = [i for i,*_ in groupby(sound, lambda i: (t.files[i],_part(t, i))).values()] # a row may be repeated, for balance
     same = list(groupby(seen, lambda i: looks[i]['digest']).values())
     unique = [o[0] for o in same]
     pairs = _near_pairs([looks[i] for i in unique], most_bits, most_grey)
@@ -143,11 +144,10 @@ def _mode_rows(t, looks):
     odd = {i:o for i,o in modes.items() if o not in ('RGB',usual)}
     return [_row(t, i, 'odd mode', o, _MODES.get(o, _DEEP)) for i,o in odd.items()]
 
-# %% ../../nbs/22_data.audit.ipynb #check
-_COPIES = ['duplicate across classes','duplicate across parts','group across parts','duplicate']
-_WORST = ['unreadable', *_COPIES, 'tiny class', 'small', 'long', 'odd mode']
-
-def _rank(problem): return first(i for i,o in enumerate(_WORST) if problem.endswith(o))
+# %% ../../nbs/22_data.audit.ipynb #check-of
+class _Unchecked(ImageTable):
+    "A table with whatever is wrong with it, which is to be reported"
+    def _check(self): pass
 
 def _table_of(source):
     "The table of loaders, also of fastai's own; any other source as it is"
@@ -159,7 +159,15 @@ def _table_of(source):
     if not hasattr(source, 'vocab') or getattr(ys[0], 'ndim', 0): raise ValueError('check_data is for pictures with one class each, and these loaders have other labels')
     labels = [str(source.vocab[int(y)]) for y in ys]
     is_valid = [bool(k) for k,o in enumerate(tls) for _ in range(len(o[0]))]
-    return ImageTable([o for dl in parts for o in sources(dl)], labels, is_valid, root=source.path, must_exist=False)
+    files = [o for dl in parts for o in sources(dl)]
+    return _Unchecked(files, labels, is_valid, root=source.path, must_exist=False)
+
+
+# %% ../../nbs/22_data.audit.ipynb #check
+_COPIES = ['duplicate across classes','duplicate across parts','group across parts','duplicate']
+_WORST = ['unreadable', *_COPIES, 'tiny class', 'small', 'long', 'odd mode']
+
+def _rank(problem): return first(i for i,o in enumerate(_WORST) if problem.endswith(o))
 
 def check_data(
     source,       # As for `read_table`; or `DataLoaders` of pictures with one class each
@@ -181,7 +189,7 @@ def check_data(
     rows += _class_rows(t, least)
     rows += _size_rows(t, looks, small, long)
     rows += _mode_rows(t, looks)
-    rows = sorted(rows, key=lambda o: _rank(o[0]))
+    rows = sorted(dict.fromkeys(rows), key=lambda o: _rank(o[0]))
     return pd.DataFrame(rows, columns=_COLUMNS)
 
 # %% ../../nbs/22_data.audit.ipynb #suspects

@@ -11,6 +11,7 @@ __all__ = ['KINDS', 'align', 'similarity', 'block_weights', 'BlockLoss', 'stages
 from fastai.vision.all import *
 from ..core import check_above,eval_mode,near_hint,one_of
 from ..losses import soft_log_probs,soft_probs,z_scores
+from ..cam import map_kind,to_map
 from ..branches import BranchNet
 
 # %% ../../nbs/47_meal.align.ipynb #al-code
@@ -115,22 +116,58 @@ def _named_stages(model):
     return names if all(o in known for o in names) else []
 
 @torch.no_grad()
-def stages(
-    model:nn.Module, # Any network
-    x:Tensor,        # A few images that it takes, shape (B, 3, H, W)
-)->list:             # Module paths, from shallow to deep
-    "The last module of each stage"
-    if names := _named_stages(model): return names
-    last,handles = {},[] # the last module for each height of a map
-    def _note(name, m, inp, out):
-        if isinstance(out, Tensor) and out.ndim==4 and out.shape[-2]>1: last[out.shape[-2]] = name
+def _shapes(model, x):
+    "{path: shapes of what a module gives, each time that it runs}, in the order in which they end"
+    seen,handles = {},[]
+    def _note(name, m, inp, out): seen.setdefault(name, []).append(getattr(out, 'shape', ()))
     for name,m in model.named_modules():
         if name: handles.append(m.register_forward_hook(partial(_note, name)))
     try:
         with eval_mode(model): model(x)
     finally:
         for h in handles: h.remove()
-    return [last[h] for h in sorted(last, reverse=True)]
+    return seen
+
+def _height(shape, x):
+    "Height of a map of the images `x`, 0 for anything else"
+    if len(shape)!=4 or shape[0]!=len(x): return 0
+    kind = map_kind(torch.empty(shape, device='meta'), *x.shape[-2:])
+    h = shape[1 if kind=='NHWC' else 2]
+    return h if 1<h<=x.shape[-2] else 0
+
+
+# %% ../../nbs/47_meal.align.ipynb #tap-ends
+def _ends(module, name, seen, x):
+    "Maps within a module and at its end: path, height, and how many blocks hold it that make such maps smaller"
+    inner = [o for k,m in module.named_children() for o in _ends(m, f'{name}.{k}'.strip('.'), seen, x)]
+    shapes = seen.get(name, [])
+    if len(shapes)!=1: return [] if shapes else inner # a list of modules does not run itself
+    h = _height(shapes[0], x)
+    if not h: return [] if len(shapes[0])==3 else inner
+    higher = [o for o in inner if o[1]>h]
+    is_block = len({k for _,k,_ in higher})==1
+    return [(p,k,depth+is_block) for p,k,depth in higher] + [(name,h,0)]
+
+def _stage_ends(module, name, seen, x):
+    "{height: path of the last map that is in the fewest blocks}"
+    when = list(seen).index
+    found = sorted(_ends(module, name, seen, x), key=lambda o: (-o[2],when(o[0])))
+    return {h:p for p,h,_ in found}
+
+def stages(
+    model:nn.Module, # Any network
+    x:Tensor,        # A few images that it takes, shape (B, 3, H, W)
+)->list:             # Module paths, from shallow to deep
+    "The last module of each stage"
+    if names := _named_stages(model): return names
+    seen = _shapes(model, x)
+    def ends(module, name=''): return _stage_ends(module, name, seen, x)
+    shared = isinstance(model, BranchNet) and not isinstance(model.trunk, nn.ModuleList)
+    before = ends(model.trunk, 'trunk') if shared else {}
+    after = ends(model.branches[0], 'branches.0') if shared else ends(model)
+    after = {h:p for h,p in after.items() if h not in before or p=='branches.0'}
+    return [o[h] for o in (before,after) for h in sorted(o, reverse=True)]
+
 
 # %% ../../nbs/47_meal.align.ipynb #tap-find
 def _each_branch(model, path):
@@ -180,11 +217,10 @@ class Taps:
         model:nn.Module,   # The network
         paths:list,        # Paths of each tap, from `pick_taps`
         dims:list=None,    # Entries of each tap; None: one per place of its map, at most 500
+        size:tuple=(1,1),  # Height and width of the images, or anything of their aspect
         **kwargs           # `space` and `channels` of `align`
     ):
-        store_attr('paths,kwargs')
-        fmt = str(getattr(model, 'output_fmt', None) or 'NCHW') # timm writes NHWC where channels come last
-        self.channels_last = fmt.endswith('NHWC')
+        store_attr('paths,size,kwargs')
         self.vecs,self.handles = {},[]
         for path,d in zip(paths, dims or [None]*len(paths)):
             for p in path: self.handles.append(model.get_submodule(p).register_forward_hook(partial(self.hook, p, d)))
@@ -195,9 +231,27 @@ class Taps:
         self.clear()
         return res
 
+    def clear(self):
+        "Switch off, and let go of what was read"
+        self.on,self.vecs = False,{}
+
+    def remove(self):
+        "Take the hooks off"
+        self.clear()
+        for h in self.handles: h.remove()
+        self.handles = []
+
     def __getstate__(self): return {} # an export has no taps
 
 # %% ../../nbs/47_meal.align.ipynb #tap-hook
+def _on_places(f, size, gives):
+    "Features of images of a `size` as a map (B, C, h, w) without tokens in front, of which a `Mapped` part tells what it `gives`"
+    kind = map_kind(f, *size)
+    if kind is None: return f
+    n_front = first(o for o in [kind,*(gives or [])] if isinstance(o, int)) or 0
+    maps = to_map(f, kind, *size)
+    return maps[:,:maps.shape[1]//(n_front+1)]
+
 @patch
 def hook(self:Taps,
     path:str,         # Path of the module
@@ -213,22 +267,11 @@ def hook(self:Taps,
         found = f'shape {tuple(out.shape)}' if isinstance(out, Tensor) else f'a {type(out).__name__}'
         needed = 'a map (B, C, h, w), tokens (B, N, C) or vectors (B, D)'
         raise ValueError(f"The part `{path}` gives {found}, but a tap needs {needed}: tap another part.")
-    if out.ndim==4 and self.channels_last: out = out.permute(0,3,1,2)
+    out = _on_places(out, self.size, getattr(module, 'gives', None))
     places = _as_places(out).shape[-1]
     vecs = align(out, d or min(places, 500), **self.kwargs)
     if self.on: self.vecs[path] = vecs
 
-@patch
-def clear(self:Taps):
-    "Switch off, and let go of what was read"
-    self.on,self.vecs = False,{}
-
-@patch
-def remove(self:Taps):
-    "Take the hooks off"
-    self.clear()
-    for h in self.handles: h.remove()
-    self.handles = []
 
 # %% ../../nbs/47_meal.align.ipynb #sizes-code
 @torch.no_grad()
@@ -239,7 +282,7 @@ def map_sizes(
     x:Tensor,        # A few images that it takes, shape (B, 3, H, W)
 )->list:
     "Entries of each aligned map of a network"
-    taps = Taps(model, paths, dims)
+    taps = Taps(model, paths, dims, x.shape[-2:])
     taps.on = True
     try:
         with eval_mode(model): model(x)

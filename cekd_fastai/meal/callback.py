@@ -133,7 +133,7 @@ def add_taps(self:MEAL):
     place_teachers(self.teachers, self.learn)
     stats = data_stats(self.learn.dls) if self.view is not None else None
     self.view_stats = stats and [torch.tensor(o, device=next(self.net.parameters()).device) for o in stats] # on the device, once
-    how = dict(space=self.space, channels=self.channels)
+    how = dict(space=self.space, channels=self.channels, size=self.ready_shape[1:])
     self.student_taps = Taps(self.net, self.paths, self.sizes, **how)
     how |= dict(choose=self.choose, T=self.T, multi=self.multi, standardise=self.standardise, batch_stats=self.batch_stats)
     if self.w_feat: how['feat_taps'] = self.tap_features(peek(self.learn.dls)[0].to(next(self.net.parameters()).device))
@@ -253,6 +253,7 @@ def after_fit(self:MEAL):
     "Let go, also where the run was ended within an epoch"
     Distill.after_fit(self)
     self.remove_taps()
+    if self.unlabeled_batches is not None: self.unlabeled_batches.restart()
     if self.target_cache is not None: self.target_cache.leave_view()
 MEAL.let_go = MEAL.after_fit
 
@@ -307,6 +308,7 @@ def before_train(self:MEAL):
 def after_train(self:MEAL):
     "Take the taps off"
     self.remove_taps()
+    if self.unlabeled_batches is not None: self.unlabeled_batches.restart() # which ends its processes
     if self.target_cache is not None: self.target_cache.end_view(len(self.learn.dl))
 
 # %% ../../nbs/54_meal.callback.ipynb #mc-batch

@@ -58,11 +58,12 @@ class TappedTeachers:
         standardise:bool=False, # Probabilities of `z_scores` of the logits
         batch_stats=False,   # Normalise by the statistics of the batch, as the official code does
         feat_taps:list=None, # Taps on features of each teacher, which are compared too
+        size:tuple=(1,1),    # Height and width of the images, or anything of their aspect
         **kwargs             # `space` and `channels` of `align`
     ):
         store_attr('teachers,choose,T,multi,standardise,batch_stats')
         self.feat_taps = feat_taps or [None]*len(teachers)
-        self.taps = [Taps(t.model, p, sizes, **kwargs) for t,p in zip(teachers, paths)]
+        self.taps = [Taps(t.model, p, sizes, t.size or size, **kwargs) for t,p in zip(teachers, paths)]
 
     def query_teacher(self,
         i:int,    # Which teacher

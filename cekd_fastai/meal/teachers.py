@@ -13,7 +13,7 @@ import timm
 from fastai.vision.all import *
 from ..core import data_stats,data_vocab,few,one_of,one_sentence,unwrap_model
 from ..files import read_torch
-from ..hub import no_download,quick_hub
+from ..hub import is_located,no_download,quick_hub
 from ..weights import stats_in
 from ..arch import _tv_names,make_arch
 from ..branches import load_net
@@ -167,19 +167,19 @@ def _from_file(file, trust):
         raise ValueError(f"`{file}` is a pickle, which can run any code when it is opened: {remedy}.")
     return _unpickled(file)
 
-_ONLINE = ('hf-hub:','hf_hub:','torchvision/','timm/') # what a name may begin with
-
 def _looks_like_file(o):
     "Whether a text is a file: a suffix of torch or pickle, a folder in it, or simply there"
-    if o.startswith(_ONLINE): return False
+    if is_located(o) or o.startswith(('torchvision/','timm/')): return False
     return Path(o).suffix in ('.pkl','.pt','.pth') or os.sep in o or Path(o).is_file()
 
 # %% ../../nbs/49_meal.teachers.ipynb #as-teacher
 def _from_name(name):
     "A network with its weights, by its name in timm, torchvision or on the hub"
+    folder = name.removeprefix('local-dir:')
+    if folder!=name and not Path(folder).is_dir(): raise FileNotFoundError(f"There is no folder `{folder}` with a network of timm.")
     try:
         with quick_hub():
-            if name.startswith(('hf-hub:','hf_hub:')): model = timm.create_model(name, pretrained=True)
+            if is_located(name): model = timm.create_model(name, pretrained=True)
             else: model,_ = make_arch(name.removeprefix('timm/'))
     except (OSError,RuntimeError) as e:
         remedy = 'pass a file written by `deploy`, or a network that you have filled with `load_weights`'
