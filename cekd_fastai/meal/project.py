@@ -12,8 +12,8 @@ from fastai.vision.all import *
 from ..steps import StepShare
 from ..weights import classifier_names
 from ..branches import BranchNet
-from ..cam import map_kind,to_map
-from .align import pick_taps
+from ..cam import map_kind
+from .align import _on_places,pick_taps
 from .adversary import Aside,_surrogate
 
 # %% ../../nbs/52_meal.project.ipynb #tap-code
@@ -31,14 +31,11 @@ def _classifier_paths(model):
 
 def _pool(f): return f if f.ndim==2 else f.flatten(2).mean(2)
 
-def _as_tokens(f, size):
-    "A map or tokens (B, ...) of images of `size` as (B, C, h, w), without tokens in front"
-    kind = map_kind(f, *size)
-    if kind is None:
-        shape = tuple(f.shape)
-        raise ValueError(f"MEAL: the last features have the shape {shape}, which is no map of places: use feat='pooled'.")
-    c = f.shape[2] if isinstance(kind, int) else None
-    return to_map(f, kind, *size)[:,:c]
+def _as_tokens(f, size, module):
+    "A map or tokens (B, ...) that a module gives for images of `size` as (B, C, h, w), without tokens in front"
+    if map_kind(f, *size) is not None: return _on_places(f, size, getattr(module, 'gives', None))
+    shape = tuple(f.shape)
+    raise ValueError(f"MEAL: the last features have the shape {shape}, which is no map of places: use feat='pooled'.")
 
 # %% ../../nbs/52_meal.project.ipynb #tap-class
 class FeatureTap:
@@ -57,14 +54,14 @@ class FeatureTap:
 
     def _hook(self, m, path, whole):
         "Keep what the layer that classifies gets, or what any other module gives"
-        def _in(m, inp): self._keep(path, inp[0])
-        def _out(m, inp, out): self._keep(path, out)
+        def _in(m, inp): self._keep(path, inp[0], m)
+        def _out(m, inp, out): self._keep(path, out, m)
         classifies = self.kind=='pooled' and not whole
         return m.register_forward_pre_hook(_in) if classifies else m.register_forward_hook(_out)
 
-    def _keep(self, path, f):
+    def _keep(self, path, f, m):
         if not self.on: return
-        self.vecs[path] = _pool(f) if self.kind=='pooled' else _as_tokens(f, self.size)
+        self.vecs[path] = _pool(f) if self.kind=='pooled' else _as_tokens(f, self.size, m)
 
     def read(self)->Tensor:
         "The features of the last pass, (n, B, C) or (n, B, C, h, w) for n branches"

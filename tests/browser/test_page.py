@@ -77,4 +77,12 @@ def test_dropped(address, photos, browser):
       document.getElementById('drop').dispatchEvent(new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true})) }""", address)
     page.wait_for_function("() => document.getElementById('status').textContent.startsWith('2 pictures done')", timeout=60_000)
     assert page.locator('#results > li.bad').count()==2 and faults==[]
+    page.evaluate("""async () => {
+      const im = await (await fetch('page.css')).blob()
+      for (const names of [['a1','a2','a3'], ['b1','b2']]) {
+        const data = new DataTransfer()
+        for (const o of names) data.items.add(new File([im], o))
+        document.getElementById('drop').dispatchEvent(new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true})) }}""")
+    page.wait_for_function("() => document.getElementById('status').textContent.startsWith('2 pictures done')", timeout=60_000)
+    assert page.locator('#results h2').all_inner_texts()==['b1','b2'] # the later drop takes the place of the earlier
     page.close()
