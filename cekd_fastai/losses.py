@@ -30,6 +30,8 @@ def _setting(loss_func, name, default=None):
     return getattr(_inner(loss_func), name, default)
 
 # %% ../nbs/26_losses.ipynb #loss-each
+def _name(loss_func): return getattr(loss_func, '__name__', type(loss_func).__name__)
+
 def sample_losses(
     loss_func,   # A loss with a `reduction`: fastai's, torch's, or a function that takes `reduction=`
     pred:Tensor, # Logits, shape (B, K)
@@ -39,8 +41,11 @@ def sample_losses(
     try:
         with NoneReduce(loss_func) as unreduced: res = unreduced(pred, *y)
     except TypeError as e:
-        name = getattr(loss_func, '__name__', type(loss_func).__name__)
+        name = _name(loss_func)
         raise TypeError(f"The loss `{name}` cannot be computed per sample: give it a `reduction` argument ({e})") from e
+    if res.ndim==0 and len(pred)!=1:
+        raise ValueError(f"The loss `{_name(loss_func)}` gives one number for a batch also where its `reduction` is 'none': "
+            "let it read `self.reduction` when it is called, not when it is built.")
     res = res.reshape(len(pred), -1)
     sums = loss_reduction(loss_func) in ('sum','batchmean')
     return res.sum(1) if sums else res.mean(1)
