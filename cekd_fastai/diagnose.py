@@ -13,6 +13,7 @@ from .core import eval_mode,is_fit,is_nested,lookup,unwrap_model
 from .mix.core import MixRecord
 from .losses import cross_target,soft_probs,z_scores
 from .mix.evidence import evidence_batches,oracle_weights
+from .tuning import no_map,shared_channels
 from .branches import PeerNet
 from .distill import Components,add_columns,log_parts
 from .cekd import CEKD,_prob_of,label_shares,teacher_logits
@@ -134,8 +135,11 @@ def check(self:Diagnose):
     if two_targets and not self.cekd.w_cross:
         raise ValueError("`Diagnose` compares the mixed label with the soft target, "
             "but `CEKD(w_cross=0)` has no soft one: name 'agreement' only.")
-    if 'trunk' in self.what and isinstance(unwrap_model(self.learn.model), PeerNet):
+    if 'trunk' not in self.what: return
+    net = unwrap_model(self.learn.model)
+    if isinstance(net, PeerNet):
         raise ValueError("`Diagnose('trunk')` looks at a shared trunk, but peers share none: name 'conflict' instead.")
+    if shared_channels(net.trunk) is None: raise no_map("`Diagnose('trunk')`")
 
 @patch
 def before_fit(self:Diagnose):
