@@ -51,14 +51,29 @@ def branch_input(self:CSSBranchNet,
     x:Tensor, # The shared map, shape (B, C, h, w)
     i:int,    # Index of the branch
 )->Tensor:    # Same shape
-    "The shared map as branch `i` sees it"
+    "The shared map as branch `i` sees it; the channels of tokens in front, as of a class token, stay as they are"
     if self.transform is None: return x
+    c = x.shape[1]//(_in_front(self.trunk)+1)
+    return torch.cat([self.transformed(x[:,:c], i),x[:,c:]], 1) if c<x.shape[1] else self.transformed(x, i)
+
+@patch
+def transformed(self:CSSBranchNet,
+    x:Tensor, # The channels of places, shape (B, C, h, w)
+    i:int,    # Index of the branch
+)->Tensor:    # Same shape
+    "The places as branch `i` sees them"
     if self.transform=='corner': return remove_corner(x, i)
     if self.transform=='permute': return x.index_select(1, self.perm[i])
     res = self.transform(x, i)
     if res.shape==x.shape: return res
     raise ValueError(f"`transform` turned a map of shape {tuple(x.shape)} into {tuple(res.shape)} for branch {i}: "
         "it must keep the shape.")
+
+# %% ../../nbs/61_css.branches.ipynb #cs-orders
+def _in_front(trunk):
+    "Number of tokens in front of the places of the map that a trunk passes on"
+    kind = first(getattr(trunk, 'gives', []))
+    return kind if isinstance(kind, int) else 0
 
 def _check_transform(transform):
     "Refuse a transform that is neither a name, nor a function, nor None"
@@ -67,11 +82,10 @@ def _check_transform(transform):
     raise ValueError(f"`transform` is {transform!r}: choose {names}, a function of the map and the index of the branch, "
         "or None.")
 
-# %% ../../nbs/61_css.branches.ipynb #cs-orders
 @torch.no_grad()
 def _orders(trunk, n, seed):
     "An order of the shared map's channels for each of `n` branches, shape (n, C)"
-    c = shared_channels(trunk)
+    c = shared_channels(trunk)//(_in_front(trunk)+1)
     g = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randperm(c, generator=g) for _ in range(n)]).to(first(trunk.parameters()).device)
 
