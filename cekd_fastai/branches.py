@@ -18,8 +18,8 @@ from .cam import cam
 from .files import _LEADS_OUT,bounded_build,fill,net_sum,read_saved,write_torch
 from .weights import Saved,load_branches
 from .hub import in_registry
-from .arch import make_arch,new_head
-from .graph import divide
+from .arch import make_arch
+from .graph import divide,new_head
 from .tuning import added_params,batch_norms,layer_groups,note_backbone
 
 # %% ../nbs/39_branches.ipynb #bn-code

@@ -4,7 +4,8 @@ from torch import nn
 from torch.nn import functional as F
 from functools import partial
 from cekd_fastai.weights import load_weights
-from cekd_fastai.arch import CIFAR_ARCHS,chain,cifar_net,make_arch,new_head,split_at
+from cekd_fastai.arch import CIFAR_ARCHS,chain,cifar_net,make_arch
+from cekd_fastai.graph import new_head,split_at
 from cekd_fastai.branches import branch_net,frozen_norm_stats
 from cekd_fastai.ema import ModelEMA
 
