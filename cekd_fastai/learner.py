@@ -12,6 +12,7 @@ import functools,inspect,timm
 from fastai.vision.all import *
 from .core import class_count,data_stats,data_vocab,eval_mode,few,is_nested,lookup,loss_owner,unwrap_model
 from .data.loaders import _as_known,_opened,_same_stats
+from .arch import made_for
 from .tuning import trunks_of
 from .branches import branch_net,branch_splitter,peer_net
 from .midlevel import mid_net
@@ -295,12 +296,11 @@ def branch_learner(
         given = [k for k,v in for_one.items() if v]
         if given: raise ValueError(f"`{given[0]}` is for one network, but these are peers: leave it out.")
         arch_args = _each_args(arch, shape, arch_args)
-        net = _peers(arch, n_branches, n_out, arch_args=arch_args, **kw)
+        with made_for(shape): net = _peers(arch, n_branches, n_out, arch_args=arch_args, **kw)
         return _learner(dls, net, shape, BranchLoss(), cbs, branch_splitter, freeze_bn, kwargs, learned)
-    kw |= dict(own_start=own_start, keep_head=keep_head, vocab=data_vocab(dls))
-    kw |= _input_args(arch, shape, arch_args)
+    kw |= dict(own_start=own_start, keep_head=keep_head, vocab=data_vocab(dls)) | _input_args(arch, shape, arch_args)
     build = mid_net if mid else branch_net
-    with _sizes_named(arch, shape, arch_args): net = build(arch, n_out, n_branches, **kw)
+    with _sizes_named(arch, shape, arch_args), made_for(shape): net = build(arch, n_out, n_branches, **kw)
     _check_channels(net, shape)
     return _learner(dls, net, shape, BranchLoss(), cbs, branch_splitter, freeze_bn, kwargs, learned)
 
@@ -363,12 +363,11 @@ def online_learner(
         if own_start or gate or wd_gate is not None:
             raise ValueError("Peers have no gate and share no trunk: leave `own_start`, `gate` and `wd_gate` out.")
         arch_args = _each_args(arch, shape, arch_args)
-        net = _peers(arch, n_branches or len(arch), n_out, arch_args=arch_args, **kw)
+        with made_for(shape): net = _peers(arch, n_branches or len(arch), n_out, arch_args=arch_args, **kw)
         return _learner(dls, net, shape, method, cbs, branch_splitter, freeze_bn, kwargs, learned)
-    kw |= dict(own_start=own_start, vocab=data_vocab(dls))
-    kw |= _input_args(arch, shape, arch_args)
+    kw |= dict(own_start=own_start, vocab=data_vocab(dls)) | _input_args(arch, shape, arch_args)
     n_branches,gate = n_branches or method.branches,gate or method.gates[0]
-    with _sizes_named(arch, shape, arch_args): net = gate_net(arch, n_out, n_branches, gate, **kw)
+    with _sizes_named(arch, shape, arch_args), made_for(shape): net = gate_net(arch, n_out, n_branches, gate, **kw)
     _check_channels(net, shape)
     if wd_gate is not None: splitter,kwargs['wd'] = gate_apart,_decays(net, kwargs.get('wd'), wd_gate)
     return _learner(dls, net, shape, method, cbs, splitter, freeze_bn, kwargs, learned)
@@ -393,8 +392,8 @@ def css_learner(
     "A `Learner` of the two networks of CSS"
     shape = _shape(dls)
     if is_listy(archs): arch_args = _each_args(archs, shape, arch_args)
-    net = css_net(archs, class_count(dls), n_branches, split, transform, seed, freeze_bn, pretrained, weights, arch_args,
-        own_start=own_start)
+    args = (archs,class_count(dls),n_branches,split,transform,seed,freeze_bn,pretrained,weights,arch_args)
+    with made_for(shape): net = css_net(*args, own_start=own_start)
     given = any(cb is CSS or isinstance(cb, CSS) for cb in L(cbs)) # fastai takes classes of callbacks too
     method = [] if given else CSS()
     return _learner(dls, net, shape, method, cbs, branch_splitter, freeze_bn, kwargs, pretrained or weights is not None)
