@@ -112,7 +112,7 @@ def test_positions_that_stay_as_they_are():
     "Where training moves positions that are written down, a warning says that they stay"
     model = Eva(img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2, num_classes=3, use_rot_pos_emb=True, rope_type='dinov3', rope_rescale_coords=2.)
     model.default_cfg = dict(input_size=(3,32,32))
-    with pytest.warns(UserWarning, match='`Eva` scales or shifts its rotary positions at random in training'): branch_net(model, 3)
+    with pytest.warns(UserWarning, match='`Eva` scales or shifts rotary positions at random in training'): branch_net(model, 3)
 
 def test_dropout_in_an_own_forward():
     "Before the classifier and between two parts, each at its place, also where `forward` asks for training first"
