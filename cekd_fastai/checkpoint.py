@@ -8,17 +8,16 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/checkpoint.html.md"""
 __all__ = ['run_about', 'run_difference', 'Resume', 'Checkpoint']
 
 # %% ../nbs/69_checkpoint.ipynb #imports
-import hashlib,json,shutil,signal,time
+import contextlib,hashlib,json,shutil,signal,time
 from fastai.vision.all import *
 from .core import check_count,check_not_negative,few,lookup,unwrap_model,write_whole
-from .steps import together
 from .mix.callback import Mix
 from .distill import Distill
 from .soft_labels import Remembered,SoftLabels
 from .meal.targets import made_with
-from .steps import meeting_place
+from .steps import meeting_place,together
 from .ranks import Later,over_all
-from .runstate import WrongState,check_layout,checkpoint_files,newest_checkpoint,state_bytes,state_of,write_checkpoint
+from .runstate import WrongState,check_layout,checkpoint_files,gathered,newest_checkpoint,state_of,write_checkpoint
 from .runstate import load_net_state,load_now_state,load_start_state,net_state,now_state,start_state
 
 # %% ../nbs/69_checkpoint.ipynb #about
@@ -71,7 +70,7 @@ class Resume(Callback):
 
     def hush(self):
         "Leave out all other callbacks"
-        self.hushed = [cb for cb in self.learn.cbs if cb.run and cb is not self and cb is not self.owner]
+        self.hushed = [*self.hushed,*(cb for cb in self.learn.cbs if cb.run and cb not in (self,self.owner))]
         for cb in self.hushed: cb.run = False
 
     def wake(self):
@@ -82,14 +81,16 @@ class Resume(Callback):
     def before_train(self):
         epoch = self.learn.epoch
         self.owner.begin() # which takes this callback off if there is nothing to skip
-        if epoch>=self.owner.target[0]: return
+        if epoch>=self.owner.target[0]+self.owner.is_past: return
         self.hush()
-        raise CancelEpochException
+        if epoch<self.owner.target[0]: raise CancelEpochException
+        self.learn.training = True # fastai's own callback, which says so, is hushed too
 
     def before_batch(self):
-        if self.learn.iter>=self.owner.target[1]: return
+        seen = self.learn.iter<self.owner.target[1]
+        if not (seen or self.owner.is_past): return
         self.hush()
-        raise CancelBatchException
+        raise CancelBatchException if seen else CancelTrainException
 
 # %% ../nbs/69_checkpoint.ipynb #cb
 class Checkpoint(Callback):
@@ -105,6 +106,9 @@ class Checkpoint(Callback):
     at = None       # From `now_state`, after the last batch of this epoch
     skipped = 0     # Epochs of this fit that an earlier start has trained
     place = (0,0)   # Epoch and batch of `at`
+    over = False    # Is the training of that epoch over there?
+    is_past = False # Does this fit go on behind the training of an epoch, with its validation?
+    trained = 0     # Batches that this process has trained on in this fit
     resumer = None  # `Resume`, until there is nothing to skip any more
     signal = None   # Number of a signal that has come
     handlers = None # What took signals before
@@ -149,32 +153,26 @@ def check_room(self:Checkpoint):
     raise OSError(f"{found}: make room, choose another folder, or keep fewer.")
 
 # %% ../nbs/69_checkpoint.ipynb #cb-write
-def _gather_bytes(state):
-    "What the other processes have of their own, each as a tensor of bytes; empty except in the first process"
-    if not together(): return []
-    res = [None]*num_distrib() if not rank_distrib() else None
-    torch.distributed.gather_object(state_bytes(state) if rank_distrib() else b'', res)
-    return [torch.frombuffer(bytearray(o), dtype=torch.uint8) for o in (res or [])[1:]]
-
 @patch
 def write(self:Checkpoint,
     epoch:int, # Place from which the file goes on
     batch:int, # The same within the epoch
     now:dict,  # From `now_state`
+    over=False # Is the training of this epoch over?
 ):
     "Write one checkpoint and let go of the oldest; a disk that refuses is a warning"
     net = net_state(self.learn)
-    others = _gather_bytes(dict(start=self.start, now=now, notes=net['notes']))
+    others = gathered(dict(start=self.start, now=now, notes=net['notes']))
     self.written = time.monotonic()
     if rank_distrib(): return
-    place = dict(fit=self.fit_no, epoch=epoch, batch=batch)
+    place = dict(fit=self.fit_no, epoch=epoch, batch=batch, over=over)
     state = place | dict(about=self.about, best=self.best, start=self.start, now=now, net=net, others=others)
     file = self.folder/f'checkpoint-{self.fit_no:02d}-{epoch:04d}-{batch:06d}.ckpt'
     try:
         write_checkpoint(file, state)
         if self.is_best: write_whole(self.folder/'best.ckpt', partial(shutil.copyfile, file))
     except OSError as e: warn(f"There is no `{file}` ({e.strerror or e}): the checkpoints before it stay, and training goes on.")
-    else:
+    with contextlib.suppress(OSError): # Windows removes no file that somebody reads; the next write tries again
         for f in checkpoint_files(self.folder)[:-self.keep]: f.unlink()
     self.is_best = False
 
@@ -225,7 +223,7 @@ def begin(self:Checkpoint):
     self.check_room()
     if self.monitor!='valid_loss' and hasattr(self.learn, 'recorder'): lookup('column', self.monitor, dict.fromkeys(self.learn.recorder.metric_names[1:]))
     self.state = self.find()
-    self.fitting,self.signal,self.is_best,self.skipped = True,None,False,0
+    self.fitting,self.signal,self.is_best,self.skipped,self.trained = True,None,False,0,0
     self.written,self.fresh = time.monotonic() if self.state else -math.inf,False # a new run writes after its first batch
     self.listen()
     if self.state is None: return self.go_on()
@@ -235,7 +233,7 @@ def begin(self:Checkpoint):
     load_net_state(self.learn, self.state['net'], later)
     if later: self.state = None
     else:
-        self.best,self.start = self.state['best'],self.state['start']
+        self.best,self.start,self.is_past = self.state['best'],self.state['start'],bool(self.state.get('over'))
         load_start_state(self.learn, self.start) # again when its epoch begins; here to see that it can be
         load_now_state(self.learn, self.state['now'])
 
@@ -243,9 +241,8 @@ def begin(self:Checkpoint):
 @patch
 def go_on(self:Checkpoint):
     "Nothing is left to skip"
-    self.target,self.state = (0,0),None
+    self.target,self.state,self.is_past,self.resumer = (0,0),None,False,None
     self.learn.remove_cbs(Resume)
-    self.resumer = None
 
 @patch
 def before_fit(self:Checkpoint):
@@ -264,6 +261,17 @@ def before_train(self:Checkpoint):
     if not self.fitting: return
     if self.resumer: load_start_state(self.learn, self.start)
     else: self.start = start_state(self.learn)
+    self.over,self.learn.iter = False,-1 # no batch yet
+
+@patch
+def after_train(self:Checkpoint):
+    "Keep, or give back, the end of an epoch's training: what others do at this event cannot be done twice"
+    if not self.fitting or self.resumer and not self.is_past: return
+    if self.resumer:
+        load_now_state(self.learn, self.state['now'])
+        self.resumer.wake()
+        self.go_on()
+    self.at,self.place,self.over = now_state(self.learn),(self.learn.epoch,self.learn.iter+1),True
 
 @patch
 def after_epoch(self:Checkpoint):
@@ -283,21 +291,17 @@ def after_epoch(self:Checkpoint):
 
 # %% ../nbs/69_checkpoint.ipynb #cb-heard
 @patch
-def is_late(self:Checkpoint)->bool:
-    "Whether the last file is older than it may be, by the clock of this process"
-    return bool(self.minutes) and time.monotonic()-self.written>60*self.minutes
-
-@patch
 def heard(self:Checkpoint)->tuple:
     "The number of a signal, None without one, and whether a file is late; the same after the same batch in all processes"
-    if not together(): return self.signal,self.is_late()
+    late = bool(self.minutes) and time.monotonic()-self.written>60*self.minutes
+    if not together(): return self.signal,late
     if not (self.signals or self.minutes): return None,False
     place = meeting_place()
-    sent = Later(over_all(torch.full((), 2*int(self.signal or 0)+self.is_late(), device=place)))
+    sent = Later(over_all(torch.full((), 2*int(self.signal or 0)+late, device=place)))
     last,self.vote = self.vote or sent,sent
-    n,late = divmod((sent if place.type=='cpu' else last).get(), 2)
+    n,any_late = divmod((sent if place.type=='cpu' else last).get(), 2)
     if n: self.signal = n
-    return n or None,bool(late)
+    return n or None,bool(any_late)
 
 # %% ../nbs/69_checkpoint.ipynb #cb-batch
 @patch
@@ -305,17 +309,19 @@ def after_batch(self:Checkpoint):
     "Write, or give back, the end of a batch"
     if not self.fitting: return
     told,late = self.heard()
-    if not self.learn.training: return self.leave() if told else None
+    if not self.learn.training: return self.leave() if told and self.over else None # a callback may validate within a batch
     done = self.learn.iter+1
+    if self.is_past: return
     if self.resumer:
         self.resumer.wake()
         if done<self.target[1]: return
         load_now_state(self.learn, self.state['now'], replay=True)
         self.go_on()
+    else: self.trained += 1
     late = late and not self.fresh # on GPUs one more answer is on its way
     self.fresh,due = late,late or (self.every and done%self.every==0)
-    if not due and not told and done<self.learn.n_iter: return
-    self.at,self.place = now_state(self.learn),(self.learn.epoch,done)
+    if not due and not told: return
+    self.at,self.place,self.over = now_state(self.learn),(self.learn.epoch,done),False
     if told: self.leave()
     if due: self.write(*self.place, self.at)
 
@@ -324,9 +330,7 @@ def note_best(self:Checkpoint):
     "Note whether this epoch is the best so far"
     names = list(self.learn.recorder.metric_names[1:]) if hasattr(self.learn, 'recorder') else []
     if self.monitor not in names: return
-    row = self.learn.recorder.values[-1]
-    i = names.index(self.monitor)
-    value = row[i] if i<len(row) else None
+    value = dict(zip(names, self.learn.recorder.values[-1])).get(self.monitor)
     low = 'loss' in self.monitor or 'error' in self.monitor
     if value is None or math.isnan(value): return
     self.is_best = self.best is None or (value<self.best if low else value>self.best)
@@ -359,14 +363,15 @@ def _exit(n):
 # %% ../nbs/69_checkpoint.ipynb #sig-listen
 @patch
 def listen(self:Checkpoint):
-    "Take signals, in the main thread of a program"
+    "Take signals, in the main thread of a program; what is ignored, as `nohup` has it, stays so"
     self.pid = os.getpid()
     if not self.signals or threading.current_thread() is not threading.main_thread(): return
-    self.handlers = {n:signal.signal(n, self.take) for n in _SIGNALS}
+    self.handlers = {n:signal.signal(n, self.take) for n in _SIGNALS if signal.getsignal(n)!=signal.SIG_IGN}
 
 @patch
 def deafen(self:Checkpoint):
-    "Give the signals back"
+    "Give the signals back, and wake whom a fit that failed has left asleep"
+    if self.resumer: self.resumer.wake()
     for n,f in (self.handlers or {}).items():
         if signal.getsignal(n)==self.take: signal.signal(n, f if f is not None else signal.SIG_DFL)
     self.handlers = None
@@ -384,12 +389,12 @@ def take(self:Checkpoint, n, frame):
         return
     self.deafen()
     if _in_fit(frame): _exit(n)
-    os.kill(os.getpid(), n)
+    signal.raise_signal(n)
 
 @patch
 def leave(self:Checkpoint):
     "Write the end of the last batch, and leave"
     n,self.signal = self.signal,None
-    self.write(*self.place, self.at)
+    self.write(*self.place, self.at, self.over)
     self.deafen()
     _exit(n)

@@ -8,7 +8,7 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/cli.html.md"""
 __all__ = ['NAMES', 'LISTS', 'GROUPS', 'check_names', 'check_numbers', 'cli_parser', 'given', 'cekd_train']
 
 # %% ../nbs/91_cli.ipynb #imports
-import argparse,inspect,os,sys,time
+import argparse,inspect,os,signal,sys,time
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated,get_args
@@ -171,7 +171,8 @@ def _add(group, name, o):
     if o.anno is bool and o.default is None: return group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     if o.anno is bool: return group.add_argument(flag, action='store_true', help=text)
     kind,*more = get_args(o.anno) or [o.anno]
-    group.add_argument(flag, type=kind, metavar=kind.__name__, help=text, **(more[0] if more else {}))
+    several = more[0] | dict(action='extend') if more else {} # given twice they add up
+    group.add_argument(flag, type=kind, metavar=kind.__name__, help=text, **several)
 
 def cli_parser():
     "The parser of `cekd-train`, which keeps only what was given"
@@ -201,6 +202,14 @@ def _defaults():
     "Arguments of the command and their default values"
     params = inspect.signature(cekd_train).parameters
     return {k:o.default for k,o in params.items()}
+
+def _without(flag, words):
+    "The words of a command line without an option and its value"
+    res,skip = [],False
+    for o in words:
+        if not (skip or o==flag or o.startswith(f'{flag}=')): res.append(o)
+        skip = o==flag
+    return res
 
 # %% ../nbs/91_cli.ipynb #start-code
 def _start(args, said):
@@ -241,11 +250,20 @@ def _launch(said):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL) # the first process has said it
     logging.getLogger('torch.distributed.run').setLevel(logging.CRITICAL)
+    _prepare(n, said.get('device'))
     words = _without('--launch', sys.argv[1:])
     try: run.main(['--standalone','--nproc-per-node',str(n),'-m','cekd_fastai.cli',*words])
     except ChildFailedError as e: _lost(*e.get_first_failure())
     except SignalException as e: sys.exit(128+e.sigval)
     sys.exit()
+
+def _prepare(n, device):
+    "Share the cores among processes that train on them, and let torch's launcher leave a signal alone that is ignored"
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    if device=='cpu': os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cpus//n))) # torch would give them one each
+    heard = [o for o in ('SIGTERM','SIGINT','SIGHUP','SIGQUIT') if hasattr(signal, o)]
+    heard = [o for o in heard if signal.getsignal(getattr(signal, o))!=signal.SIG_IGN]
+    os.environ.setdefault('TORCHELASTIC_SIGNALS_TO_HANDLE', ','.join(heard))
 
 def _lost(rank, failure):
     "End as the first process that failed; for one that was killed this is the only sentence"
@@ -253,14 +271,6 @@ def _lost(rank, failure):
     if n<=0: sys.exit(failure.exitcode)
     print(f'cekd-train: process {rank} was killed (signal {n}), and the others have been ended; what was written stays: go on with --resume.', file=sys.stderr)
     sys.exit(128+n)
-
-def _without(flag, words):
-    "The words of a command line without an option and its value"
-    res,skip = [],False
-    for o in words:
-        if not (skip or o==flag or o.startswith(f'{flag}=')): res.append(o)
-        skip = o==flag
-    return res
 
 # %% ../nbs/91_cli.ipynb #cmd-code
 def cekd_train(

@@ -52,12 +52,14 @@ def peak_memory():
     return used/2**30 if sys.platform=='darwin' else used/2**20 # bytes on macOS, elsewhere KiB
 
 def about(
-    args:dict, # Arguments of `cekd_train`
+    args:dict,  # Arguments of `cekd_train`
+    learn=None, # The learner, whose network says where it was trained
 )->dict:
     "Arguments, versions and machine of a run"
     versions = dict(cekd_fastai=__version__) | {n:version(n) for n in ('fastai','torch','torchvision','timm')} # a clone need not be installed
     versions['python'] = platform.python_version()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and args.get('device')!='cpu' else None
+    device = default_device() if learn is None else next(unwrap_model(learn.model).parameters()).device
+    gpu = torch.cuda.get_device_name(device) if device.type=='cuda' else None
     machine = dict(platform=platform.platform(), cores=os.cpu_count(), gpu=gpu)
     return dict(args=args, versions=versions, machine=machine)
 
@@ -95,17 +97,17 @@ def _deploy(learn, file):
         warnings.warn(f"There is no model.pt, since the network does not go into one; model.pkl has it ({why}).")
 
 # %% ../nbs/87_results.ipynb #save-code
-def _result(learn, args, seconds, skipped):
+def _result(learn, args, seconds, skipped, trained):
     "What `result.json` holds; logits (N, K) of the ensemble; classes (N,)"
     args = advised(args)
     res,z,y = evaluate(learn)
     if args['method']=='meal': res['teachers'] = learn.meal.teacher_accuracy()
     dl = learn.dls.train # of all processes: after training the loader is whole again
-    n = len(dl)*dl.bs*(args['epochs']-skipped)
-    res |= dict(seconds=round(seconds, 2), images_per_s=round(n/seconds, 1))
+    steps = len(dl)*(args['epochs']-skipped) if trained is None else trained*max(num_distrib(), 1)
+    res |= dict(seconds=round(seconds, 2), images_per_s=round(steps*dl.bs/seconds, 1) if steps else None)
     if skipped: res['epochs_before'] = skipped # of an earlier start, which are not in the seconds
     res['peak_memory_gb'] = peak_memory()
-    return res|about(args),z,y
+    return res|about(args, learn),z,y
 
 def save_run(
     learn:Learner,  # A trained learner
@@ -113,9 +115,10 @@ def save_run(
     args:dict,      # Arguments of `cekd_train`
     seconds:float,  # Time of the fit
     skipped:int=0,  # Epochs that an earlier start has trained
+    trained:int=None, # Batches that this process has trained on; all of the other epochs if None
 )->dict:            # What `result.json` holds
     "Evaluate, and write the result, the history, the report and the model"
-    res,z,y = _result(learn, args, seconds, skipped)
+    res,z,y = _result(learn, args, seconds, skipped, trained)
     hist = history(learn)
     pairs = confused_pairs(z, y, learn.dls.vocab)
     mix = mix_of(learn)
