@@ -8,7 +8,8 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/checkpoint.html.md"""
 __all__ = ['run_about', 'run_difference', 'Resume', 'Checkpoint']
 
 # %% ../nbs/69_checkpoint.ipynb #imports
-import contextlib,hashlib,json,shutil,signal,time
+import contextlib,hashlib,json,shutil,time
+from traceback import walk_tb
 from fastai.vision.all import *
 from .core import check_count,check_not_negative,few,lookup,unwrap_model,write_whole
 from .mix.callback import Mix
@@ -16,9 +17,9 @@ from .distill import Distill
 from .soft_labels import Remembered,SoftLabels
 from .meal.targets import made_with
 from .steps import meeting_place,together
-from .ranks import Later,over_all
+from .ranks import Later,Listener,_waits,called_by,leave_by,over_all
 from .runstate import WrongState,check_layout,checkpoint_files,gathered,newest_checkpoint,state_of,write_checkpoint
-from .runstate import load_net_state,load_now_state,load_start_state,net_state,now_state,start_state
+from .runstate import _loaders,load_net_state,load_now_state,load_start_state,net_state,now_state,start_state
 
 # %% ../nbs/69_checkpoint.ipynb #about
 def _short(o):
@@ -93,7 +94,7 @@ class Resume(Callback):
         raise CancelBatchException if seen else CancelTrainException
 
 # %% ../nbs/69_checkpoint.ipynb #cb
-class Checkpoint(Callback):
+class Checkpoint(Callback, Listener):
     "Writes the whole state of a run, and goes on from it when the same run is started again"
     order = 2000      # After everyone else, so that it sees the end of a batch
     resumable = False # Its own state is written apart
@@ -110,12 +111,10 @@ class Checkpoint(Callback):
     is_past = False # Does this fit go on behind the training of an epoch, with its validation?
     trained = 0     # Batches that this process has trained on in this fit
     resumer = None  # `Resume`, until there is nothing to skip any more
-    signal = None   # Number of a signal that has come
-    handlers = None # What took signals before
     vote = None     # What all processes know of signals and clocks, on its way
     written = 0.    # When the last file was written
     fresh = False   # Was it because of the clock, one batch ago?
-    _stateattrs = ('state','start','at','resumer','handlers','vote')
+    _stateattrs = ('state','start','at','resumer','handlers','hear','vote')
     def __init__(self,
         folder='checkpoints',      # Where to write, one folder for each run
         every:int=0,               # Write after so many batches too; 0: at the end of each epoch only
@@ -225,7 +224,7 @@ def begin(self:Checkpoint):
     self.state = self.find()
     self.fitting,self.signal,self.is_best,self.skipped,self.trained = True,None,False,0,0
     self.written,self.fresh = time.monotonic() if self.state else -math.inf,False # a new run writes after its first batch
-    self.listen()
+    if self.signals: self.listen([*self.learn.dls.loaders,*_loaders(self.learn)])
     if self.state is None: return self.go_on()
     later = self.state['fit']>self.fit_no
     self.target = (self.learn.n_epoch,0) if later else (self.state['epoch'],self.state['batch'])
@@ -248,11 +247,12 @@ def go_on(self:Checkpoint):
 def before_fit(self:Checkpoint):
     "Start clean, whatever an interrupted run has left"
     self.fitting,self.start,self.at,self.vote = False,None,None,None
-    self.deafen()
+    self.let_go()
     self.go_on()
     if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
     self.resumer = Resume(self)
     self.learn.add_cb(self.resumer)
+    self.learn._do_epoch = partial(self.watch, self.learn._do_epoch)
 
 # %% ../nbs/69_checkpoint.ipynb #cb-epoch
 @patch
@@ -300,7 +300,7 @@ def heard(self:Checkpoint)->tuple:
     sent = Later(over_all(torch.full((), 2*int(self.signal or 0)+late, device=place)))
     last,self.vote = self.vote or sent,sent
     n,any_late = divmod((sent if place.type=='cpu' else last).get(), 2)
-    if n: self.signal = n
+    if n: self.signal,self.since = n,time.monotonic()
     return n or None,bool(any_late)
 
 # %% ../nbs/69_checkpoint.ipynb #cb-batch
@@ -344,57 +344,37 @@ def after_fit(self:Checkpoint):
         self.write(self.learn.n_epoch, 0, now_state(self.learn))
     self.fit_no += self.fitting
     self.fitting = False
-    self.deafen()
+    self.let_go()
     self.go_on()
 
-# %% ../nbs/69_checkpoint.ipynb #sig
-_SIGNALS = [getattr(signal, o) for o in ('SIGTERM','SIGHUP','SIGINT') if hasattr(signal, o)]
-
-def _in_fit(frame):
-    "Whether the code of `frame` was called by a learner's loop"
-    while frame is not None:
-        if frame.f_code is Learner._do_fit.__code__: return True
-        frame = frame.f_back
-
-def _exit(n):
-    "Leave as after the signal `n`"
-    raise KeyboardInterrupt if n==signal.SIGINT else SystemExit(128+n)
-
-# %% ../nbs/69_checkpoint.ipynb #sig-listen
-@patch
-def listen(self:Checkpoint):
-    "Take signals, in the main thread of a program; what is ignored, as `nohup` has it, stays so"
-    self.pid = os.getpid()
-    if not self.signals or threading.current_thread() is not threading.main_thread(): return
-    self.handlers = {n:signal.signal(n, self.take) for n in _SIGNALS if signal.getsignal(n)!=signal.SIG_IGN}
-
-@patch
-def deafen(self:Checkpoint):
-    "Give the signals back, and wake whom a fit that failed has left asleep"
-    if self.resumer: self.resumer.wake()
-    for n,f in (self.handlers or {}).items():
-        if signal.getsignal(n)==self.take: signal.signal(n, f if f is not None else signal.SIG_DFL)
-    self.handlers = None
-Checkpoint.let_go = Checkpoint.deafen
-
 # %% ../nbs/69_checkpoint.ipynb #sig-take
-@patch
-def take(self:Checkpoint, n, frame):
-    "Note a signal that comes in a fit; the second, and any other, does what it did before"
-    fits = getattr(self, 'learn', None) is not None # a callback of an earlier `fit`, which failed, has none
-    first_one = fits and self.signal is None and _in_fit(frame)
-    if first_one:
-        self.signal = n
-        if os.getpid()==self.pid: os.write(2, b'\nA checkpoint is written after this batch; the same again leaves at once.\n')
-        return
-    self.deafen()
-    if _in_fit(frame): _exit(n)
-    signal.raise_signal(n)
-
 @patch
 def leave(self:Checkpoint):
     "Write the end of the last batch, and leave"
     n,self.signal = self.signal,None
-    self.write(*self.place, self.at, self.over)
+    if self.at is not None: self.write(*self.place, self.at, self.over)
+    self.let_go()
+    leave_by(n)
+
+@patch
+def watch(self:Checkpoint, do_epoch):
+    "An epoch; where it fails, signals are given back, and one that has ended processes that load is followed"
+    try: do_epoch()
+    except (CancelEpochException,CancelFitException): raise
+    except BaseException as e:
+        *_,(frame,_) = walk_tb(e.__traceback__)
+        resumes = self.resumer is not None
+        self.let_go()
+        if not self.signal or 'DataLoader worker' not in str(e): raise
+        if self.learn.training: self.at = None # it is of an earlier batch
+        waits = called_by(frame, _waits) and not called_by(frame, Learner.one_batch)
+        begun = self.learn.training and self.learn.iter>=0 and not resumes
+        if waits and begun and not together(): self.at,self.place,self.over = now_state(self.learn),(self.learn.epoch,self.learn.iter+1),False
+        self.leave()
+
+@patch
+def let_go(self:Checkpoint):
+    "A fit has ended, or failed: wake whom it has left asleep, and give the signals back"
+    if self.resumer: self.resumer.wake()
+    vars(self.learn).pop('_do_epoch', None)
     self.deafen()
-    _exit(n)

@@ -3,11 +3,12 @@ import json,os,signal,warnings
 from pathlib import Path
 from types import SimpleNamespace
 import forks,pytest,torch
-from fastai.vision.all import Callback,CrossEntropyLossFlat,DataLoaders,L,ShortEpochCallback,accuracy,defaults,set_seed
+from fastai.vision.all import Callback,CrossEntropyLossFlat,DataLoaders,L,Learner,ShortEpochCallback,accuracy,defaults,set_seed
 import cekd_fastai.checkpoint as room,cekd_fastai.safely as safely
 from cekd_fastai.checkpoint import Checkpoint
 from cekd_fastai.cli import cekd_train,given
 from cekd_fastai.learner import branch_learner
+from cekd_fastai.ranks import SIGNALS
 from cekd_fastai.results import about
 from cekd_fastai.runstate import checkpoint_files,load_start_state,read_checkpoint,start_state
 from cekd_fastai.soft_labels import OnlineLabelSmoothing
@@ -222,3 +223,72 @@ def test_images_per_second_of_a_resumed_run(birds, tmp_path, monkeypatch):
         train(birds, tmp_path/'run', resume=True)
     assert any('All epochs are trained; the results are written now.'==o for o in said)
     assert json.loads((tmp_path/'run'/'result.json').read_text())['images_per_s'] is None
+
+# Processes that load
+
+LOADERS = """
+import multiprocessing,os,signal,sys,time,torch
+from threading import Thread
+from fastai.vision.all import *
+from cekd_fastai.checkpoint import Checkpoint
+from cekd_fastai.learner import branch_learner
+folder,what,how = sys.argv[1:]
+class Act(Callback):
+    run_valid = False
+    def before_batch(self):
+        if (self.epoch,self.iter)==(0,1): exec(what, dict(globals()))
+class Pictures:
+    def __len__(self): return 12
+    def __getitem__(self, i):
+        if (what=='late()' and multiprocessing.parent_process() and i>=8): time.sleep(.5)
+        return torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(i)),torch.tensor(i%3)
+def children(n): [os.kill(p.pid, n) for p in multiprocessing.active_children()]
+def lost():
+    os.kill(os.getpid(), signal.SIGTERM)
+    children(signal.SIGKILL)
+    time.sleep(.5)
+def late():
+    def later():
+        time.sleep(.7)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(.2)
+        children(signal.SIGKILL)
+    Thread(target=later).start()
+if __name__=='__main__':
+    os.setsid()
+    if how: multiprocessing.set_start_method(how, force=True)
+    set_seed(0)
+    dls = DataLoaders.from_dsets(Pictures(), Pictures(), bs=4, device='cpu', num_workers=1 if how else 2)
+    dls.c = 3
+    learn = branch_learner(dls, 'cifar_resnet8', pretrained=False, loss_func=CrossEntropyLossFlat(), cbs=[Checkpoint(folder),Act()])
+    try:
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, .01)
+    except KeyboardInterrupt: sys.exit(130)
+    print(sum(float(p.double().sum()) for p in learn.model.parameters()))
+"""
+GROUP = 'os.killpg(0, {}); time.sleep(.5)'
+
+@pytest.mark.skipif(os.name=='nt', reason='Windows has no groups of processes that are signalled together')
+def test_a_signal_to_all_processes(tmp_path):
+    "Those that load leave it to the main process; where they are lost all the same, the batch ends, or nothing was under way."
+    whole = forks.run(LOADERS, tmp_path/'whole', '0', '')
+    assert whole.returncode==0, whole.stderr
+    for i,(what,how,code) in enumerate([(GROUP.format(15),'',143), (GROUP.format(2),'spawn',130), ('lost()','',143), ('late()','',143)]):
+        res = forks.run(LOADERS, tmp_path/str(i), what, how)
+        assert res.returncode==code and 'DataLoader worker' not in res.stderr, (what, how, res.returncode, res.stderr)
+        assert checkpoint_files(tmp_path/str(i))[-1].name=='checkpoint-00-0000-000002.ckpt', what
+    assert forks.run(LOADERS, tmp_path/str(i), '0', '').stdout==whole.stdout
+
+def test_a_fit_that_fails_gives_signals_back(tmp_path):
+    "Also one of fastai's own learner."
+    class Fails(Callback):
+        def after_loss(self): raise ValueError('no')
+    before = [signal.getsignal(n) for n in SIGNALS]
+    learn = Learner(toy(), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3*32*32, 3)), CrossEntropyLossFlat(), cbs=[Checkpoint(tmp_path),Fails()])
+    init = learn.dls.train.fake_l.worker_init_fn
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(ValueError, match='no'): learn.fit(1)
+        assert [signal.getsignal(n) for n in SIGNALS]==before and learn.dls.train.fake_l.worker_init_fn is init
+        learn.remove_cb(Fails)
+        learn.fit(1)
+    assert [signal.getsignal(n) for n in SIGNALS]==before and '_do_epoch' not in vars(learn)
