@@ -8,16 +8,16 @@ Docs: https://cekd-fastai.github.io/cekd_fastai/checkpoint.html.md"""
 __all__ = ['run_about', 'run_difference', 'Resume', 'Checkpoint']
 
 # %% ../nbs/69_checkpoint.ipynb #imports
-import contextlib,hashlib,json,shutil,time
-from traceback import walk_tb
+import contextlib,hashlib,json,shutil,time,traceback
 from fastai.vision.all import *
 from .core import check_count,check_not_negative,few,lookup,unwrap_model,write_whole
 from .mix.callback import Mix
 from .distill import Distill
 from .soft_labels import Remembered,SoftLabels
-from .meal.targets import made_with
+from .data.rows import source_at
+from .meal.targets import _plain,made_with
 from .steps import meeting_place,together
-from .ranks import Later,Listener,_waits,called_by,leave_by,over_all
+from .ranks import Later,Listener,_waits,agree,called_by,leave_by,over_all
 from .runstate import WrongState,check_layout,checkpoint_files,gathered,newest_checkpoint,state_of,write_checkpoint
 from .runstate import _loaders,load_net_state,load_now_state,load_start_state,net_state,now_state,start_state
 
@@ -35,6 +35,32 @@ def _schedule(learn):
     scheds = [o for cb in learn.cbs if isinstance(cb, ParamScheduler) for o in cb.scheds.items()]
     return {k:[np.ravel(f(p)).tolist() for p in (0.,.1,.3,.6,.9)] for k,f in scheds}
 
+# %% ../nbs/69_checkpoint.ipynb #about-more
+_CHANGE = (GradientAccumulation,GradientClip,BnFreeze,ShortEpochCallback,MixedPrecision,MixHandler,EarlyStoppingCallback,ReduceLROnPlateau)
+
+def _parts_of(o):
+    "Kind and plain attributes of a loss function, its parts included, as plain data"
+    if isinstance(o, Tensor): return _short(o.tolist())
+    if not isinstance(o, (nn.Module,BaseLoss)): return _plain(o)
+    own = {**vars(o), **getattr(o, '_buffers', {}), **getattr(o, '_modules', {})}
+    return [type(o).__name__, {k:_parts_of(v) for k,v in own.items() if k[0]!='_' and k!='training'}]
+
+def _pictures(dl):
+    "A few letters for the files and classes of a loader; None where they are no files with a class"
+    tls = getattr(getattr(getattr(dl, 'dl', dl), 'dataset', None), 'tls', ())
+    if len(tls)!=2 or not len(tls[1]) or not isinstance(tls[1][0], TensorCategory): return
+    rows = range(0, len(tls[1]), math.ceil(len(tls[1])/20_000))
+    names = [Path(o).parts[-2:] if isinstance(o, (Path,str)) else '' for o in (source_at(tls[0], i) for i in rows)]
+    return _short([names,[int(tls[1][i]) for i in rows]])
+
+def _more(learn):
+    "What older versions did not write down"
+    tfms = [o for k in ('after_item','after_batch') for o in getattr(getattr(learn.dls.train, k, None), 'fs', ())]
+    res = dict(wd=[h.get('wd') for h in learn.opt.hypers], optimiser=_plain(learn.opt_func), loss=_parts_of(learn.loss_func))
+    res |= dict(size=[o.size for o in tfms if getattr(o, 'size', None)], freeze_bn=getattr(unwrap_model(learn.model), 'freeze_bn', None))
+    res |= {'files and labels':[_pictures(o) for o in learn.dls.loaders[:2]]}
+    return res | {f'`{type(cb).__name__}`':_cb_args(cb) for cb in learn.cbs if isinstance(cb, _CHANGE)}
+
 # %% ../nbs/69_checkpoint.ipynb #about2
 def run_about(
     learn:Learner,  # In a fit
@@ -46,7 +72,7 @@ def run_about(
     cbs = {type(cb).__name__:_cb_args(cb) for cb in learn.cbs if isinstance(cb, (Mix,Distill,SoftLabels))}
     vocab = [str(o) for o in L(getattr(learn.dls, 'vocab', None))]
     res = dict(epochs=learn.n_epoch, batches=len(dl), bs=dl.bs, images=dl.n, classes=_short(vocab), network=_short(net))
-    res |= dict(rates=[float(h['lr']) for h in learn.opt.hypers], schedule=_short(_schedule(learn)), args=args or {})
+    res |= dict(rates=[float(h['lr']) for h in learn.opt.hypers], schedule=_short(_schedule(learn)), args=args or {}, more=_more(learn))
     if together(): res['processes'] = num_distrib()
     return json.loads(json.dumps(res | {f'`{k}`':v for k,v in cbs.items()}, default=str))
 
@@ -55,8 +81,9 @@ def run_difference(
     new:dict, # Of another run
 )->list:
     "What differs between two runs, in words"
-    old,new = ({**o, **o['args']} for o in (old,new))
-    names = [k for k in {**old, **new} if k!='args' and old.get(k)!=new.get(k) and (k[0]!='`' or old.get(k)!={})] # {}: of an older version
+    both = 'more' in old and 'more' in new
+    old,new = ({**o, **o['args'], **(o['more'] if both else {})} for o in (old,new))
+    names = [k for k in {**old, **new} if k not in ('args','more') and old.get(k)!=new.get(k) and (k[0]!='`' or old.get(k)!={})] # {}: of an older version
     return [f'{k} was {old.get(k)} and is {new.get(k)}' for k in names]
 
 # %% ../nbs/69_checkpoint.ipynb #resume
@@ -176,13 +203,6 @@ def write(self:Checkpoint,
     self.is_best = False
 
 # %% ../nbs/69_checkpoint.ipynb #cb-find
-def _agree(place):
-    "Refuse to go on if processes would go on from different places"
-    mine = torch.tensor(place, device=meeting_place())
-    low,high = over_all(mine.clone(), 'MIN'),over_all(mine.clone(), 'MAX')
-    if torch.equal(low, high): return
-    raise OSError("The processes have found different checkpoints: use a folder that all machines share.")
-
 @patch
 def newest(self:Checkpoint)->dict|None:
     "The newest good checkpoint, with what belongs to this process; the same in all processes"
@@ -191,7 +211,7 @@ def newest(self:Checkpoint)->dict|None:
     state = newest_checkpoint(self.folder, device, check_layout)
     if not together(): return state
     if not rank_distrib(): torch.distributed.barrier()
-    _agree([-1,-1,-1] if state is None else [state[o] for o in ('fit','epoch','batch')])
+    agree([-1,-1,-1] if state is None else [state[o] for o in ('fit','epoch','batch')])
     if state is None or not rank_distrib() or len(state['others'])+1!=num_distrib(): return state
     try:
         own = state_of(bytes(state['others'][rank_distrib()-1].tolist()), device)
@@ -362,7 +382,7 @@ def watch(self:Checkpoint, do_epoch):
     try: do_epoch()
     except (CancelEpochException,CancelFitException): raise
     except BaseException as e:
-        *_,(frame,_) = walk_tb(e.__traceback__)
+        *_,(frame,_) = traceback.walk_tb(e.__traceback__)
         resumes = self.resumer is not None
         self.let_go()
         if not self.signal or 'DataLoader worker' not in str(e): raise

@@ -1,11 +1,12 @@
 "What a run outlives: the end of a terminal, signals at any moment, other machines, and a second start that is not the same."
-import json,os,signal,warnings
+import json,os,shutil,signal,warnings
 from pathlib import Path
 from types import SimpleNamespace
 import forks,pytest,torch
-from fastai.vision.all import Callback,CrossEntropyLossFlat,DataLoaders,L,Learner,ShortEpochCallback,accuracy,defaults,set_seed
+from fastai.vision.all import (Callback,CategoryBlock,CrossEntropyLossFlat,DataBlock,DataLoaders,GradientAccumulation,GradientClip,ImageBlock,
+    L,Learner,Resize,SGD,ShortEpochCallback,accuracy,defaults,get_image_files,parent_label,set_seed)
 import cekd_fastai.checkpoint as room,cekd_fastai.safely as safely
-from cekd_fastai.checkpoint import Checkpoint
+from cekd_fastai.checkpoint import Checkpoint,run_difference
 from cekd_fastai.cli import cekd_train,given
 from cekd_fastai.learner import branch_learner
 from cekd_fastai.ranks import SIGNALS
@@ -101,7 +102,7 @@ def test_old_files_of_a_validation_go_on(tmp_path):
 PROGRAM = """
 import os,signal,sys,torch
 from fastai.vision.all import *
-from cekd_fastai.checkpoint import Checkpoint
+from cekd_fastai.checkpoint import Checkpoint,run_difference
 from cekd_fastai.learner import branch_learner
 folder,what = sys.argv[1],sys.argv[2]
 class Act(Callback):
@@ -230,7 +231,7 @@ LOADERS = """
 import multiprocessing,os,signal,sys,time,torch
 from threading import Thread
 from fastai.vision.all import *
-from cekd_fastai.checkpoint import Checkpoint
+from cekd_fastai.checkpoint import Checkpoint,run_difference
 from cekd_fastai.learner import branch_learner
 folder,what,how = sys.argv[1:]
 class Act(Callback):
@@ -292,3 +293,35 @@ def test_a_fit_that_fails_gives_signals_back(tmp_path):
         learn.remove_cb(Fails)
         learn.fit(1)
     assert [signal.getsignal(n) for n in SIGNALS]==before and '_do_epoch' not in vars(learn)
+
+# Another run
+
+def test_other_runs_are_refused(birds, tmp_path):
+    "By naming what differs: decay, loss, size, callbacks, optimiser, normalisation, files and labels."
+    shutil.copytree(birds, tmp_path/'birds')
+    def learner(*cbs, size=32, loss=0., **kwargs):
+        block = DataBlock((ImageBlock,CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=halves, item_tfms=Resize(size))
+        dls = block.dataloaders(tmp_path/'birds', bs=6, num_workers=0, device='cpu')
+        loss = CrossEntropyLossFlat(label_smoothing=loss)
+        return branch_learner(dls, 'test_resnet', 1, pretrained=False, loss_func=loss, cbs=[Checkpoint(tmp_path/'run', signals=False),*cbs], **kwargs)
+    def halves(items): return [i for i in range(len(items)) if i%2],[i for i in range(len(items)) if not i%2]
+    def go_on(*cbs, wd=None, **kwargs):
+        learn = learner(*cbs, **kwargs)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, .01, wd=wd)
+    go_on()
+    with pytest.warns(UserWarning, match='reached its end'): go_on()
+    for what,cbs,kwargs in (('wd was',[],dict(wd=.3)), ('loss was .*0.0.* is .*0.4',[],dict(loss=.4)), ('size was',[],dict(size=48)), ('`GradientClip` was None',[GradientClip()],{}),
+        ('`GradientAccumulation` was None',[GradientAccumulation(8)],{}), ('freeze_bn was False and is True',[],dict(freeze_bn=True)), ('optimiser was Adam and is SGD',[],dict(opt_func=SGD))):
+        with pytest.raises(ValueError, match=what): go_on(*cbs, **kwargs)
+    a,b = sorted({o.parent for o in (tmp_path/'birds').rglob('*.*') if o.suffix in ('.png','.jpg')})[:2]
+    for one,other in ((a,b),(b,a)): # the same number in each class
+        file = min(o for o in one.iterdir() if 'moved' not in o.name)
+        file.rename(other/f'moved-{file.name}')
+    with pytest.raises(ValueError, match='files and labels was'): go_on()
+
+def test_what_an_older_version_has_not_written_is_not_compared():
+    "What both know is, save for callbacks without arguments, as in the oldest files."
+    new = dict(epochs=4, args={}, more={'wd':[.1], '`GradientClip`':{}})
+    old = {k:v for k,v in new.items() if k!='more'}
+    assert not run_difference(old, new) and not run_difference(new, old) and not run_difference(new, new)
+    assert len(run_difference(new, new | dict(more={'wd':[.2]})))==1
