@@ -228,7 +228,7 @@ def test_images_per_second_of_a_resumed_run(birds, tmp_path, monkeypatch):
 # Processes that load
 
 LOADERS = """
-import multiprocessing,os,signal,sys,time,torch
+import multiprocessing,os,signal,subprocess,sys,time,torch
 from threading import Thread
 from fastai.vision.all import *
 from cekd_fastai.checkpoint import Checkpoint,run_difference
@@ -267,7 +267,7 @@ if __name__=='__main__':
     except KeyboardInterrupt: sys.exit(130)
     print(sum(float(p.double().sum()) for p in learn.model.parameters()))
 """
-GROUP = 'os.killpg(0, {}); time.sleep(.5)'
+GROUP = "subprocess.run(['kill','-{}','--',str(-os.getpgrp())], start_new_session=True); time.sleep(.5)" # by another process: that of a parent ends its children
 
 @pytest.mark.skipif(os.name=='nt', reason='Windows has no groups of processes that are signalled together')
 def test_a_signal_to_all_processes(tmp_path):
