@@ -1,8 +1,12 @@
 "What several test files share: real photographs where they are at hand, and a fastai home of its own for a test."
-import gc,os,shutil,sys,tarfile,tempfile
+import gc,os,shutil,signal,sys,tarfile,tempfile,threading
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
+
+# A job in the background has Ctrl-C ignored, which these tests and the programs that they start would inherit.
+ignored = signal.getsignal(signal.SIGINT)==signal.SIG_IGN
+if ignored and threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def data_folder():
     "The folder of archives with real data: `CEKD_DATA`, or `../shared/data` beside the repository; it need not exist."

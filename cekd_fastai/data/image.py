@@ -171,11 +171,14 @@ def open_stock(
     draft=None # Not used: fastai decodes a JPEG in full
 )->PILImage:
     "Open `fn` as fastai's `ImageBlock` does; `OSError` names a file that cannot be read"
-    try: im = fn if isinstance(fn, Image.Image) else PILImage.create(fn)
+    if isinstance(fn, Image.Image):
+        check_long(fn.size)
+        return PILImage(fn.convert('RGB'))
+    try:
+        im = PILImage.create(fn)
+        check_long(im.size)
+        return PILImage(im if im.mode=='RGB' else im.convert('RGB'))
     except FileNotFoundError: raise
-    except Exception as e: raise OSError(_not_read(fn, e)) from e
-    check_long(im.size)
-    try: return PILImage(im if im.mode=='RGB' and im is not fn else im.convert('RGB'))
     except Exception as e: raise OSError(_not_read(fn, e)) from e
 
 def is_picture(
