@@ -13,7 +13,7 @@ from ..steps import StepShare
 from ..weights import classifier_names
 from ..branches import BranchNet
 from ..cam import map_kind
-from .align import _on_places,pick_taps
+from .align import Hooks,_on_places,pick_taps
 from .adversary import Aside,_surrogate
 
 # %% ../../nbs/52_meal.project.ipynb #tap-code
@@ -38,9 +38,8 @@ def _as_tokens(f, size, module):
     raise ValueError(f"MEAL: the last features have the shape {shape}, which is no map of places: use feat='pooled'.")
 
 # %% ../../nbs/52_meal.project.ipynb #tap-class
-class FeatureTap:
-    "Hooks that keep the features of each branch of a network while `on`"
-    on,vecs = False,None
+class FeatureTap(Hooks):
+    "Hooks that keep the features of each branch of a network"
     def __init__(self,
         model:nn.Module,   # The network
         kind:str,          # One of `FEATS`
@@ -68,18 +67,6 @@ class FeatureTap:
         res = torch.stack([self.vecs[o] for o in self.paths]).float()
         self.clear()
         return res
-
-    def clear(self):
-        "Switch off, and let go of what was read"
-        self.on,self.vecs = False,{}
-
-    def remove(self):
-        "Take the hooks off"
-        self.clear()
-        for h in self.handles: h.remove()
-        self.handles = []
-
-    def __getstate__(self): return {} # an export has no taps
 
 # %% ../../nbs/52_meal.project.ipynb #pr-code
 def _compared(s, t):
